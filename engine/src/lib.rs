@@ -1,0 +1,2 @@
+//! Jobs on images: data threads, node graph, jobs and their manager.
+#![forbid(unsafe_code)]

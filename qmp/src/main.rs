@@ -1,0 +1,4 @@
+//! The program: start, signals, exit codes.
+#![forbid(unsafe_code)]
+
+fn main() {}
