@@ -1,2 +1,19 @@
 //! Jobs on images: data threads, node graph, jobs and their manager.
+//!
+//! Layers, lowest first; a line imports only lines above it:
+//! `error`, `clock`, `limits` < `request`, `reply`, `event` and `job` (status, verb, progress, speed, error policy) <
+//! `node` (what moves bytes, on a data thread) < `job::context`, `job::work` < `jobs` (copier, backup, mirror, create) <
+//! `data` (the threads) < `graph` (names, edges, permissions; on the manager's thread) < `manager` < `engine`.
+//!
+//! No JSON here, and no type of this crate is serializable: the front-end converts by hand.
 #![forbid(unsafe_code)]
+
+pub mod clock;
+pub mod data;
+pub mod error;
+pub mod event;
+pub mod job;
+pub mod limits;
+pub mod node;
+pub mod reply;
+pub mod request;

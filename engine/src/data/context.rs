@@ -1,0 +1,61 @@
+//! [`DataContext`]: what the tasks of one data thread share, without locks because it never leaves the thread.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use blockyard_storage::buffer::BufferPool;
+
+use crate::clock::Clock;
+use crate::node::Node;
+
+/// A node inside the engine; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub u64);
+
+/// A data thread; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ThreadId(pub u64);
+
+/// What the tasks of one data thread share.
+pub struct DataContext {
+    clock: Rc<dyn Clock>,
+    pool: BufferPool,
+    nodes: RefCell<HashMap<NodeId, Rc<dyn Node>>>,
+}
+
+impl DataContext {
+    /// A context without nodes.
+    pub fn new(clock: Rc<dyn Clock>, pool: BufferPool) -> Self {
+        Self {
+            clock,
+            pool,
+            nodes: RefCell::default(),
+        }
+    }
+
+    /// The thread's time.
+    pub fn clock(&self) -> &Rc<dyn Clock> {
+        &self.clock
+    }
+
+    /// Where transfer buffers come from.
+    pub fn pool(&self) -> &BufferPool {
+        &self.pool
+    }
+
+    /// The node, if it lives on this thread.
+    pub fn node(&self, id: NodeId) -> Option<Rc<dyn Node>> {
+        self.nodes.borrow().get(&id).cloned()
+    }
+
+    /// Takes a node in.
+    pub fn insert_node(&self, id: NodeId, node: Rc<dyn Node>) {
+        self.nodes.borrow_mut().insert(id, node);
+    }
+
+    /// Lets a node go; whoever still holds it keeps it until done.
+    pub fn remove_node(&self, id: NodeId) -> Option<Rc<dyn Node>> {
+        self.nodes.borrow_mut().remove(&id)
+    }
+}

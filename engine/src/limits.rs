@@ -1,0 +1,25 @@
+//! Every maximum of the engine, and the asserts that relate them.
+
+/// Bytes of all transfer buffers of the daemon together.
+pub const BUFFER_BUDGET_BYTES: usize = 48 << 20;
+
+/// Largest request a job makes, in bytes; one slot of the buffer pool.
+pub const COPY_CHUNK_BYTES: u64 = 1 << 20;
+
+/// Extents asked for at once when mapping a source.
+pub const STATUS_EXTENTS_MAX: usize = 256;
+
+/// Levels of nested inline node definitions.
+pub const NODE_DEPTH_MAX: usize = 32;
+
+/// Longest node name in bytes.
+pub const NODE_NAME_BYTES_MAX: usize = 31;
+
+/// Granularity of the length of every node, in bytes.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// Largest length of a node in bytes.
+pub const NODE_LENGTH_MAX: u64 = 0x7fff_ffff_c000_0000;
+
+const _: () = assert!(COPY_CHUNK_BYTES as usize * 4 <= BUFFER_BUDGET_BYTES);
+const _: () = assert!(COPY_CHUNK_BYTES.is_multiple_of(SECTOR_BYTES));

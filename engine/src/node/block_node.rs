@@ -1,0 +1,110 @@
+//! The trait [`Node`]: where jobs and exports read and write.
+//!
+//! Promises on top of those of `Storage`:
+//! - Any offset and length: alignment is the node's business.
+//! - The length is a multiple of 512; the tail of a shorter file reads as zeroes.
+//! - A request that passes the end is refused with `EIO` (reads) or `ENOSPC` (writes); nothing is clipped silently.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use blockyard_storage::error::EOPNOTSUPP;
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
+
+use crate::error::NodeError;
+
+/// Facts about a node as of now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NodeFacts {
+    /// Length in bytes, a multiple of 512.
+    pub length_bytes: u64,
+    /// Requests aligned to this power of two need no read-modify-write.
+    pub request_alignment: u32,
+    /// Largest efficient transfer in bytes; larger requests are cut by the node.
+    pub transfer_max_bytes: u32,
+    /// Unit of allocation in bytes, where the format has one.
+    pub cluster_size_bytes: Option<u32>,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Zero requests cost no data transfer.
+    pub zeroes_cheaply: bool,
+    /// Zero requests may give room back (opened with discard=unmap and able to).
+    pub unmaps: bool,
+}
+
+/// The end of a read or write on a node.
+#[derive(Debug)]
+pub struct NodeTransfer {
+    /// The caller's buffer; after a failed read its content is unspecified.
+    pub buffer: Buffer,
+    /// Whether every byte was transferred.
+    pub outcome: Result<(), NodeError>,
+}
+
+/// A run of bytes of one kind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StatusExtent {
+    /// Which bytes.
+    pub range: ByteRange,
+    /// Reads as zeroes for certain; else there may be data.
+    pub zero: bool,
+    /// Held by this layer itself (not by one below). Raw layers hold everything.
+    pub allocated: bool,
+}
+
+/// A node on its data thread. Methods may be called while others are in flight; see the module for what holds.
+pub trait Node {
+    /// Its name, for errors.
+    fn name(&self) -> String;
+
+    /// Facts as of now.
+    fn facts(&self) -> NodeFacts;
+
+    /// What kind of content `range` has, in ascending order from its first byte, neighbours of one kind merged; covers
+    /// at least the first byte and may stop early after `extents_max` extents.
+    fn status(
+        &self,
+        range: ByteRange,
+        extents_max: usize,
+    ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>>;
+
+    /// Fills the whole of `into` from `offset`.
+    fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer>;
+
+    /// Writes the whole of `from` at `offset`.
+    fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer>;
+
+    /// Makes `range` read as zeroes. `may_unmap` only has an effect where [`NodeFacts::unmaps`].
+    fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>>;
+
+    /// Gives room back where that is possible; content afterwards is zeroes or unchanged.
+    fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>>;
+
+    /// Makes everything that completed before this call durable (unless opened with cache.no-flush).
+    fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>>;
+
+    /// Changes the length in bytes. Who may is the graph's business.
+    fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>>;
+
+    /// Where `range` lives in one host file, if it does as a whole and unchanged: descriptor and offset there.
+    fn host_extent(&self, range: ByteRange) -> Option<(Arc<OwnedFd>, u64)> {
+        let _ = range;
+        None
+    }
+
+    /// Makes `to` share extents with a host file instead of copying, see `Storage::share`.
+    fn share(
+        &self,
+        source: Arc<OwnedFd>,
+        from: u64,
+        to: ByteRange,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        let _ = (source, from);
+        Box::pin(async move {
+            Err(NodeError {
+                node: self.name(),
+                source: StorageError::new(Operation::Share, to, EOPNOTSUPP),
+            })
+        })
+    }
+}

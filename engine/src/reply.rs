@@ -1,0 +1,186 @@
+//! [`Reply`]: the answers to requests and the views that queries return, as plain data.
+
+use crate::job::status::Status;
+use crate::job::verb::JobType;
+use crate::request::{DetectZeroes, Permission};
+
+/// The answer to a request that succeeded.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reply {
+    /// Done, nothing to tell.
+    Done,
+    /// All jobs, newest first.
+    Jobs(Vec<JobView>),
+    /// All block jobs, newest first.
+    BlockJobs(Vec<BlockJobView>),
+    /// All nodes, newest first.
+    Nodes(Vec<NodeView>),
+    /// The graph with permissions.
+    Graph(GraphView),
+}
+
+/// A job as `query-jobs` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobView {
+    /// Job id.
+    pub id: String,
+    /// Its type.
+    pub job_type: JobType,
+    /// Its status.
+    pub status: Status,
+    /// Bytes done.
+    pub current_progress: u64,
+    /// Bytes expected in all.
+    pub total_progress: u64,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// What errors have done to a block job so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoStatus {
+    /// Nothing.
+    #[default]
+    Ok,
+    /// Stopped by an error.
+    Failed,
+    /// Stopped because room is missing.
+    NoSpace,
+}
+
+/// A block job as `query-block-jobs` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockJobView {
+    /// Job id.
+    pub id: String,
+    /// Its type.
+    pub job_type: JobType,
+    /// Bytes expected in all.
+    pub total_bytes: u64,
+    /// Bytes done.
+    pub current_bytes: u64,
+    /// Whether it has work in hand.
+    pub busy: bool,
+    /// Whether a pause is asked for or in effect.
+    pub paused: bool,
+    /// Rate limit in bytes per second; 0: none.
+    pub speed: i64,
+    /// What errors did to it.
+    pub io_status: IoStatus,
+    /// Whether it may be completed.
+    pub ready: bool,
+    /// Its status.
+    pub status: Status,
+    /// Finalizes by itself.
+    pub auto_finalize: bool,
+    /// Dismisses by itself.
+    pub auto_dismiss: bool,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// For mirrors: whether the target is equal and stays so.
+    pub actively_synced: Option<bool>,
+}
+
+/// A node as `query-named-block-nodes` shows it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeView {
+    /// Its name.
+    pub node_name: String,
+    /// Its driver.
+    pub driver: String,
+    /// Its display file name.
+    pub filename: String,
+    /// Whether writers are refused.
+    pub read_only: bool,
+    /// Whether it is active.
+    pub active: bool,
+    /// Zero detection.
+    pub detect_zeroes: DetectZeroes,
+    /// Page cache bypassed.
+    pub cache_direct: bool,
+    /// Flushes ignored.
+    pub cache_no_flush: bool,
+    /// Name of its backing file.
+    pub backing_file: Option<String>,
+    /// Length of its backing chain.
+    pub backing_file_depth: u32,
+    /// The image behind it.
+    pub image: ImageView,
+}
+
+/// An image as queries show it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImageView {
+    /// Display file name.
+    pub filename: String,
+    /// Format.
+    pub format: String,
+    /// Guest-visible length in bytes.
+    pub virtual_size_bytes: u64,
+    /// Room taken on the host in bytes.
+    pub actual_size_bytes: Option<u64>,
+    /// Cluster size in bytes.
+    pub cluster_size_bytes: Option<u64>,
+    /// The image was not closed cleanly.
+    pub dirty_flag: bool,
+    /// What only this format has to say.
+    pub format_specific: Option<FormatSpecific>,
+    /// The images below in the graph, by role name (`file`, ...).
+    pub children: Vec<(String, ImageView)>,
+}
+
+/// What one format has to say of an image.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FormatSpecific {
+    /// `file`: nothing but an optional extent size hint.
+    File {
+        /// The file system's extent size hint in bytes, if set.
+        extent_size_hint: Option<u64>,
+    },
+}
+
+/// The graph as `x-debug-query-block-graph` shows it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GraphView {
+    /// Nodes, backends and jobs.
+    pub nodes: Vec<GraphNodeView>,
+    /// Who uses whom.
+    pub edges: Vec<GraphEdgeView>,
+}
+
+/// One vertex of the graph.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GraphNodeView {
+    /// A number that only means something inside this answer.
+    pub id: u64,
+    /// What it is.
+    pub kind: GraphNodeKind,
+    /// Its name.
+    pub name: String,
+}
+
+/// What a vertex of the graph is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GraphNodeKind {
+    /// A node.
+    BlockDriver,
+    /// A job.
+    BlockJob,
+    /// A job's or export's access to a node.
+    BlockBackend,
+}
+
+/// One edge of the graph.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GraphEdgeView {
+    /// Number of the user.
+    pub parent: u64,
+    /// Number of the node.
+    pub child: u64,
+    /// Role name.
+    pub name: String,
+    /// Permissions taken.
+    pub taken: Vec<Permission>,
+    /// Permissions shared with others.
+    pub shared: Vec<Permission>,
+}

@@ -1,0 +1,515 @@
+//! [`Request`]: every command as plain data, without a trace of the wire it came over.
+
+use std::path::PathBuf;
+
+use crate::job::error_policy::OnError;
+use crate::job::verb::{JobType, VerbCall};
+
+/// One command to the engine.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Request {
+    /// Open a node (and its inline children) under a name.
+    BlockdevAdd(NodeSpec),
+    /// Close a node that was added by name.
+    BlockdevDel {
+        /// Name of the node.
+        node_name: String,
+    },
+    /// Change a node's length.
+    BlockResize {
+        /// Name of a device; there are none, so only good for an error.
+        device: Option<String>,
+        /// Name of the node.
+        node_name: Option<String>,
+        /// New length in bytes.
+        size: i64,
+    },
+    /// Move a node to the data thread of an `iothread` object, or back to one of the engine's own.
+    SetIothread {
+        /// Name of the node.
+        node_name: String,
+        /// Name of the object; `None`: the engine's choice.
+        iothread: Option<String>,
+        /// Move even if something outside the chain uses the node.
+        force: bool,
+    },
+    /// Create an object.
+    ObjectAdd(ObjectSpec),
+    /// Delete an object.
+    ObjectDel {
+        /// Its id.
+        id: String,
+    },
+    /// List all nodes, newest first.
+    QueryNamedBlockNodes {
+        /// Leave out the nested backing images.
+        flat: bool,
+    },
+    /// The graph with permissions, for debugging.
+    QueryBlockGraph,
+    /// Start a job.
+    StartJob(JobSpec),
+    /// A verb on a job.
+    JobVerb {
+        /// Through which command family it came: decides lookups and error classes.
+        family: VerbFamily,
+        /// Job id.
+        id: String,
+        /// What to do.
+        verb: VerbCall,
+    },
+    /// All jobs, newest first.
+    QueryJobs,
+    /// All block jobs in the older form, newest first.
+    QueryBlockJobs,
+    /// End all jobs, close all nodes, then end the daemon.
+    Quit,
+}
+
+/// The two families of job commands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VerbFamily {
+    /// `job-*`.
+    Job,
+    /// `block-job-*`: block jobs only, other error class.
+    BlockJob,
+}
+
+/// How a node is to be opened. Options left out are `None` and get their default (or, for inline children, the
+/// parent's value) when the node is opened.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeSpec {
+    /// Name; mandatory for a root node, else one is made up.
+    pub node_name: Option<String>,
+    /// Options every driver has.
+    pub common: CommonOptions,
+    /// The driver and its own options.
+    pub driver: DriverSpec,
+}
+
+/// Options of every driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CommonOptions {
+    /// Refuse writers.
+    pub read_only: Option<bool>,
+    /// Fall back to read-only where writing is not permitted.
+    pub auto_read_only: Option<bool>,
+    /// What discard requests do.
+    pub discard: Option<Discard>,
+    /// Whether written zeroes become zero requests.
+    pub detect_zeroes: Option<DetectZeroes>,
+    /// Bypass the page cache.
+    pub cache_direct: Option<bool>,
+    /// Ignore flushes.
+    pub cache_no_flush: Option<bool>,
+    /// Share everything with other users of the file (read-only nodes only).
+    pub force_share: Option<bool>,
+    /// Whether the node is active.
+    pub active: Option<bool>,
+}
+
+/// What discard requests do on a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Discard {
+    /// Nothing.
+    #[default]
+    Ignore,
+    /// Give room back.
+    Unmap,
+}
+
+/// Whether written zeroes are found and turned into zero requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// Not looked for.
+    #[default]
+    Off,
+    /// Zero requests that keep the room.
+    On,
+    /// Zero requests that may give room back.
+    Unmap,
+}
+
+/// How a host file is read and written. Accepted for compatibility: one engine serves all three.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Aio {
+    /// QEMU's default.
+    #[default]
+    Threads,
+    /// Needs direct I/O.
+    Native,
+    /// What this engine does anyway.
+    IoUring,
+}
+
+/// Three-way switch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnOffAuto {
+    /// Decided at run time.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+/// A driver and its own options.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DriverSpec {
+    /// A regular file.
+    File(FileSpec),
+    /// A block device of the host.
+    HostDevice(FileSpec),
+    /// Raw data on a child, optionally a window of it.
+    Raw {
+        /// The child.
+        file: NodeRef,
+        /// First byte of the window in the child.
+        offset: Option<u64>,
+        /// Length of the window in bytes.
+        size: Option<u64>,
+    },
+    /// A node that keeps nothing; `null-co`.
+    NullCo(NullSpec),
+    /// The same under its other name; `null-aio`.
+    NullAio(NullSpec),
+    /// A filter that injects faults.
+    Blkdebug(BlkdebugSpec),
+}
+
+impl DriverSpec {
+    /// The driver's name as clients spell it.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            DriverSpec::File(_) => "file",
+            DriverSpec::HostDevice(_) => "host_device",
+            DriverSpec::Raw { .. } => "raw",
+            DriverSpec::NullCo(_) => "null-co",
+            DriverSpec::NullAio(_) => "null-aio",
+            DriverSpec::Blkdebug(_) => "blkdebug",
+        }
+    }
+}
+
+/// A child: an existing node or one to open inline.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NodeRef {
+    /// By name.
+    Name(String),
+    /// Opened with its parent, and closed with its last one.
+    Inline(Box<NodeSpec>),
+}
+
+/// Options of `file` and `host_device`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FileSpec {
+    /// Path on the host.
+    pub filename: PathBuf,
+    /// Kind of I/O.
+    pub aio: Option<Aio>,
+    /// Whether to take QEMU's image locks.
+    pub locking: Option<OnOffAuto>,
+}
+
+/// Options of `null-co` and `null-aio`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NullSpec {
+    /// Length in bytes; 1 GiB if left out.
+    pub size: Option<i64>,
+    /// How long each request takes, in nanoseconds.
+    pub latency_ns: Option<u64>,
+    /// Whether reads fill the buffer with zeroes (else it keeps its content).
+    pub read_zeroes: Option<bool>,
+}
+
+/// Options of `blkdebug`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlkdebugSpec {
+    /// The node below.
+    pub image: NodeRef,
+    /// A file of rules (QEMU's `config`).
+    pub config: Option<PathBuf>,
+    /// Request alignment in bytes.
+    pub align: Option<i64>,
+    /// Largest transfer in bytes.
+    pub max_transfer: Option<i32>,
+    /// Preferred zero request in bytes.
+    pub opt_write_zero: Option<i32>,
+    /// Largest zero request in bytes.
+    pub max_write_zero: Option<i32>,
+    /// Preferred discard in bytes.
+    pub opt_discard: Option<i32>,
+    /// Largest discard in bytes.
+    pub max_discard: Option<i32>,
+    /// Faults.
+    pub inject_error: Vec<InjectError>,
+    /// State changes.
+    pub set_state: Vec<SetState>,
+    /// Permissions additionally taken on the child.
+    pub take_child_perms: Vec<Permission>,
+    /// Permissions additionally not shared on the child.
+    pub unshare_child_perms: Vec<Permission>,
+}
+
+/// One fault of `blkdebug`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InjectError {
+    /// Name of the event that arms it (`none`: armed from the start).
+    pub event: String,
+    /// State in which it is active; `None` or 0: any.
+    pub state: Option<i64>,
+    /// Which requests fail; `None`: read, write, write-zeroes, discard and flush.
+    pub iotype: Option<BlkdebugIo>,
+    /// Error number; `None`: `EIO`.
+    pub errno: Option<i64>,
+    /// Fail only requests that touch this 512-byte sector.
+    pub sector: Option<i64>,
+    /// Fail once.
+    pub once: bool,
+    /// Fail without waiting for anything.
+    pub immediately: bool,
+}
+
+/// One state change of `blkdebug`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetState {
+    /// Name of the event.
+    pub event: String,
+    /// State in which it acts; `None` or 0: any.
+    pub state: Option<i64>,
+    /// State afterwards.
+    pub new_state: i64,
+}
+
+/// A kind of request, for `blkdebug`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlkdebugIo {
+    /// Reads.
+    Read,
+    /// Writes.
+    Write,
+    /// Zero requests.
+    WriteZeroes,
+    /// Discards.
+    Discard,
+    /// Flushes.
+    Flush,
+    /// Questions about allocation.
+    BlockStatus,
+}
+
+/// A permission on an edge of the graph. The order is QEMU's, which is also the order of the lock bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Permission {
+    /// Reads deliver consistent data.
+    ConsistentRead,
+    /// Writes.
+    Write,
+    /// Writes that do not change what a reader sees.
+    WriteUnchanged,
+    /// Changes of length.
+    Resize,
+}
+
+/// An object to create.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ObjectSpec {
+    /// Its id.
+    pub id: String,
+    /// Its type and properties.
+    pub kind: ObjectKind,
+}
+
+/// The object types there are.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ObjectKind {
+    /// A data thread.
+    Iothread,
+}
+
+/// A job to start.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobSpec {
+    /// Id; `None` fails with QEMU's text for an empty id.
+    pub id: Option<String>,
+    /// Finalize without waiting for the client.
+    pub auto_finalize: bool,
+    /// Vanish without waiting for the client.
+    pub auto_dismiss: bool,
+    /// What to do.
+    pub work: WorkSpec,
+}
+
+/// What a job is to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WorkSpec {
+    /// `blockdev-backup`.
+    Backup(BackupSpec),
+    /// `blockdev-mirror`.
+    Mirror(MirrorSpec),
+    /// `blockdev-create`.
+    Create(CreateSpec),
+}
+
+impl WorkSpec {
+    /// The job type this becomes.
+    pub const fn job_type(&self) -> JobType {
+        match self {
+            WorkSpec::Backup(_) => JobType::Backup,
+            WorkSpec::Mirror(_) => JobType::Mirror,
+            WorkSpec::Create(_) => JobType::Create,
+        }
+    }
+}
+
+/// How much of the source a copy takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncMode {
+    /// What the source's own layer holds.
+    Top,
+    /// Everything.
+    Full,
+    /// Only what is written from now on.
+    None,
+    /// What a bitmap says, clearing it.
+    Incremental,
+    /// What a bitmap says, by `bitmap-mode`.
+    Bitmap,
+}
+
+/// What a backup does to its bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BitmapMode {
+    /// Cleared on success only.
+    OnSuccess,
+    /// Left alone.
+    Never,
+    /// Always what is still to be copied.
+    Always,
+}
+
+/// Arguments of `blockdev-backup`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BackupSpec {
+    /// Source node.
+    pub device: String,
+    /// Target node.
+    pub target: String,
+    /// How much.
+    pub sync: SyncMode,
+    /// Limit in bytes per second; 0: none.
+    pub speed: i64,
+    /// Name of a bitmap.
+    pub bitmap: Option<String>,
+    /// What to do to it.
+    pub bitmap_mode: Option<BitmapMode>,
+    /// Write compressed clusters.
+    pub compress: bool,
+    /// When reading fails.
+    pub on_source_error: OnError,
+    /// When writing fails.
+    pub on_target_error: OnError,
+    /// Name of the filter node.
+    pub filter_node_name: Option<String>,
+    /// Discard the source behind the copy.
+    pub discard_source: bool,
+    /// Tuning.
+    pub perf: BackupPerf,
+}
+
+/// `x-perf` of `blockdev-backup`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackupPerf {
+    /// Allow copying inside the file system.
+    pub use_copy_range: bool,
+    /// Requests in flight at most.
+    pub max_workers: i64,
+    /// Bytes per request at most; 0: no limit.
+    pub max_chunk: i64,
+    /// Smallest unit of copying in bytes.
+    pub min_cluster_size: u64,
+}
+
+impl Default for BackupPerf {
+    fn default() -> Self {
+        Self {
+            use_copy_range: false,
+            max_workers: 64,
+            max_chunk: 0,
+            min_cluster_size: 0,
+        }
+    }
+}
+
+/// How a mirror treats writes while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyMode {
+    /// Copied later.
+    Background,
+    /// Copied before the write ends.
+    WriteBlocking,
+}
+
+/// Arguments of `blockdev-mirror`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MirrorSpec {
+    /// Source node.
+    pub device: String,
+    /// Target node.
+    pub target: String,
+    /// Node that the target takes the place of; `None`: the source.
+    pub replaces: Option<String>,
+    /// How much.
+    pub sync: SyncMode,
+    /// Limit in bytes per second; 0: none.
+    pub speed: i64,
+    /// Unit of dirty tracking in bytes; `None`: from the target.
+    pub granularity: Option<u32>,
+    /// Bytes in flight at most; `None` or 0: 16 MiB.
+    pub buf_size: Option<i64>,
+    /// When reading fails.
+    pub on_source_error: OnError,
+    /// When writing fails.
+    pub on_target_error: OnError,
+    /// Name of the filter node.
+    pub filter_node_name: Option<String>,
+    /// How writes are treated.
+    pub copy_mode: CopyMode,
+}
+
+/// Arguments of `blockdev-create`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CreateSpec {
+    /// A host file.
+    File {
+        /// Path on the host.
+        filename: PathBuf,
+        /// Length in bytes.
+        size: u64,
+        /// How room is reserved.
+        preallocation: Option<CreatePreallocation>,
+        /// Switch copy-on-write of the file system off for it.
+        nocow: bool,
+        /// Hint for the file system's extents in bytes; `None`: 1 MiB, 0: leave.
+        extent_size_hint: Option<u64>,
+    },
+    /// A driver that QEMU lists without create options.
+    Unsupported {
+        /// Its name.
+        driver: String,
+    },
+}
+
+/// Preallocation of a new image, as clients can ask for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CreatePreallocation {
+    /// None.
+    Off,
+    /// Metadata only.
+    Metadata,
+    /// Room reserved.
+    Falloc,
+    /// Zeroes written.
+    Full,
+}
