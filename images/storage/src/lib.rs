@@ -5,14 +5,20 @@
 //! implements that one trait and passes the one conformance suite.
 #![forbid(unsafe_code)]
 
+pub mod aligned;
 pub mod buffer;
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
 pub mod error;
 pub mod facts;
+pub mod memory;
 pub mod range;
 pub mod storage;
 
-pub use buffer::Buffer;
+pub use aligned::Aligned;
+pub use buffer::{Buffer, BufferPool};
 pub use error::{Operation, StorageError};
 pub use facts::{Preallocation, StorageFacts, ZeroMode};
+pub use memory::MemoryStorage;
 pub use range::ByteRange;
 pub use storage::{Extent, LocalFuture, Storage, Transfer};
