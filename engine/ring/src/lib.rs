@@ -1,3 +1,19 @@
 //! The kernel, fenced: io_uring and its thread-pool twin behind the one `Storage` trait.
 //!
-//! The only crate of the workspace with unsafe code. It knows no runtime, no image format and no job.
+//! The only crate of the workspace with unsafe code. It knows no runtime, no image format and no job. A [`Reactor`] belongs
+//! to one thread; its [`turn`](Reactor::turn) is the only place where that thread waits.
+
+pub mod file_calls;
+pub mod host_file;
+mod host_storage;
+pub mod ofd_lock;
+pub mod reactor;
+mod ring_file;
+
+mod uring;
+mod wake;
+mod workers;
+
+pub use host_file::{FileKind, HostFile, OpenMode};
+pub use reactor::{BackendChoice, BackendKind, Reactor, ReactorConfig, ReactorError, probe};
+pub use wake::RemoteWaker;

@@ -1,0 +1,164 @@
+//! [`HostFile`]: an open file or device of the host, opened so that nothing can block, and what is known of it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+
+/// How to open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenMode {
+    /// For writing too.
+    pub write: bool,
+    /// Past the page cache.
+    pub direct: bool,
+    /// Make it if it is missing, mode 0644 less the umask.
+    pub create: bool,
+}
+
+/// What an open file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A regular file.
+    Regular,
+    /// A block device.
+    BlockDevice,
+    /// A directory.
+    Directory,
+    /// Anything else: FIFOs, sockets, character devices.
+    Other,
+}
+
+/// An open file of the host. Clones share the descriptor, and with it the image locks.
+#[derive(Clone, Debug)]
+pub struct HostFile {
+    file: Arc<OwnedFd>,
+    kind: FileKind,
+    direct: bool,
+    write: bool,
+    request_alignment: u32,
+}
+
+impl HostFile {
+    /// Opens `path`. Never blocks on a FIFO or a device without a medium.
+    ///
+    /// # Errors
+    /// What open(2) says; `EINVAL` also for direct I/O on a file system without it.
+    pub fn open(path: &Path, mode: OpenMode) -> io::Result<Self> {
+        let mut flags = OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        flags |= if mode.write {
+            OFlags::RDWR
+        } else {
+            OFlags::RDONLY
+        };
+        if mode.direct {
+            flags |= OFlags::DIRECT;
+        }
+        if mode.create {
+            flags |= OFlags::CREATE;
+        }
+        let file = open(path, flags, Mode::from_raw_mode(0o644))?;
+        Self::from_fd(file, mode)
+    }
+
+    /// Takes an open descriptor over.
+    ///
+    /// # Errors
+    /// What fstat(2) says.
+    pub fn from_fd(file: OwnedFd, mode: OpenMode) -> io::Result<Self> {
+        let stat = fstat(&file)?;
+        let kind = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => FileKind::Regular,
+            FileType::BlockDevice => FileKind::BlockDevice,
+            FileType::Directory => FileKind::Directory,
+            _ => FileKind::Other,
+        };
+        let mut opened = Self {
+            file: Arc::new(file),
+            kind,
+            direct: mode.direct,
+            write: mode.write,
+            request_alignment: 1,
+        };
+        if mode.direct && matches!(kind, FileKind::Regular | FileKind::BlockDevice) {
+            opened.request_alignment = opened.probe_alignment();
+        }
+        Ok(opened)
+    }
+
+    /// The smallest transfer that direct I/O takes: tried out, because no call tells for every file system.
+    fn probe_alignment(&self) -> u32 {
+        let mut buffer = blockyard_storage::Buffer::zeroed(4096);
+        for alignment in [512_u32, 1024, 2048, 4096] {
+            buffer.set_length(alignment as usize);
+            // A read at the second block: at offset 0 every alignment looks right.
+            if rustix::io::pread(&*self.file, buffer.as_mut_slice(), u64::from(alignment)).is_ok() {
+                return alignment;
+            }
+        }
+        4096
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> FileKind {
+        self.kind
+    }
+
+    /// Past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Open for writing.
+    pub fn is_writable(&self) -> bool {
+        self.write
+    }
+
+    /// Transfers must be multiples of this.
+    pub fn request_alignment(&self) -> u32 {
+        self.request_alignment
+    }
+
+    /// Length in bytes now.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn length_bytes(&self) -> io::Result<u64> {
+        match self.kind {
+            FileKind::BlockDevice => {
+                Ok(rustix::fs::seek(&*self.file, rustix::fs::SeekFrom::End(0))?)
+            }
+            _ => Ok(u64::try_from(fstat(&*self.file)?.st_size).unwrap_or(0)),
+        }
+    }
+
+    /// Room taken on the host in bytes now.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(u64::try_from(fstat(&*self.file)?.st_blocks).unwrap_or(0) * 512)
+    }
+
+    /// Device and inode: which file it is, whatever its name.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        let stat = fstat(&*self.file)?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+
+    /// The descriptor.
+    pub fn descriptor(&self) -> &Arc<OwnedFd> {
+        &self.file
+    }
+}
+
+impl AsFd for HostFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}

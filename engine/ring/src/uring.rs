@@ -1,0 +1,487 @@
+//! [`Uring`]: one io_uring, its operations in flight, its registered files and buffers.
+//!
+//! Everything the kernel may still touch (buffer, descriptor) sits in the in-flight table until its completion has been
+//! reaped. A waiting future holds only a number; dropping it abandons the answer and frees nothing.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use blockyard_storage::Buffer;
+use blockyard_storage::buffer::BufferPool;
+use io_uring::{IoUring, opcode, squeue, types};
+use slab::Slab;
+
+use crate::host_file::HostFile;
+use crate::wake::RemoteWaker;
+
+/// Files that can be registered at once; more work unregistered.
+const FILES_MAX: u32 = 1024;
+
+/// Marks the completion of the read that listens to the bell.
+const BELL: u64 = u64::MAX;
+
+/// io_uring_enter's flag to run completions that wait for the task.
+const ENTER_GETEVENTS: u32 = 1;
+
+/// Which way bytes go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// From the file.
+    Read,
+    /// To the file.
+    Write,
+}
+
+/// A file's place in the ring's table, if it got one.
+pub(crate) struct FileSlot(Option<u32>);
+
+/// One operation the kernel may be working on.
+struct InFlight {
+    buffer: Buffer,
+    /// Keeps the descriptor open until the kernel is done with it.
+    _file: Arc<OwnedFd>,
+    result: Option<i32>,
+    waker: Option<Waker>,
+    abandoned: bool,
+}
+
+/// One ring, on one thread.
+pub(crate) struct Uring {
+    ring: RefCell<IoUring>,
+    in_flight: RefCell<Slab<InFlight>>,
+    /// Entries that found the submission queue full.
+    backlog: RefCell<VecDeque<squeue::Entry>>,
+    waker: RemoteWaker,
+    /// Where the kernel puts the bell's count.
+    bell_count: Box<Cell<u64>>,
+    bell_armed: Cell<bool>,
+    pool: BufferPool,
+    /// Which slots of the pool the ring knows; `None`: buffers cannot be registered here.
+    known_slots: RefCell<Option<Vec<bool>>>,
+    free_files: RefCell<Vec<u32>>,
+}
+
+/// A ring with the best set-up this kernel takes.
+///
+/// # Errors
+/// What io_uring_setup(2) says when it takes none.
+pub(crate) fn set_up(depth: u32) -> io::Result<IoUring> {
+    let best = IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_submit_all()
+        .setup_no_sqarray()
+        .setup_cqsize(depth * 4)
+        .build(depth);
+    best.or_else(|_| {
+        IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_submit_all()
+            .setup_cqsize(depth * 4)
+            .build(depth)
+    })
+    .or_else(|_| {
+        IoUring::builder()
+            .setup_coop_taskrun()
+            .setup_cqsize(depth * 4)
+            .build(depth)
+    })
+    .or_else(|_| IoUring::new(depth))
+}
+
+impl Uring {
+    /// Opens a ring of `depth` entries on this thread.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn open(depth: u32, pool: BufferPool, waker: RemoteWaker) -> io::Result<Rc<Self>> {
+        let ring = set_up(depth)?;
+        let submitter = ring.submitter();
+        let files = submitter.register_files_sparse(FILES_MAX).is_ok();
+        let slots = u32::try_from(pool.slots_max()).unwrap_or(0);
+        let buffers = submitter.register_buffers_sparse(slots).is_ok();
+        // Buffered writes and the like must not start a thread each.
+        let _ = submitter.register_iowq_max_workers(&mut [16, 16]);
+        Ok(Rc::new(Self {
+            ring: RefCell::new(ring),
+            in_flight: RefCell::default(),
+            backlog: RefCell::default(),
+            waker,
+            bell_count: Box::new(Cell::new(0)),
+            bell_armed: Cell::new(false),
+            known_slots: RefCell::new(buffers.then(|| vec![false; pool.slots_max()])),
+            pool,
+            free_files: RefCell::new(if files {
+                (0..FILES_MAX).rev().collect()
+            } else {
+                Vec::new()
+            }),
+        }))
+    }
+
+    /// Puts a file into the ring's table, if there is room.
+    pub(crate) fn register_file(&self, file: &OwnedFd) -> FileSlot {
+        let Some(index) = self.free_files.borrow_mut().pop() else {
+            return FileSlot(None);
+        };
+        let ring = self.ring.borrow();
+        match ring
+            .submitter()
+            .register_files_update(index, &[file.as_raw_fd()])
+        {
+            Ok(_) => FileSlot(Some(index)),
+            Err(_) => {
+                self.free_files.borrow_mut().push(index);
+                FileSlot(None)
+            }
+        }
+    }
+
+    /// Takes a file out of the table. What is in flight on it keeps it.
+    pub(crate) fn release_file(&self, slot: &FileSlot) {
+        let Some(index) = slot.0 else {
+            return;
+        };
+        let ring = self.ring.borrow();
+        if ring.submitter().register_files_update(index, &[-1]).is_ok() {
+            self.free_files.borrow_mut().push(index);
+        }
+    }
+
+    /// Transfers `buffer[done..]` at `offset + done`, once. Returns the buffer and the kernel's answer: a count, or a
+    /// negative error number.
+    pub(crate) fn transfer(
+        self: &Rc<Self>,
+        direction: Direction,
+        file: &HostFile,
+        slot: &FileSlot,
+        offset: u64,
+        mut buffer: Buffer,
+        done: usize,
+    ) -> Transferring {
+        let index = self.registered_index(&mut buffer);
+        let bytes = &mut buffer.as_mut_slice()[done..];
+        let address = bytes.as_mut_ptr();
+        let length = u32::try_from(bytes.len()).unwrap_or(!4095_u32);
+        let at = offset + done as u64;
+        let target = match slot.0 {
+            Some(index) => Target::Fixed(types::Fixed(index)),
+            None => Target::Plain(types::Fd(file.descriptor().as_raw_fd())),
+        };
+        let entry = target.entry(direction, address, length, at, index);
+        let number = self.in_flight.borrow_mut().insert(InFlight {
+            buffer,
+            _file: file.descriptor().clone(),
+            result: None,
+            waker: None,
+            abandoned: false,
+        });
+        self.queue(entry.user_data(number as u64));
+        Transferring {
+            uring: self.clone(),
+            number: Some(number),
+        }
+    }
+
+    /// The buffer's index in the ring's table, registering its slot when it is seen for the first time.
+    fn registered_index(&self, buffer: &mut Buffer) -> Option<u16> {
+        let mut known = self.known_slots.borrow_mut();
+        let slots = known.as_mut()?;
+        let (slot, memory) = buffer.slot_of(&self.pool)?;
+        let seen = slots.get_mut(usize::from(slot))?;
+        if !*seen {
+            let range = libc::iovec {
+                iov_base: memory.as_mut_ptr().cast(),
+                iov_len: memory.len(),
+            };
+            // SAFETY: the slot's memory belongs to the pool, which the ring holds a handle of (`self.pool`), and slots
+            // are never freed or moved before the pool is; so the address stays valid as long as this ring.
+            let outcome = unsafe {
+                self.ring.borrow().submitter().register_buffers_update(
+                    u32::from(slot),
+                    &[range],
+                    None,
+                )
+            };
+            if outcome.is_err() {
+                // Locked memory has run out: everything goes unregistered from now on.
+                *known = None;
+                return None;
+            }
+            *seen = true;
+        }
+        Some(slot)
+    }
+
+    fn queue(&self, entry: squeue::Entry) {
+        let mut backlog = self.backlog.borrow_mut();
+        if !backlog.is_empty() || !self.push(&entry) {
+            backlog.push_back(entry);
+        }
+    }
+
+    fn push(&self, entry: &squeue::Entry) -> bool {
+        let mut ring = self.ring.borrow_mut();
+        // SAFETY: what the entry points to is owned by the in-flight table (or is the bell's box, owned by `self`) until its
+        // completion is reaped; `Drop` waits for that.
+        unsafe { ring.submission().push(entry).is_ok() }
+    }
+
+    /// Submits everything, waits for a completion, a call or the timeout, and wakes whose operation has ended.
+    ///
+    /// # Errors
+    /// When the ring itself fails.
+    pub(crate) fn turn(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.arm_bell();
+        self.refill();
+        let nothing_left = self.backlog.borrow().is_empty();
+        let may_wait = timeout != Some(Duration::ZERO) && nothing_left && self.waker.fall_asleep();
+        let outcome = if may_wait {
+            self.enter_and_wait(timeout)
+        } else {
+            self.enter()
+        };
+        self.waker.wake_up();
+        outcome?;
+        self.reap();
+        Ok(())
+    }
+
+    fn refill(&self) {
+        loop {
+            let Some(entry) = self.backlog.borrow().front().cloned() else {
+                return;
+            };
+            if !self.push(&entry) {
+                return;
+            }
+            self.backlog.borrow_mut().pop_front();
+        }
+    }
+
+    fn enter_and_wait(&self, timeout: Option<Duration>) -> io::Result<()> {
+        let ring = self.ring.borrow();
+        let outcome = match timeout {
+            None => ring.submitter().submit_and_wait(1),
+            Some(timeout) => {
+                let time = types::Timespec::from(timeout);
+                let arguments = types::SubmitArgs::new().timespec(&time);
+                ring.submitter().submit_with_args(1, &arguments)
+            }
+        };
+        forgive(outcome)
+    }
+
+    /// Submits and lets the kernel deliver what has ended, without waiting.
+    fn enter(&self) -> io::Result<()> {
+        let mut ring = self.ring.borrow_mut();
+        let waiting = u32::try_from(ring.submission().len()).unwrap_or(u32::MAX);
+        // SAFETY: no signal mask is passed, and every queued entry obeys the contract of `push`.
+        let outcome = unsafe {
+            ring.submitter()
+                .enter::<libc::sigset_t>(waiting, 0, ENTER_GETEVENTS, None)
+        };
+        forgive(outcome)
+    }
+
+    fn reap(&self) {
+        loop {
+            let completion = {
+                let mut ring = self.ring.borrow_mut();
+                ring.completion().next()
+            };
+            let Some(completion) = completion else {
+                return;
+            };
+            if completion.user_data() == BELL {
+                self.bell_armed.set(false);
+                continue;
+            }
+            let Ok(number) = usize::try_from(completion.user_data()) else {
+                continue;
+            };
+            let mut table = self.in_flight.borrow_mut();
+            let Some(operation) = table.get_mut(number) else {
+                continue;
+            };
+            operation.result = Some(completion.result());
+            if operation.abandoned {
+                let ended = table.remove(number);
+                drop(table);
+                drop(ended);
+            } else if let Some(waker) = operation.waker.take() {
+                drop(table);
+                waker.wake();
+            }
+        }
+    }
+
+    /// Keeps a read on the bell in flight, so that a call ends a wait.
+    fn arm_bell(&self) {
+        let Some(eventfd) = self.waker.eventfd() else {
+            return;
+        };
+        if self.bell_armed.replace(true) {
+            return;
+        }
+        let count = self.bell_count.as_ptr().cast::<u8>();
+        let entry = opcode::Read::new(types::Fd(eventfd.as_raw_fd()), count, 8).build();
+        self.queue(entry.user_data(BELL));
+    }
+}
+
+impl Drop for Uring {
+    /// Waits for everything in flight: the kernel must not write into memory that is gone.
+    fn drop(&mut self) {
+        if let Some(eventfd) = self.waker.eventfd() {
+            // Ends the read on the bell. Nobody arms it again.
+            let _ = rustix::io::write(eventfd, &1_u64.to_le_bytes());
+        }
+        let mut patience = 600;
+        while patience > 0
+            && (self.bell_armed.get()
+                || self
+                    .in_flight
+                    .borrow()
+                    .iter()
+                    .any(|(_, op)| op.result.is_none()))
+        {
+            patience -= 1;
+            self.refill();
+            if self
+                .enter_and_wait(Some(Duration::from_millis(100)))
+                .is_err()
+            {
+                break;
+            }
+            self.reap();
+        }
+        if self
+            .in_flight
+            .borrow()
+            .iter()
+            .any(|(_, op)| op.result.is_none())
+        {
+            // A disk that does not answer for a minute: its buffers are left alone for good.
+            std::mem::forget(self.in_flight.take());
+        }
+    }
+}
+
+/// Interruptions, time-outs and a full completion queue are no failures: the next turn goes on.
+fn forgive(outcome: io::Result<usize>) -> io::Result<()> {
+    match outcome {
+        Ok(_) => Ok(()),
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
+            ) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// A file as an entry names it.
+enum Target {
+    Fixed(types::Fixed),
+    Plain(types::Fd),
+}
+
+/// The four opcodes for one kind of file; the crate's trait for kinds of files cannot be named outside it.
+macro_rules! entry_for {
+    ($file:expr, $direction:expr, $address:expr, $length:expr, $offset:expr, $buffer:expr) => {
+        match ($direction, $buffer) {
+            (Direction::Read, Some(index)) => {
+                opcode::ReadFixed::new($file, $address, $length, index)
+                    .offset($offset)
+                    .build()
+            }
+            (Direction::Read, None) => opcode::Read::new($file, $address, $length)
+                .offset($offset)
+                .build(),
+            (Direction::Write, Some(index)) => {
+                let address = $address.cast_const();
+                opcode::WriteFixed::new($file, address, $length, index)
+                    .offset($offset)
+                    .build()
+            }
+            (Direction::Write, None) => {
+                let address = $address.cast_const();
+                opcode::Write::new($file, address, $length)
+                    .offset($offset)
+                    .build()
+            }
+        }
+    };
+}
+
+impl Target {
+    fn entry(
+        self,
+        direction: Direction,
+        address: *mut u8,
+        length: u32,
+        offset: u64,
+        buffer: Option<u16>,
+    ) -> squeue::Entry {
+        match self {
+            Target::Fixed(file) => entry_for!(file, direction, address, length, offset, buffer),
+            Target::Plain(file) => entry_for!(file, direction, address, length, offset, buffer),
+        }
+    }
+}
+
+/// Waits for one transfer.
+pub(crate) struct Transferring {
+    uring: Rc<Uring>,
+    number: Option<usize>,
+}
+
+impl Future for Transferring {
+    type Output = (Buffer, i32);
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<(Buffer, i32)> {
+        let uring = self.uring.clone();
+        let mut table = uring.in_flight.borrow_mut();
+        let number = self.number.expect("not polled after its end");
+        match table[number].result {
+            Some(result) => {
+                self.number = None;
+                Poll::Ready((table.remove(number).buffer, result))
+            }
+            None => {
+                table[number].waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Drop for Transferring {
+    fn drop(&mut self) {
+        let Some(number) = self.number else {
+            return;
+        };
+        let mut table = self.uring.in_flight.borrow_mut();
+        if table[number].result.is_some() {
+            let ended = table.remove(number);
+            drop(table);
+            drop(ended);
+        } else {
+            table[number].abandoned = true;
+            table[number].waker = None;
+        }
+    }
+}

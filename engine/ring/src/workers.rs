@@ -1,0 +1,161 @@
+//! [`Workers`]: a few threads for calls that block, and for everything where there is no ring.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+type Call = Box<dyn FnOnce() + Send>;
+
+/// How long an idle thread stays.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// Threads that carry out blocking calls; started when needed, bounded, ended when idle.
+#[derive(Clone)]
+pub(crate) struct Workers {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    work: Condvar,
+    threads_max: usize,
+}
+
+#[derive(Default)]
+struct State {
+    queue: VecDeque<Call>,
+    threads: usize,
+    idle: usize,
+}
+
+impl Workers {
+    /// No thread yet, `threads_max` at most.
+    pub(crate) fn new(threads_max: usize) -> Self {
+        let shared = Shared {
+            state: Mutex::default(),
+            work: Condvar::new(),
+            threads_max: threads_max.max(1),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Carries out `call` on a worker. The call happens even if the future is dropped. `None` if the call panicked.
+    pub(crate) fn run<T: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> T + Send + 'static,
+    ) -> Answer<T> {
+        let cell = Arc::new(Mutex::new(Cell {
+            value: None,
+            ended: false,
+            waker: None,
+        }));
+        let answer = Answer { cell: cell.clone() };
+        let guard = EndGuard(cell);
+        self.push(Box::new(move || {
+            let value = call();
+            lock(&guard.0).value = Some(value);
+        }));
+        answer
+    }
+
+    fn push(&self, call: Call) {
+        let mut state = lock(&self.shared.state);
+        state.queue.push_back(call);
+        if state.idle > 0 {
+            self.shared.work.notify_one();
+            return;
+        }
+        if state.threads >= self.shared.threads_max {
+            return;
+        }
+        state.threads += 1;
+        let shared = self.shared.clone();
+        let started = std::thread::Builder::new()
+            .name("io-worker".to_owned())
+            .spawn(move || shared.serve());
+        if started.is_err() {
+            state.threads -= 1;
+            if state.threads == 0 {
+                // Better slow than stuck: without any worker the caller's thread does it.
+                let call = state.queue.pop_back();
+                drop(state);
+                if let Some(call) = call {
+                    call();
+                }
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn serve(&self) {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(call) = state.queue.pop_front() {
+                drop(state);
+                // The end guard inside the call answers even when it panics.
+                let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
+                state = lock(&self.state);
+                continue;
+            }
+            state.idle += 1;
+            let (guard, waited) = self
+                .work
+                .wait_timeout(state, IDLE)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = guard;
+            state.idle -= 1;
+            if waited.timed_out() && state.queue.is_empty() {
+                state.threads -= 1;
+                return;
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Cell<T> {
+    value: Option<T>,
+    ended: bool,
+    waker: Option<Waker>,
+}
+
+/// Wakes whoever waits when the call is over, however it ended.
+struct EndGuard<T>(Arc<Mutex<Cell<T>>>);
+
+impl<T> Drop for EndGuard<T> {
+    fn drop(&mut self) {
+        let mut cell = lock(&self.0);
+        cell.ended = true;
+        if let Some(waker) = cell.waker.take() {
+            drop(cell);
+            waker.wake();
+        }
+    }
+}
+
+/// Waits for a call's result; `None` if it panicked.
+pub(crate) struct Answer<T> {
+    cell: Arc<Mutex<Cell<T>>>,
+}
+
+impl<T> Future for Answer<T> {
+    type Output = Option<T>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
+        let mut cell = lock(&self.cell);
+        if cell.ended {
+            return Poll::Ready(cell.value.take());
+        }
+        cell.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}

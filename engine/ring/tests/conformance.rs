@@ -1,0 +1,161 @@
+//! Both backends, buffered and direct, against the suite every storage must pass; and the fall from io_uring to threads
+//! where it is forbidden.
+
+use std::cell::Cell;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use blockyard_ring::{
+    BackendChoice, BackendKind, HostFile, OpenMode, Reactor, ReactorConfig, RemoteWaker,
+};
+use blockyard_storage::buffer::BufferPool;
+use blockyard_storage::{LocalFuture, Storage, conformance};
+
+struct Bell(RemoteWaker);
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.0.wake();
+    }
+}
+
+/// Runs a future on the reactor, waiting only in its turns.
+fn block_on(reactor: &Reactor, mut future: LocalFuture<'_, ()>) {
+    let remote = reactor.waker();
+    let waker = Waker::from(Arc::new(Bell(remote.clone())));
+    let mut cx = Context::from_waker(&waker);
+    loop {
+        remote.take_woken();
+        if future.as_mut().poll(&mut cx) == Poll::Ready(()) {
+            return;
+        }
+        reactor
+            .turn(Some(Duration::from_secs(20)))
+            .expect("the reactor goes on");
+    }
+}
+
+fn reactor(backend: BackendChoice) -> Reactor {
+    let pool = BufferPool::new(8 << 20);
+    let config = ReactorConfig {
+        backend,
+        depth: 16,
+        ..ReactorConfig::new(pool)
+    };
+    Reactor::open(config).expect("a reactor")
+}
+
+/// Runs the suite on files of its own; `false` if the file system has no direct I/O.
+fn check(reactor: &Reactor, direct: bool) -> bool {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let number = Cell::new(0);
+    let path = || {
+        number.set(number.get() + 1);
+        folder.path().join(number.get().to_string())
+    };
+    let mode = OpenMode {
+        write: true,
+        direct,
+        create: true,
+    };
+    let open = |path: PathBuf| HostFile::open(&path, mode);
+    if direct && open(path()).is_err() {
+        eprintln!("SKIPPED: no direct I/O on {}", folder.path().display());
+        return false;
+    }
+    let make = || -> Rc<dyn Storage> { reactor.file(open(path()).expect("opened"), false) };
+    conformance::run(&make, &|future| block_on(reactor, future));
+    true
+}
+
+#[test]
+fn threads_buffered_and_direct() {
+    let reactor = reactor(BackendChoice::Threads);
+    assert_eq!(reactor.backend(), BackendKind::Threads);
+    check(&reactor, false);
+    check(&reactor, true);
+}
+
+#[test]
+fn io_uring_buffered_and_direct() {
+    if let Err(error) = blockyard_ring::probe() {
+        eprintln!("SKIPPED: no io_uring here: {error}");
+        return;
+    }
+    let reactor = reactor(BackendChoice::Uring);
+    assert_eq!(reactor.backend(), BackendKind::Uring);
+    check(&reactor, false);
+    check(&reactor, true);
+}
+
+/// The filter binds the thread that installs it and those it starts, so a thread of its own is enough.
+#[test]
+fn threads_take_over_where_io_uring_is_forbidden() {
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        std::thread::spawn(move || {
+            forbid_io_uring(errno);
+            let error = blockyard_ring::probe().expect_err("forbidden");
+            assert_eq!(error.raw_os_error(), Some(errno));
+            let config = ReactorConfig {
+                backend: BackendChoice::Uring,
+                ..ReactorConfig::new(BufferPool::new(0))
+            };
+            assert!(
+                Reactor::open(config).is_err(),
+                "not silently something else"
+            );
+            let reactor = reactor(BackendChoice::Auto);
+            assert_eq!(reactor.backend(), BackendKind::Threads);
+            check(&reactor, false);
+        })
+        .join()
+        .expect("the suite passes");
+    }
+}
+
+fn forbid_io_uring(errno: i32) {
+    use seccompiler::{SeccompAction, SeccompFilter};
+    let arch = std::env::consts::ARCH.try_into().expect("a known machine");
+    let rules = [(libc::SYS_io_uring_setup, vec![])].into_iter().collect();
+    let refuse = SeccompAction::Errno(errno.unsigned_abs());
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).expect("a filter");
+    let program: seccompiler::BpfProgram = filter.try_into().expect("compiles");
+    seccompiler::apply_filter(&program).expect("installed");
+}
+
+/// Calls from another thread end every wait, however they fall.
+#[test]
+fn no_call_is_lost() {
+    for backend in [BackendChoice::Auto, BackendChoice::Threads] {
+        let reactor = reactor(backend);
+        let remote = reactor.waker();
+        let (rung, heard) = (Arc::new(std::sync::Barrier::new(2)), 5_000);
+        let barrier = rung.clone();
+        let caller = std::thread::spawn(move || {
+            for _ in 0..heard {
+                barrier.wait();
+                remote.wake();
+            }
+        });
+        for call in 0..heard {
+            rung.wait();
+            let waker = reactor.waker();
+            let mut turns = 0;
+            while !waker.take_woken() {
+                let start = std::time::Instant::now();
+                reactor
+                    .turn(Some(Duration::from_secs(20)))
+                    .expect("the reactor goes on");
+                turns += 1;
+                assert!(
+                    start.elapsed() < Duration::from_secs(10),
+                    "call {call} was lost ({turns})"
+                );
+            }
+        }
+        caller.join().expect("the caller ends");
+    }
+}
