@@ -10,10 +10,14 @@
 
 pub mod clock;
 pub mod data;
+pub mod engine;
 pub mod error;
 pub mod event;
+pub mod graph;
 pub mod job;
+pub mod jobs;
 pub mod limits;
+mod manager;
 pub mod node;
 pub mod reply;
 pub mod request;

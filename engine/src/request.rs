@@ -49,6 +49,13 @@ pub enum Request {
     QueryBlockGraph,
     /// Start a job.
     StartJob(JobSpec),
+    /// Start several jobs, all or none.
+    StartJobs {
+        /// The jobs, in order of creation; they start in reverse order.
+        jobs: Vec<JobSpec>,
+        /// They end together or not at all.
+        grouped: bool,
+    },
     /// A verb on a job.
     JobVerb {
         /// Through which command family it came: decides lookups and error classes.

@@ -4,8 +4,8 @@ use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
-use blockyard_storage::Storage;
 use blockyard_storage::buffer::BufferPool;
+use blockyard_storage::{LocalFuture, Storage};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::host_file::HostFile;
@@ -166,5 +166,13 @@ impl Reactor {
             self.workers.clone(),
             ring,
         ))
+    }
+
+    /// Carries out a call that may block on a worker; ends with it, also when it panicked.
+    pub fn blocking(&self, call: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()> {
+        let answer = self.workers.run(call);
+        Box::pin(async move {
+            let _ = answer.await;
+        })
     }
 }

@@ -4,7 +4,9 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use blockyard_ring::HostFile;
 use blockyard_storage::buffer::BufferPool;
+use blockyard_storage::{LocalFuture, Storage};
 
 use crate::clock::Clock;
 use crate::node::Node;
@@ -17,21 +19,37 @@ pub struct NodeId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ThreadId(pub u64);
 
+/// How a data thread reaches the host's files.
+pub trait HostFiles {
+    /// An open file as a storage on this thread.
+    fn storage(&self, file: &HostFile, read_only: bool) -> Rc<dyn Storage>;
+
+    /// Carries out a call that may block somewhere else; ends with it.
+    fn blocking(&self, call: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()>;
+}
+
 /// What the tasks of one data thread share.
 pub struct DataContext {
     clock: Rc<dyn Clock>,
     pool: BufferPool,
+    files: Rc<dyn HostFiles>,
     nodes: RefCell<HashMap<NodeId, Rc<dyn Node>>>,
 }
 
 impl DataContext {
     /// A context without nodes.
-    pub fn new(clock: Rc<dyn Clock>, pool: BufferPool) -> Self {
+    pub fn new(clock: Rc<dyn Clock>, pool: BufferPool, files: Rc<dyn HostFiles>) -> Self {
         Self {
             clock,
             pool,
+            files,
             nodes: RefCell::default(),
         }
+    }
+
+    /// The host's files.
+    pub fn files(&self) -> &Rc<dyn HostFiles> {
+        &self.files
     }
 
     /// The thread's time.

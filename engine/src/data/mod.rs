@@ -1,5 +1,10 @@
 //! Data threads: where nodes, jobs and their I/O live. Everything here but the handles stays on its thread.
 
 pub mod context;
+mod opener;
+mod thread;
+mod threads;
+mod timers;
 
-pub use context::{DataContext, NodeId, ThreadId};
+pub use context::{DataContext, HostFiles, NodeId, ThreadId};
+pub use threads::ThreadSet;

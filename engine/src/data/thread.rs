@@ -1,0 +1,140 @@
+//! One data thread: an OS thread with its reactor, its timers and a hand-driven local executor. The reactor's `turn` is
+//! the only place it waits.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::task::{Context, Wake, Waker};
+use std::thread::JoinHandle;
+
+use blockyard_ring::{Reactor, ReactorConfig, RemoteWaker};
+use blockyard_storage::LocalFuture;
+use blockyard_storage::buffer::BufferPool;
+use tokio::task::LocalSet;
+
+use crate::data::context::DataContext;
+use crate::data::opener::ReactorOpener;
+use crate::data::timers::ThreadClock;
+use crate::error::EngineError;
+
+/// Work sent to a data thread.
+pub(super) type Task = Box<dyn FnOnce(Rc<DataContext>) -> LocalFuture<'static, ()> + Send>;
+
+/// The handle of a running data thread. Dropping it ends the thread once its tasks in flight have been abandoned.
+pub(super) struct DataThread {
+    mailbox: Option<Sender<Task>>,
+    waker: RemoteWaker,
+    join: Option<JoinHandle<()>>,
+}
+
+impl DataThread {
+    /// Starts a thread and waits until its reactor is open.
+    ///
+    /// # Errors
+    /// When neither the thread nor its reactor can be had; the text names the reason.
+    pub(super) fn start(
+        name: &str,
+        config: ReactorConfig,
+        pool: BufferPool,
+    ) -> Result<Self, EngineError> {
+        let (mailbox, tasks) = channel();
+        let (opened, answer) = channel();
+        let join = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || match Reactor::open(config) {
+                Ok(reactor) => {
+                    let reactor = Rc::new(reactor);
+                    let _ = opened.send(Ok(reactor.waker()));
+                    run(&reactor, &tasks, pool);
+                }
+                Err(error) => {
+                    let _ = opened.send(Err(error.to_string()));
+                }
+            })
+            .map_err(|error| {
+                EngineError::generic(format!("Cannot start a data thread: {error}"))
+            })?;
+        match answer.recv() {
+            Ok(Ok(waker)) => Ok(Self {
+                mailbox: Some(mailbox),
+                waker,
+                join: Some(join),
+            }),
+            Ok(Err(reason)) => Err(EngineError::generic(format!(
+                "Cannot open a data thread's reactor: {reason}"
+            ))),
+            Err(_) => Err(EngineError::generic("A data thread ended while it started")),
+        }
+    }
+
+    /// Hands a task over; `false`: the thread has ended.
+    pub(super) fn send(&self, task: Task) -> bool {
+        let sent = self
+            .mailbox
+            .as_ref()
+            .is_some_and(|mailbox| mailbox.send(task).is_ok());
+        self.waker.wake();
+        sent
+    }
+}
+
+impl Drop for DataThread {
+    fn drop(&mut self) {
+        drop(self.mailbox.take());
+        self.waker.wake();
+        if let Some(join) = self.join.take()
+            && join.join().is_err()
+        {
+            tracing::error!("a data thread ended by a panic outside its tasks");
+        }
+    }
+}
+
+/// Wakes the loop from anywhere.
+struct LoopWaker(RemoteWaker);
+
+impl Wake for LoopWaker {
+    fn wake(self: Arc<Self>) {
+        self.0.wake();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.wake();
+    }
+}
+
+/// The loop: take in tasks, poll what is awake, submit and wait once, wake what is due.
+fn run(reactor: &Rc<Reactor>, tasks: &Receiver<Task>, pool: BufferPool) {
+    let clock = Rc::new(ThreadClock::new());
+    let opener = Rc::new(ReactorOpener::new(reactor.clone()));
+    let context = Rc::new(DataContext::new(clock.clone(), pool, opener));
+    let mut local = LocalSet::new();
+    let remote = reactor.waker();
+    let waker = Waker::from(Arc::new(LoopWaker(remote.clone())));
+    loop {
+        // Looked at before the mailbox: whoever sends after this look wakes the turn below.
+        let mut awake = remote.take_woken();
+        loop {
+            match tasks.try_recv() {
+                Ok(task) => {
+                    local.spawn_local(task(context.clone()));
+                    awake = true;
+                }
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return,
+            }
+        }
+        clock.wake_due();
+        if awake || remote.take_woken() {
+            // One round polls a bounded number of tasks and wakes itself if more are ready, so that requests queued
+            // meanwhile reach the kernel in between.
+            let _ = Pin::new(&mut local).poll(&mut Context::from_waker(&waker));
+        }
+        if let Err(error) = reactor.turn(clock.until_next()) {
+            tracing::error!(%error, "a data thread cannot go on");
+            return;
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! [`ThreadSet`]: the data threads of the engine, its own and those that clients add as `iothread` objects.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use blockyard_ring::{BackendChoice, ReactorConfig};
+use blockyard_storage::LocalFuture;
+use blockyard_storage::buffer::BufferPool;
+use tokio::sync::oneshot;
+
+use crate::data::context::{DataContext, ThreadId};
+use crate::data::thread::DataThread;
+use crate::error::EngineError;
+
+/// One thread and what is known of it.
+struct Member {
+    id: ThreadId,
+    /// Id of the `iothread` object; `None`: the engine's own.
+    name: Option<String>,
+    load: i64,
+    thread: DataThread,
+}
+
+struct Members {
+    next_id: u64,
+    list: Vec<Member>,
+}
+
+/// The data threads, on the manager's thread.
+#[derive(Clone)]
+pub struct ThreadSet {
+    members: Rc<RefCell<Members>>,
+    backend: BackendChoice,
+    pool: BufferPool,
+}
+
+impl ThreadSet {
+    /// Starts `count` threads (at least one) that share `pool`.
+    ///
+    /// # Errors
+    /// When a thread or its reactor cannot be had.
+    pub fn start(
+        count: usize,
+        backend: BackendChoice,
+        pool: BufferPool,
+    ) -> Result<Self, EngineError> {
+        let members = Rc::new(RefCell::new(Members {
+            next_id: 0,
+            list: Vec::new(),
+        }));
+        let threads = Self {
+            members,
+            backend,
+            pool,
+        };
+        for _ in 0..count.max(1) {
+            threads.add(None)?;
+        }
+        Ok(threads)
+    }
+
+    fn add(&self, name: Option<String>) -> Result<ThreadId, EngineError> {
+        let mut members = self.members.borrow_mut();
+        let id = ThreadId(members.next_id);
+        let config = ReactorConfig {
+            backend: self.backend,
+            ..ReactorConfig::new(self.pool.clone())
+        };
+        let thread = DataThread::start(&format!("data-{}", id.0), config, self.pool.clone())?;
+        members.next_id += 1;
+        members.list.push(Member {
+            id,
+            name,
+            load: 0,
+            thread,
+        });
+        Ok(id)
+    }
+
+    /// The least loaded of the engine's own threads.
+    pub fn choose(&self) -> ThreadId {
+        let members = self.members.borrow();
+        members
+            .list
+            .iter()
+            .filter(|member| member.name.is_none())
+            .min_by_key(|member| (member.load, member.id))
+            .map_or(ThreadId(0), |member| member.id)
+    }
+
+    /// Counts users of a thread in (positive) or out (negative).
+    pub fn load(&self, thread: ThreadId, delta: i64) {
+        let mut members = self.members.borrow_mut();
+        if let Some(member) = members.list.iter_mut().find(|member| member.id == thread) {
+            member.load += delta;
+        }
+    }
+
+    /// Users of a thread now.
+    pub fn load_of(&self, thread: ThreadId) -> i64 {
+        let members = self.members.borrow();
+        members
+            .list
+            .iter()
+            .find(|member| member.id == thread)
+            .map_or(0, |member| member.load)
+    }
+
+    /// Starts a thread under the id of an `iothread` object.
+    ///
+    /// # Errors
+    /// When the thread or its reactor cannot be had.
+    pub fn add_named(&self, name: &str) -> Result<ThreadId, EngineError> {
+        self.add(Some(name.to_owned()))
+    }
+
+    /// Ends the thread of an `iothread` object; nothing may live on it any more.
+    pub fn remove_named(&self, name: &str) {
+        let member = {
+            let mut members = self.members.borrow_mut();
+            let found = members
+                .list
+                .iter()
+                .position(|member| member.name.as_deref() == Some(name));
+            found.map(|index| members.list.remove(index))
+        };
+        drop(member);
+    }
+
+    /// The thread of an `iothread` object.
+    pub fn named(&self, name: &str) -> Option<ThreadId> {
+        let members = self.members.borrow();
+        let found = members
+            .list
+            .iter()
+            .find(|member| member.name.as_deref() == Some(name));
+        found.map(|member| member.id)
+    }
+
+    /// Starts `work` on `thread` without waiting for its end; `false`: the thread is gone.
+    pub fn spawn(
+        &self,
+        thread: ThreadId,
+        work: impl FnOnce(Rc<DataContext>) -> LocalFuture<'static, ()> + Send + 'static,
+    ) -> bool {
+        let members = self.members.borrow();
+        let found = members.list.iter().find(|member| member.id == thread);
+        found.is_some_and(|member| member.thread.send(Box::new(work)))
+    }
+
+    /// Runs `work` on `thread` and returns its result.
+    ///
+    /// # Errors
+    /// When the thread is gone or the work panicked; the text says that this is a bug.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        thread: ThreadId,
+        work: impl FnOnce(Rc<DataContext>) -> LocalFuture<'static, T> + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let (done, answer) = oneshot::channel();
+        self.spawn(thread, move |context| {
+            Box::pin(async move {
+                let _ = done.send(work(context).await);
+            })
+        });
+        answer.await.map_err(|_| {
+            EngineError::generic("Internal error: a data thread lost a request (this is a bug)")
+        })
+    }
+
+    /// Ends all threads. What is in flight is abandoned; jobs and nodes must be gone.
+    pub fn end(&self) {
+        let members = std::mem::take(&mut self.members.borrow_mut().list);
+        drop(members);
+    }
+}

@@ -1,0 +1,161 @@
+//! The front door: start an engine, call it, listen to it.
+
+use std::rc::Rc;
+use std::thread::JoinHandle;
+
+pub use blockyard_ring::BackendChoice;
+use blockyard_storage::buffer::BufferPool;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::LocalSet;
+
+use crate::data::ThreadSet;
+use crate::error::EngineError;
+use crate::event::Event;
+use crate::graph::Graph;
+use crate::limits::BUFFER_BUDGET_BYTES;
+use crate::manager::{Call, Manager, serve};
+use crate::reply::Reply;
+use crate::request::Request;
+
+/// How an engine is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineConfig {
+    /// Data threads of the engine's own; at least one.
+    pub data_threads: usize,
+    /// Bytes of all transfer buffers together.
+    pub buffer_budget_bytes: usize,
+    /// How host files are read and written.
+    pub backend: BackendChoice,
+}
+
+impl Default for EngineConfig {
+    /// One data thread a core, four at most; io_uring where it is allowed.
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            data_threads: cores.min(4),
+            buffer_budget_bytes: BUFFER_BUDGET_BYTES,
+            backend: BackendChoice::Auto,
+        }
+    }
+}
+
+/// A running engine: the manager's thread and the data threads.
+pub struct Engine {
+    handle: EngineHandle,
+    manager: JoinHandle<()>,
+}
+
+/// A way to call an engine from any thread.
+#[derive(Clone)]
+pub struct EngineHandle {
+    calls: mpsc::UnboundedSender<Call>,
+}
+
+impl Engine {
+    /// Starts an engine without nodes and jobs.
+    ///
+    /// # Errors
+    /// When a thread or its reactor cannot be had.
+    pub fn start(config: EngineConfig) -> Result<Self, EngineError> {
+        if config.backend == BackendChoice::Auto
+            && let Err(reason) = blockyard_ring::probe()
+        {
+            tracing::warn!(%reason, "io_uring cannot be used, files are served by threads");
+        }
+        let (calls, incoming) = mpsc::unbounded_channel();
+        let (started, answer) = std::sync::mpsc::channel();
+        let manager = std::thread::Builder::new()
+            .name("manager".to_owned())
+            .spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_time()
+                    .build();
+                let runtime = match runtime {
+                    Ok(runtime) => runtime,
+                    Err(error) => {
+                        let _ = started.send(Err(EngineError::generic(error.to_string())));
+                        return;
+                    }
+                };
+                LocalSet::new().block_on(&runtime, async move {
+                    match Manager::new(config) {
+                        Ok(manager) => {
+                            let _ = started.send(Ok(()));
+                            serve(manager, incoming).await;
+                        }
+                        Err(error) => {
+                            let _ = started.send(Err(error));
+                        }
+                    }
+                });
+            })
+            .map_err(|error| EngineError::generic(format!("Cannot start the manager: {error}")))?;
+        match answer.recv() {
+            Ok(Ok(())) => Ok(Self {
+                handle: EngineHandle { calls },
+                manager,
+            }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(EngineError::generic("The manager ended while it started")),
+        }
+    }
+
+    /// A way to call this engine.
+    pub fn handle(&self) -> EngineHandle {
+        self.handle.clone()
+    }
+
+    /// Waits for the end of the engine: after [`Request::Quit`], or when no other handle is left. Jobs have ended and
+    /// nodes are closed then.
+    pub fn join(self) {
+        drop(self.handle);
+        if self.manager.join().is_err() {
+            tracing::error!("the manager ended by a panic (this is a bug)");
+        }
+    }
+}
+
+impl EngineHandle {
+    /// Carries out one request. Events raised by it have been heard by every listener when it returns.
+    ///
+    /// # Errors
+    /// As the request's; also when the engine has ended.
+    ///
+    /// # Cancel safety
+    /// Dropping the future abandons the answer; the request is carried out all the same.
+    pub async fn call(&self, request: Request) -> Result<Reply, EngineError> {
+        let (answer, reply) = oneshot::channel();
+        let gone = || EngineError::generic("The daemon is ending");
+        self.calls
+            .send(Call::Request(request, answer))
+            .map_err(|_| gone())?;
+        reply.await.map_err(|_| gone())?
+    }
+
+    /// Lets `listener` hear every event from now on: in order, on the manager's thread. It must not block.
+    pub fn subscribe(&self, listener: Box<dyn Fn(&Event) + Send>) {
+        let _ = self.calls.send(Call::Listen(listener));
+    }
+}
+
+impl Manager {
+    /// A manager with its threads, its graph and a task that hears reports.
+    fn new(config: EngineConfig) -> Result<Rc<Self>, EngineError> {
+        let pool = BufferPool::new(config.buffer_budget_bytes);
+        let threads = ThreadSet::start(config.data_threads, config.backend, pool.clone())?;
+        let (reports, mut heard) = mpsc::unbounded_channel();
+        let graph = Graph::new(threads.clone());
+        let manager = Rc::new(Self::with(graph, threads, pool, reports));
+        let listener = Rc::downgrade(&manager);
+        tokio::task::spawn_local(async move {
+            while let Some((key, report)) = heard.recv().await {
+                let Some(manager) = listener.upgrade() else {
+                    return;
+                };
+                manager.hear(key, report);
+            }
+        });
+        Ok(manager)
+    }
+}

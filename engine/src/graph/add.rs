@@ -1,0 +1,447 @@
+//! `blockdev-add`: from a description to open nodes, children first; everything is taken back if a later step fails.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use blockyard_ring::{FileKind, HostFile, OpenMode};
+use blockyard_storage::LocalFuture;
+use blockyard_storage::error::errno_text;
+
+use crate::data::{NodeId, ThreadId};
+use crate::error::EngineError;
+use crate::graph::image_locks::HeldLocks;
+use crate::graph::permissions::Permissions;
+use crate::graph::records::{Edge, NodeRecord, User};
+use crate::graph::{Graph, names, not_found};
+use crate::limits::{NODE_DEPTH_MAX, SECTOR_BYTES};
+use crate::node::build::NodePlan;
+use crate::node::file_node::FileOptions;
+use crate::node::null_node::NullOptions;
+use crate::node::raw_node::Window;
+use crate::request::{
+    Aio, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, NodeRef, NodeSpec, NullSpec,
+    OnOffAuto,
+};
+
+/// How long opening a file may take: longer, and something is stuck.
+const OPEN_WAIT: Duration = Duration::from_secs(30);
+
+/// Length of a null node if the client does not say.
+const NULL_LENGTH_BYTES: i64 = 1 << 30;
+
+/// Options of one node with the defaults and the parent's values filled in.
+#[derive(Clone, Copy)]
+struct Resolved {
+    read_only: bool,
+    auto_read_only: bool,
+    force_share: bool,
+    cache_direct: bool,
+    cache_no_flush: bool,
+    discard: Discard,
+    detect_zeroes: DetectZeroes,
+}
+
+impl Resolved {
+    /// Inline children take what they do not say from their parent.
+    fn new(options: CommonOptions, parent: Option<Resolved>) -> Result<Self, EngineError> {
+        let of_parent = |pick: fn(&Resolved) -> bool| parent.as_ref().is_some_and(pick);
+        let resolved = Self {
+            read_only: options
+                .read_only
+                .unwrap_or_else(|| of_parent(|parent| parent.read_only)),
+            auto_read_only: options
+                .auto_read_only
+                .unwrap_or_else(|| of_parent(|parent| parent.auto_read_only)),
+            force_share: options
+                .force_share
+                .unwrap_or_else(|| of_parent(|parent| parent.force_share)),
+            cache_direct: options
+                .cache_direct
+                .unwrap_or_else(|| of_parent(|parent| parent.cache_direct)),
+            cache_no_flush: options
+                .cache_no_flush
+                .unwrap_or_else(|| of_parent(|parent| parent.cache_no_flush)),
+            discard: options.discard.unwrap_or_default(),
+            detect_zeroes: options.detect_zeroes.unwrap_or_default(),
+        };
+        if resolved.detect_zeroes == DetectZeroes::Unmap && resolved.discard != Discard::Unmap {
+            return Err(EngineError::generic(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation \
+                 to unmap",
+            ));
+        }
+        if resolved.force_share && !resolved.read_only {
+            let text = "force-share=on can only be used with read-only images";
+            return Err(EngineError::generic(text));
+        }
+        Ok(resolved)
+    }
+}
+
+impl Graph {
+    /// Opens a node and its inline children.
+    ///
+    /// # Errors
+    /// In QEMU's words; nothing of it stays open then.
+    pub async fn add(&self, spec: NodeSpec) -> Result<(), EngineError> {
+        let Some(name) = spec.node_name.clone() else {
+            let text = "'node-name' must be specified for the root node";
+            return Err(EngineError::generic(text));
+        };
+        check_depth(&spec)?;
+        let thread = self.thread_for(&spec);
+        let id = self.open(spec, None, thread).await?;
+        let mut records = self.records.borrow_mut();
+        if let Some(node) = records.node_mut(id) {
+            node.monitor_owned = true;
+        }
+        tracing::debug!(node = name, "added");
+        Ok(())
+    }
+
+    /// A node goes where its existing child lives, else to the least loaded thread.
+    fn thread_for(&self, spec: &NodeSpec) -> ThreadId {
+        match &spec.driver {
+            DriverSpec::Raw {
+                file: NodeRef::Name(name),
+                ..
+            } => self
+                .find(name)
+                .map_or_else(|| self.threads.choose(), |id| self.thread_of(id)),
+            DriverSpec::Raw {
+                file: NodeRef::Inline(child),
+                ..
+            } => self.thread_for(child),
+            _ => self.threads.choose(),
+        }
+    }
+
+    /// Opens one node below `parent`; its name is reserved meanwhile.
+    fn open(
+        &self,
+        spec: NodeSpec,
+        parent: Option<Resolved>,
+        thread: ThreadId,
+    ) -> LocalFuture<'_, Result<NodeId, EngineError>> {
+        Box::pin(async move {
+            let (id, name) = {
+                let mut records = self.records.borrow_mut();
+                let id = records.new_id();
+                let name = match &spec.node_name {
+                    Some(name) => {
+                        names::check(&records, name)?;
+                        name.clone()
+                    }
+                    None => names::made_up(id.0),
+                };
+                records.reserved.push(name.clone());
+                (id, name)
+            };
+            let opened = self
+                .open_reserved(id, name.clone(), spec, parent, thread)
+                .await;
+            self.records
+                .borrow_mut()
+                .reserved
+                .retain(|other| *other != name);
+            opened
+        })
+    }
+
+    async fn open_reserved(
+        &self,
+        early_id: NodeId,
+        name: String,
+        spec: NodeSpec,
+        parent: Option<Resolved>,
+        thread: ThreadId,
+    ) -> Result<NodeId, EngineError> {
+        let driver = spec.driver.name();
+        let resolved = Resolved::new(spec.common, parent)?;
+        let mut record = NodeRecord {
+            id: early_id,
+            name,
+            driver,
+            filename: String::new(),
+            read_only: resolved.read_only,
+            detect_zeroes: resolved.detect_zeroes,
+            cache_direct: resolved.cache_direct,
+            cache_no_flush: resolved.cache_no_flush,
+            monitor_owned: false,
+            fixed_size: false,
+            force_share: resolved.force_share,
+            thread,
+            plan: NodePlan::Null(null_options(NullSpec::default(), true)?),
+            locked: None,
+        };
+        match spec.driver {
+            DriverSpec::File(file) => self.open_file(&mut record, file, resolved, false).await?,
+            DriverSpec::HostDevice(file) => {
+                self.open_file(&mut record, file, resolved, true).await?;
+            }
+            DriverSpec::NullCo(null) | DriverSpec::NullAio(null) => {
+                record.plan = NodePlan::Null(null_options(null, resolved.read_only)?);
+                record.filename = format!("{driver}://");
+            }
+            DriverSpec::Raw { file, offset, size } => {
+                return self.open_raw(record, file, offset, size, resolved).await;
+            }
+            DriverSpec::Blkdebug(_) => {
+                return Err(EngineError::generic(
+                    "Driver 'blkdebug' is not supported yet",
+                ));
+            }
+        }
+        self.enlist(record, None).await
+    }
+
+    async fn open_raw(
+        &self,
+        mut record: NodeRecord,
+        file: NodeRef,
+        offset: Option<u64>,
+        size: Option<u64>,
+        resolved: Resolved,
+    ) -> Result<NodeId, EngineError> {
+        let (child, inline) = match file {
+            NodeRef::Name(name) => (
+                self.find(&name).ok_or_else(|| not_found(&name, &name))?,
+                false,
+            ),
+            NodeRef::Inline(spec) => (self.open(*spec, Some(resolved), record.thread).await?, true),
+        };
+        // Children are older than their parents: what walks the graph relies on it.
+        record.id = self.records.borrow_mut().new_id();
+        record.thread = self.thread_of(child);
+        let outcome = async {
+            let length = self.facts(child).await?.length_bytes;
+            let window = check_window(offset, size, length)?;
+            record.fixed_size = size.is_some();
+            let plain = self
+                .records
+                .borrow()
+                .node(child)
+                .map(|node| node.filename.clone());
+            record.filename = raw_filename(plain.unwrap_or_default(), offset, size);
+            record.plan = NodePlan::Raw {
+                child,
+                window,
+                read_only: resolved.read_only,
+                discard: resolved.discard,
+                detect_zeroes: resolved.detect_zeroes,
+            };
+            self.enlist(record, Some(child)).await
+        }
+        .await;
+        if outcome.is_err() && inline {
+            self.close(child).await;
+        }
+        outcome
+    }
+
+    /// Takes a node into the records and brings it up on its thread.
+    async fn enlist(
+        &self,
+        record: NodeRecord,
+        child: Option<NodeId>,
+    ) -> Result<NodeId, EngineError> {
+        let (id, thread) = (record.id, record.thread);
+        {
+            let mut records = self.records.borrow_mut();
+            let place = records.nodes.partition_point(|node| node.id < id);
+            records.nodes.insert(place, record);
+            let linked = records.change_edges(|edges| {
+                edges.extend(child.map(|child| Edge {
+                    user: User::Node(id),
+                    child,
+                    role: "file",
+                    taken: Permissions::NONE,
+                    shared: Permissions::EVERY,
+                }));
+            });
+            if let Err(error) = linked {
+                records.nodes.retain(|node| node.id != id);
+                return Err(error);
+            }
+        }
+        self.threads.load(thread, 1);
+        if let Err(error) = self.bring_up(id).await {
+            self.close(id).await;
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    async fn open_file(
+        &self,
+        record: &mut NodeRecord,
+        spec: FileSpec,
+        resolved: Resolved,
+        device: bool,
+    ) -> Result<(), EngineError> {
+        if spec.aio == Some(Aio::Native) && !resolved.cache_direct {
+            return Err(EngineError::generic(
+                "aio=native was specified, but it requires cache.direct=on, which was not \
+                 specified.",
+            ));
+        }
+        let mode = OpenMode {
+            write: !resolved.read_only,
+            direct: resolved.cache_direct,
+            create: false,
+        };
+        let shown = spec.filename.display().to_string();
+        let opened = open_in_background(spec.filename.clone(), mode).await;
+        let file = match opened {
+            Err(error) if mode.write && resolved.auto_read_only && is_refused(&error) => {
+                record.read_only = true;
+                let read_only = OpenMode {
+                    write: false,
+                    ..mode
+                };
+                open_in_background(spec.filename, read_only).await
+            }
+            other => other,
+        };
+        let file = file.map_err(|error| {
+            let reason = error
+                .raw_os_error()
+                .map_or_else(|| error.to_string(), errno_text);
+            EngineError::generic(format!("Could not open '{shown}': {reason}"))
+        })?;
+        match (file.kind(), device) {
+            (FileKind::Regular, false) | (FileKind::BlockDevice, true) => {}
+            (FileKind::Directory, false) => {
+                let text = format!("Could not open '{shown}': Is a directory");
+                return Err(EngineError::generic(text));
+            }
+            (_, false) => {
+                let name = &record.name;
+                let text = format!("'file' driver requires '{shown}' to be a regular file");
+                tracing::debug!(node = name, "not a regular file");
+                return Err(EngineError::generic(text));
+            }
+            (_, true) => {
+                let text = format!(
+                    "'host_device' driver requires '{shown}' to be either a character or block \
+                     device"
+                );
+                return Err(EngineError::generic(text));
+            }
+        }
+        let locks = spec.locking != Some(OnOffAuto::Off);
+        record.locked = locks.then(|| (file.clone(), HeldLocks::default()));
+        record.filename = shown;
+        let options = FileOptions {
+            read_only: record.read_only,
+            discard: resolved.discard,
+            detect_zeroes: resolved.detect_zeroes,
+            no_flush: resolved.cache_no_flush,
+        };
+        record.plan = NodePlan::File { file, options };
+        Ok(())
+    }
+}
+
+/// Opens on a thread of its own: a file system that does not answer holds up only this request, and not for ever.
+async fn open_in_background(path: PathBuf, mode: OpenMode) -> io::Result<HostFile> {
+    let opening = tokio::task::spawn_blocking(move || HostFile::open(&path, mode));
+    match tokio::time::timeout(OPEN_WAIT, opening).await {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(_)) => Err(io::Error::other("opening failed (bug)")),
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// Whether a file may just not be written.
+fn is_refused(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+    )
+}
+
+/// Refuses descriptions nested too deep before anything is opened.
+fn check_depth(spec: &NodeSpec) -> Result<(), EngineError> {
+    let mut depth = 1;
+    let mut rest = spec;
+    loop {
+        let child = match &rest.driver {
+            DriverSpec::Raw { file, .. } => file,
+            DriverSpec::Blkdebug(blkdebug) => &blkdebug.image,
+            _ => return Ok(()),
+        };
+        let NodeRef::Inline(child) = child else {
+            return Ok(());
+        };
+        depth += 1;
+        if depth > NODE_DEPTH_MAX {
+            return Err(EngineError::generic(format!(
+                "Node definitions are nested more than {NODE_DEPTH_MAX} deep"
+            )));
+        }
+        rest = child;
+    }
+}
+
+fn check_window(
+    offset: Option<u64>,
+    size: Option<u64>,
+    length: u64,
+) -> Result<Window, EngineError> {
+    let window = Window {
+        offset_bytes: offset.unwrap_or(0),
+        size_bytes: size,
+    };
+    if window.offset_bytes > length {
+        return Err(EngineError::generic(format!(
+            "Offset ({}) cannot be greater than size of the containing file ({length})",
+            window.offset_bytes
+        )));
+    }
+    if let Some(size) = size {
+        let end = window.offset_bytes.checked_add(size);
+        if end.is_none_or(|end| end > length) {
+            // The two blanks are what clients see elsewhere.
+            return Err(EngineError::generic(format!(
+                "The sum of offset ({}) and size ({size}) has to be smaller or equal to the  \
+                 actual size of the containing file ({length})",
+                window.offset_bytes
+            )));
+        }
+        if !size.is_multiple_of(SECTOR_BYTES) {
+            return Err(EngineError::generic(
+                "Specified size is not multiple of 512",
+            ));
+        }
+    }
+    Ok(window)
+}
+
+/// A window is an option that the plain name would lose.
+fn raw_filename(plain: String, offset: Option<u64>, size: Option<u64>) -> String {
+    if offset.is_none() && size.is_none() {
+        return plain;
+    }
+    let mut members = vec!["\"driver\": \"raw\"".to_owned()];
+    members.extend(size.map(|size| format!("\"size\": {size}")));
+    members.extend(offset.map(|offset| format!("\"offset\": {offset}")));
+    members.push(format!(
+        "\"file\": {{\"driver\": \"file\", \"filename\": {plain:?}}}"
+    ));
+    format!("json:{{{}}}", members.join(", "))
+}
+
+fn null_options(spec: NullSpec, read_only: bool) -> Result<NullOptions, EngineError> {
+    let length = u64::try_from(spec.size.unwrap_or(NULL_LENGTH_BYTES));
+    let length = length.map_err(|_| EngineError::generic("size is invalid"))?;
+    Ok(NullOptions {
+        length_bytes: length
+            .checked_next_multiple_of(SECTOR_BYTES)
+            .unwrap_or(length),
+        latency: Duration::from_nanos(spec.latency_ns.unwrap_or(0)),
+        read_zeroes: spec.read_zeroes.unwrap_or(false),
+        read_only,
+    })
+}

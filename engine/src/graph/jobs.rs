@@ -1,0 +1,480 @@
+//! What jobs need of the graph: the checks before a job exists, its filter, its edges, the place where both sides meet.
+
+use crate::data::{NodeId, ThreadId};
+use crate::error::{EngineError, JobError};
+use crate::graph::permissions::Permissions;
+use crate::graph::records::{Blocker, Edge, JobLabel, NodeRecord, User};
+use crate::graph::{Graph, names};
+use crate::job::context::JobKey;
+use crate::job::verb::JobType;
+use crate::node::build::NodePlan;
+use crate::request::{
+    BackupSpec, BitmapMode, CreateSpec, DetectZeroes, MirrorSpec, Permission, SyncMode, WorkSpec,
+};
+
+/// Unit of a backup in bytes.
+const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
+
+/// The nodes of one job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct JobNodes {
+    /// Where it reads.
+    pub source: Option<NodeId>,
+    /// Where it writes.
+    pub target: Option<NodeId>,
+    /// What it put above the source.
+    pub filter: Option<NodeId>,
+}
+
+impl Graph {
+    /// Every check that comes before a job exists, in QEMU's order, and the filter above the source.
+    ///
+    /// # Errors
+    /// In QEMU's words; nothing has changed then.
+    pub async fn prepare_job(&self, work: &WorkSpec) -> Result<JobNodes, EngineError> {
+        match work {
+            WorkSpec::Backup(spec) => self.prepare_backup(spec).await,
+            WorkSpec::Mirror(spec) => self.prepare_mirror(spec).await,
+            WorkSpec::Create(CreateSpec::File { .. }) => Ok(JobNodes::default()),
+            WorkSpec::Create(CreateSpec::Unsupported { .. }) => Err(EngineError::generic(
+                "Driver does not support blockdev-create",
+            )),
+        }
+    }
+
+    async fn prepare_backup(&self, spec: &BackupSpec) -> Result<JobNodes, EngineError> {
+        let source = self.look_up(&spec.device)?;
+        let target = self.look_up(&spec.target)?;
+        check_bitmap(spec)?;
+        if source == target {
+            return Err(EngineError::generic("Source and target cannot be the same"));
+        }
+        if spec.compress {
+            return Err(EngineError::generic(
+                "Compression is not supported for this drive ",
+            ));
+        }
+        self.records.borrow().check_free(source)?;
+        self.records.borrow().check_free(target)?;
+        if spec.perf.max_workers < 1 || spec.perf.max_workers > i64::from(i32::MAX) {
+            let text = "max-workers must be between 1 and 2147483647";
+            return Err(EngineError::generic(text));
+        }
+        if spec.perf.max_chunk < 0 {
+            let text = "max-chunk must be zero (which means no limit) or positive";
+            return Err(EngineError::generic(text));
+        }
+        let lengths = (
+            self.facts(source).await?.length_bytes,
+            self.facts(target).await?.length_bytes,
+        );
+        if lengths.0 != lengths.1 {
+            return Err(EngineError::generic(
+                "Source and target image have different sizes",
+            ));
+        }
+        let minimum = spec.perf.min_cluster_size;
+        if i64::try_from(minimum).is_err() {
+            return Err(EngineError::generic(format!(
+                "min-cluster-size too large: {minimum} > {}",
+                i64::MAX
+            )));
+        }
+        if minimum != 0 && !minimum.is_power_of_two() {
+            return Err(EngineError::generic(
+                "Could not create node: Cannot create block-copy-state: min-cluster-size needs to \
+                 be a power of 2",
+            ));
+        }
+        let cluster = BACKUP_CLUSTER_BYTES.max(i64::try_from(minimum).unwrap_or(i64::MAX));
+        if spec.perf.max_chunk != 0 && spec.perf.max_chunk < cluster {
+            return Err(EngineError::generic(format!(
+                "Required max-chunk ({}) is less than backup cluster size ({cluster})",
+                spec.perf.max_chunk
+            )));
+        }
+        let read_only = |id| {
+            self.records
+                .borrow()
+                .node(id)
+                .is_some_and(|node| node.read_only)
+        };
+        if read_only(target) {
+            let text = "Could not create node: Block node is read-only";
+            return Err(EngineError::generic(text));
+        }
+        if spec.discard_source && read_only(source) {
+            let text = "Could not replace node: Block node is read-only";
+            return Err(EngineError::generic(text));
+        }
+        let filter = self
+            .insert_filter(
+                source,
+                "copy-before-write",
+                spec.filter_node_name.as_deref(),
+            )
+            .await
+            .map_err(|error| error.prefixed("Could not create node: "))?;
+        Ok(JobNodes {
+            source: Some(source),
+            target: Some(target),
+            filter: Some(filter),
+        })
+    }
+
+    async fn prepare_mirror(&self, spec: &MirrorSpec) -> Result<JobNodes, EngineError> {
+        let source = self.look_up(&spec.device)?;
+        let target = self.look_up(&spec.target)?;
+        let is_root = !self.records.borrow().has_node_parent(source);
+        if !is_root {
+            return Err(EngineError::generic("Need a root block node"));
+        }
+        if let Some(granularity) = spec.granularity.filter(|granularity| *granularity != 0) {
+            if !(512..=64 << 20).contains(&granularity) {
+                return Err(EngineError::generic(
+                    "Parameter 'granularity' expects a value in range [512B, 64MB]",
+                ));
+            }
+            if !granularity.is_power_of_two() {
+                let text = "Parameter 'granularity' expects a power of 2";
+                return Err(EngineError::generic(text));
+            }
+        }
+        self.records.borrow().check_free(source)?;
+        self.records.borrow().check_free(target)?;
+        if let Some(replaces) = &spec.replaces {
+            self.check_replaces(replaces, source, target, spec).await?;
+        }
+        if let Some(mode) = match spec.sync {
+            SyncMode::Incremental => Some("incremental"),
+            SyncMode::Bitmap => Some("bitmap"),
+            _ => None,
+        } {
+            return Err(EngineError::generic(format!(
+                "Sync mode '{mode}' not supported"
+            )));
+        }
+        if spec.buf_size.is_some_and(|size| size < 0) {
+            return Err(EngineError::generic("Invalid parameter 'buf-size'"));
+        }
+        if source == target {
+            return Err(EngineError::generic("Can't mirror node into itself"));
+        }
+        let name = spec.filter_node_name.as_deref();
+        let filter = self.insert_filter(source, "mirror_top", name).await?;
+        Ok(JobNodes {
+            source: Some(source),
+            target: Some(target),
+            filter: Some(filter),
+        })
+    }
+
+    /// Only the source may be replaced: everything else would change under its users.
+    async fn check_replaces(
+        &self,
+        replaces: &str,
+        source: NodeId,
+        target: NodeId,
+        spec: &MirrorSpec,
+    ) -> Result<(), EngineError> {
+        let Some(id) = self.find(replaces) else {
+            let text = format!("Failed to find node with node-name='{replaces}'");
+            return Err(EngineError::generic(text));
+        };
+        self.records.borrow().check_free(id)?;
+        if id != source {
+            return Err(EngineError::generic(format!(
+                "Cannot replace '{replaces}' by a node mirrored from '{}', because it cannot be \
+                 guaranteed that doing so would not lead to an abrupt change of visible data",
+                spec.device
+            )));
+        }
+        if self.facts(id).await?.length_bytes != self.facts(target).await?.length_bytes {
+            let text = "cannot replace image with a mirror image of different size";
+            return Err(EngineError::generic(text));
+        }
+        Ok(())
+    }
+
+    /// Puts a job's filter above its source; the source's users move to it.
+    async fn insert_filter(
+        &self,
+        source: NodeId,
+        driver: &'static str,
+        name: Option<&str>,
+    ) -> Result<NodeId, EngineError> {
+        let id = {
+            let mut records = self.records.borrow_mut();
+            let id = records.new_id();
+            let name = match name {
+                Some(name) => {
+                    names::check(&records, name)?;
+                    name.to_owned()
+                }
+                None => names::made_up(id.0),
+            };
+            let below = records.node(source).cloned();
+            let below = below.ok_or_else(|| EngineError::generic("The source node is gone"))?;
+            records.nodes.push(NodeRecord {
+                id,
+                name,
+                driver,
+                detect_zeroes: DetectZeroes::Off,
+                monitor_owned: false,
+                fixed_size: false,
+                force_share: false,
+                plan: NodePlan::Filter { child: source },
+                locked: None,
+                ..below
+            });
+            let role = if driver == "mirror_top" {
+                "backing"
+            } else {
+                "file"
+            };
+            let linked = records.change_edges(|edges| {
+                for edge in edges.iter_mut().filter(|edge| edge.child == source) {
+                    if matches!(edge.user, User::Node(_)) {
+                        edge.child = id;
+                    }
+                }
+                edges.push(Edge {
+                    user: User::Node(id),
+                    child: source,
+                    role,
+                    taken: Permissions::NONE,
+                    shared: Permissions::EVERY,
+                });
+            });
+            if let Err(error) = linked {
+                records.nodes.retain(|node| node.id != id);
+                return Err(error);
+            }
+            id
+        };
+        self.threads.load(self.thread_of(id), 1);
+        if let Err(error) = self.bring_up(id).await {
+            self.remove_filter(id).await;
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    /// Takes a filter out: its users go back to what is below it, and it leaves the list in the same step.
+    async fn remove_filter(&self, id: NodeId) {
+        let thread = self.thread_of(id);
+        {
+            let mut records = self.records.borrow_mut();
+            let below = records.children(id).map(|edge| edge.child).next();
+            let unlinked = records.change_edges(|edges| {
+                edges.retain(|edge| edge.user != User::Node(id));
+                if let Some(below) = below {
+                    for edge in edges.iter_mut().filter(|edge| edge.child == id) {
+                        edge.child = below;
+                    }
+                }
+            });
+            if let Err(error) = unlinked {
+                tracing::error!(%error, "a filter could not be unlinked");
+            }
+            records.nodes.retain(|node| node.id != id);
+        }
+        self.threads.load(thread, -1);
+        self.drop_node(thread, id, "filter").await;
+    }
+
+    /// Takes back what [`prepare_job`](Self::prepare_job) did.
+    pub async fn abandon(&self, nodes: &JobNodes) {
+        if let Some(filter) = nodes.filter {
+            self.remove_filter(filter).await;
+        }
+    }
+
+    /// Gives an existing job its edges and keeps others off its nodes.
+    ///
+    /// # Errors
+    /// A conflict of permissions or locks, in QEMU's words.
+    pub async fn attach_job(
+        &self,
+        key: JobKey,
+        id: &str,
+        job_type: JobType,
+        nodes: &JobNodes,
+    ) -> Result<(), EngineError> {
+        let mut records = self.records.borrow_mut();
+        records.jobs.push(JobLabel {
+            key,
+            id: id.to_owned(),
+            job_type,
+        });
+        let (Some(source), Some(target)) = (nodes.source, nodes.target) else {
+            return Ok(());
+        };
+        let read = Permissions::NONE.with(Permission::ConsistentRead);
+        let write = Permissions::NONE.with(Permission::Write);
+        let keeps_length = Permissions::EVERY.without(Permission::Resize);
+        let edges = match job_type {
+            JobType::Backup => [
+                edge(
+                    User::Job(key),
+                    nodes.filter.unwrap_or(source),
+                    "main node",
+                    Permissions::NONE,
+                    Permissions::EVERY,
+                ),
+                edge(User::Backend(key), target, "target", write, keeps_length),
+            ],
+            _ => [
+                edge(User::Job(key), source, "main node", read, keeps_length),
+                edge(
+                    User::Backend(key),
+                    target,
+                    "root",
+                    write,
+                    Permissions::NONE.with(Permission::WriteUnchanged),
+                ),
+            ],
+        };
+        if let Err(error) = records.change_edges(|all| all.extend(edges)) {
+            records.jobs.retain(|job| job.key != key);
+            return Err(error);
+        }
+        let blocked: &[NodeId] = match job_type {
+            JobType::Backup => &[target],
+            _ => &[source, target],
+        };
+        records.blockers.extend(blocked.iter().map(|node| Blocker {
+            node: *node,
+            job: key,
+            job_type,
+        }));
+        Ok(())
+    }
+
+    /// Brings both sides of a job to one thread. The idle side moves.
+    ///
+    /// # Errors
+    /// When both sides have other jobs on different threads.
+    pub async fn place(&self, nodes: &JobNodes) -> Result<ThreadId, EngineError> {
+        let (Some(source), Some(target)) = (nodes.source, nodes.target) else {
+            return Ok(self.threads.choose());
+        };
+        let (here, there) = (self.thread_of(source), self.thread_of(target));
+        if here == there {
+            return Ok(here);
+        }
+        let jobs_of = |id| {
+            let records = self.records.borrow();
+            records.jobs_on(&records.component(id)).len()
+        };
+        // The job itself is on both sides by now.
+        if jobs_of(target) <= 1 {
+            self.move_component(target, here).await?;
+            Ok(here)
+        } else if jobs_of(source) <= 1 {
+            self.move_component(source, there).await?;
+            Ok(there)
+        } else {
+            Err(EngineError::generic(
+                "Source and target are used by other jobs on different data threads; move one \
+                 with x-blockdev-set-iothread once its jobs have ended",
+            ))
+        }
+    }
+
+    /// Lets the target take the source's place, for a mirror that completes.
+    ///
+    /// # Errors
+    /// When the users of the source cannot live with the target.
+    pub async fn pivot(
+        &self,
+        key: JobKey,
+        nodes: &JobNodes,
+        replaces: Option<&str>,
+    ) -> Result<(), JobError> {
+        let (Some(source), Some(target)) = (nodes.source, nodes.target) else {
+            return Ok(());
+        };
+        if let Some(name) = replaces
+            && self.find(name) != Some(source)
+        {
+            return Err(JobError::text(format!(
+                "Can no longer replace '{name}': it has changed"
+            )));
+        }
+        let from = nodes.filter.unwrap_or(source);
+        let mut records = self.records.borrow_mut();
+        let moved = records.change_edges(|edges| {
+            for edge in edges.iter_mut().filter(|edge| edge.child == from) {
+                if !matches!(edge.user, User::Job(other) | User::Backend(other) if other == key) {
+                    edge.child = target;
+                }
+            }
+        });
+        moved.map_err(|error| JobError::text(error.text))
+    }
+
+    /// A job's edges and filter go; its nodes stay blocked until it is dismissed.
+    pub async fn detach_job(&self, key: JobKey, nodes: &JobNodes) {
+        {
+            let mut records = self.records.borrow_mut();
+            let detached = records.change_edges(|edges| {
+                edges.retain(|edge| {
+                    !matches!(edge.user, User::Job(other) | User::Backend(other) if other == key)
+                });
+            });
+            if let Err(error) = detached {
+                tracing::error!(%error, "a job could not be detached");
+            }
+        }
+        if let Some(filter) = nodes.filter {
+            self.remove_filter(filter).await;
+        }
+    }
+
+    /// A dismissed job blocks nothing any more.
+    pub fn release_job(&self, key: JobKey) {
+        let mut records = self.records.borrow_mut();
+        records.blockers.retain(|blocker| blocker.job != key);
+        records.jobs.retain(|job| job.key != key);
+    }
+}
+
+fn edge(
+    user: User,
+    child: NodeId,
+    role: &'static str,
+    taken: Permissions,
+    shared: Permissions,
+) -> Edge {
+    Edge {
+        user,
+        child,
+        role,
+        taken,
+        shared,
+    }
+}
+
+/// There are no bitmaps yet, but wrong arguments about them are told as everywhere.
+fn check_bitmap(spec: &BackupSpec) -> Result<(), EngineError> {
+    let needs = match spec.sync {
+        SyncMode::Incremental => Some("incremental"),
+        SyncMode::Bitmap => Some("bitmap"),
+        _ => None,
+    };
+    let text = match (&spec.bitmap, spec.bitmap_mode, needs) {
+        (None, _, Some(mode)) => {
+            format!("must provide a valid bitmap name for '{mode}' sync mode")
+        }
+        (_, Some(mode), _)
+            if spec.sync == SyncMode::Incremental && mode != BitmapMode::OnSuccess =>
+        {
+            "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'".to_owned()
+        }
+        (Some(name), _, _) => format!("Bitmap '{name}' could not be found"),
+        (None, Some(_), _) => "Cannot specify bitmap sync mode without a bitmap".to_owned(),
+        (None, None, _) => return Ok(()),
+    };
+    Err(EngineError::generic(text))
+}

@@ -1,0 +1,344 @@
+//! The graph: nodes by name, who uses whom, who may what. Pure data on the manager's thread; the nodes that move bytes live
+//! on data threads and are told what to do.
+//!
+//! Opening, which may take long, happens on other threads while the name is reserved, so that nobody else waits for it.
+
+mod add;
+mod image_locks;
+mod jobs;
+mod names;
+pub mod permissions;
+mod records;
+mod views;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use blockyard_storage::error::errno_text;
+
+use crate::data::{NodeId, ThreadId, ThreadSet};
+use crate::error::EngineError;
+use crate::graph::records::{Records, User};
+use crate::limits::NODE_LENGTH_MAX;
+use crate::node::NodeFacts;
+use crate::node::build::{NodePlan, build};
+use crate::request::ObjectSpec;
+
+pub use jobs::JobNodes;
+
+/// The node graph.
+pub struct Graph {
+    records: RefCell<Records>,
+    threads: ThreadSet,
+}
+
+impl Graph {
+    /// A graph without nodes.
+    pub fn new(threads: ThreadSet) -> Rc<Self> {
+        Rc::new(Self {
+            records: RefCell::default(),
+            threads,
+        })
+    }
+
+    /// The node with a name.
+    pub fn find(&self, name: &str) -> Option<NodeId> {
+        self.records.borrow().by_name(name).map(|node| node.id)
+    }
+
+    /// The node that a command names as its device.
+    fn look_up(&self, name: &str) -> Result<NodeId, EngineError> {
+        self.find(name).ok_or_else(|| not_found(name, name))
+    }
+
+    /// Closes a node that was added by name, and the unnamed ones only it uses.
+    ///
+    /// # Errors
+    /// In QEMU's words and order.
+    pub async fn delete(&self, name: &str) -> Result<(), EngineError> {
+        let id = {
+            let records = self.records.borrow();
+            let Some(node) = records.by_name(name) else {
+                let text = format!("Failed to find node with node-name='{name}'");
+                return Err(EngineError::generic(text));
+            };
+            if records
+                .users(node.id)
+                .any(|edge| matches!(edge.user, User::Backend(_)))
+            {
+                return Err(EngineError::generic(format!("Node {name} is in use")));
+            }
+            records.check_free(node.id)?;
+            if !node.monitor_owned {
+                let text = format!("Node {name} is not owned by the monitor");
+                return Err(EngineError::generic(text));
+            }
+            if records.users(node.id).next().is_some() {
+                return Err(EngineError::generic(format!(
+                    "Block device {name} is in use"
+                )));
+            }
+            node.id
+        };
+        self.close(id).await;
+        Ok(())
+    }
+
+    /// Lets a node go, makes what was written to it durable, and lets its unnamed children go when nobody else uses
+    /// them.
+    async fn close(&self, id: NodeId) {
+        let mut closing = vec![id];
+        while let Some(id) = closing.pop() {
+            let (thread, name, children) = {
+                let mut records = self.records.borrow_mut();
+                let Some(node) = records.node(id).cloned() else {
+                    continue;
+                };
+                let children: Vec<_> = records.children(id).map(|edge| edge.child).collect();
+                if let Err(error) = records.change_edges(|edges| {
+                    edges.retain(|edge| edge.user != User::Node(id));
+                }) {
+                    tracing::error!(%error, node = node.name, "a closing node keeps its children");
+                }
+                records.nodes.retain(|node| node.id != id);
+                (node.thread, node.name, children)
+            };
+            self.threads.load(thread, -1);
+            self.drop_node(thread, id, &name).await;
+            let records = self.records.borrow();
+            closing.extend(children.into_iter().filter(|child| {
+                records.node(*child).is_some_and(|node| !node.monitor_owned)
+                    && records.users(*child).next().is_none()
+            }));
+        }
+    }
+
+    /// Takes a node off its thread, flushed.
+    async fn drop_node(&self, thread: ThreadId, id: NodeId, name: &str) {
+        let flushed = self.threads.run(thread, move |context| {
+            Box::pin(async move {
+                match context.remove_node(id) {
+                    Some(node) if !node.facts().read_only => node.flush().await,
+                    _ => Ok(()),
+                }
+            })
+        });
+        match flushed.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, node = name, "the last flush failed"),
+            Err(error) => tracing::error!(%error, node = name, "a node could not be closed"),
+        }
+    }
+
+    /// Closes every node, at the end of the daemon.
+    pub async fn close_all(&self) {
+        loop {
+            let youngest = self.records.borrow().nodes.last().map(|node| node.id);
+            let Some(id) = youngest else { return };
+            {
+                let mut records = self.records.borrow_mut();
+                records.edges.retain(|edge| edge.child != id);
+            }
+            self.close(id).await;
+        }
+    }
+
+    /// Changes a node's length.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub async fn resize(
+        &self,
+        device: Option<&str>,
+        node_name: Option<&str>,
+        size: i64,
+    ) -> Result<(), EngineError> {
+        let (device, name) = (device.unwrap_or(""), node_name.unwrap_or(""));
+        let id = self.find(name).ok_or_else(|| not_found(device, name))?;
+        let Ok(size) = u64::try_from(size) else {
+            return Err(EngineError::generic("Parameter 'size' expects a >0 size"));
+        };
+        {
+            let records = self.records.borrow();
+            records.check_free(id)?;
+            let node = records.node(id).ok_or_else(|| not_found(device, name))?;
+            if size > NODE_LENGTH_MAX {
+                return Err(EngineError::generic(format!(
+                    "offset({size}) exceeds maximum({NODE_LENGTH_MAX})"
+                )));
+            }
+            if node.fixed_size {
+                return Err(EngineError::generic("Cannot resize fixed-size raw disks"));
+            }
+            if node.read_only {
+                return Err(EngineError::generic("Block node is read-only"));
+            }
+            let shared = records.demands(id).1;
+            if !shared.has(crate::request::Permission::Resize) {
+                let text = format!("Node '{name}' is busy: its users rely on its length");
+                return Err(EngineError::generic(text));
+            }
+        }
+        let thread = self.thread_of(id);
+        let outcome = self
+            .threads
+            .run(thread, move |context| {
+                Box::pin(async move {
+                    match context.node(id) {
+                        Some(node) => node.resize(size).await.map_err(|error| error.errno()),
+                        None => Err(blockyard_storage::error::EIO),
+                    }
+                })
+            })
+            .await?;
+        outcome.map_err(|errno| {
+            EngineError::generic(format!("Could not resize file: {}", errno_text(errno)))
+        })?;
+        if let Some(node) = self.records.borrow_mut().node_mut(id)
+            && let NodePlan::Null(options) = &mut node.plan
+        {
+            options.length_bytes = size;
+        }
+        Ok(())
+    }
+
+    /// Creates an object.
+    ///
+    /// # Errors
+    /// When the id is taken or the thread cannot be had.
+    pub fn add_object(&self, spec: ObjectSpec) -> Result<(), EngineError> {
+        if self.threads.named(&spec.id).is_some() {
+            return Err(EngineError::generic(format!(
+                "attempt to add duplicate property '{}' to object (type 'container')",
+                spec.id
+            )));
+        }
+        self.threads.add_named(&spec.id).map(|_| ())
+    }
+
+    /// Deletes an object.
+    ///
+    /// # Errors
+    /// When it is not there or in use.
+    pub fn delete_object(&self, id: &str) -> Result<(), EngineError> {
+        let Some(thread) = self.threads.named(id) else {
+            return Err(EngineError::generic(format!("object '{id}' not found")));
+        };
+        if self
+            .records
+            .borrow()
+            .nodes
+            .iter()
+            .any(|node| node.thread == thread)
+        {
+            let text = format!("object '{id}' is in use, can not be deleted");
+            return Err(EngineError::generic(text));
+        }
+        self.threads.remove_named(id);
+        Ok(())
+    }
+
+    /// Moves a node, and all that hangs together with it, to the thread of an object or to one of the engine's own.
+    ///
+    /// # Errors
+    /// When node or object are not there, or a job runs on the nodes.
+    pub async fn set_iothread(
+        &self,
+        node_name: &str,
+        iothread: Option<String>,
+        force: bool,
+    ) -> Result<(), EngineError> {
+        let _ = force;
+        let id = self.find(node_name).ok_or_else(|| {
+            EngineError::generic(format!("Failed to find node with node-name='{node_name}'"))
+        })?;
+        let thread = match iothread {
+            Some(name) => self
+                .threads
+                .named(&name)
+                .ok_or_else(|| EngineError::generic(format!("Cannot find iothread {name}")))?,
+            None => self.threads.choose(),
+        };
+        self.records.borrow().check_free(id)?;
+        let component = self.records.borrow().component(id);
+        if !self.records.borrow().jobs_on(&component).is_empty() {
+            let text = format!("Node '{node_name}' is busy: a block job runs on it");
+            return Err(EngineError::generic(text));
+        }
+        self.move_component(id, thread).await
+    }
+
+    fn thread_of(&self, id: NodeId) -> ThreadId {
+        self.records
+            .borrow()
+            .node(id)
+            .map_or(ThreadId(0), |node| node.thread)
+    }
+
+    /// Moves everything connected with a node: flush and let go there, bring up here. Image locks stay all the while,
+    /// they belong to the descriptor.
+    async fn move_component(&self, id: NodeId, thread: ThreadId) -> Result<(), EngineError> {
+        let component = self.records.borrow().component(id);
+        for id in component.iter().rev() {
+            let (from, name) = (
+                self.thread_of(*id),
+                self.records.borrow().name_of(*id).to_owned(),
+            );
+            if from != thread {
+                self.drop_node(from, *id, &name).await;
+            }
+        }
+        for id in component {
+            let from = self.thread_of(id);
+            if from == thread {
+                continue;
+            }
+            if let Some(node) = self.records.borrow_mut().node_mut(id) {
+                node.thread = thread;
+            }
+            self.threads.load(from, -1);
+            self.threads.load(thread, 1);
+            self.bring_up(id).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings a recorded node up on its thread.
+    async fn bring_up(&self, id: NodeId) -> Result<(), EngineError> {
+        let facts = self
+            .records
+            .borrow()
+            .node(id)
+            .map(|node| (node.thread, node.name.clone(), node.plan.clone()));
+        let Some((thread, name, plan)) = facts else {
+            return Ok(());
+        };
+        let built = self.threads.run(thread, move |context| {
+            Box::pin(async move {
+                let node = build(&context, &name, &plan)?;
+                context.insert_node(id, node);
+                Ok(())
+            })
+        });
+        built
+            .await?
+            .map_err(|error: crate::error::NodeError| EngineError::generic(error.to_string()))
+    }
+
+    /// Facts of a node as of now.
+    async fn facts(&self, id: NodeId) -> Result<NodeFacts, EngineError> {
+        let facts = self.threads.run(self.thread_of(id), move |context| {
+            Box::pin(async move { context.node(id).map(|node| node.facts()) })
+        });
+        facts
+            .await?
+            .ok_or_else(|| EngineError::generic("Internal error: a node is lost (bug)"))
+    }
+}
+
+/// The text for a device or node that does not exist.
+fn not_found(device: &str, node_name: &str) -> EngineError {
+    EngineError::generic(format!(
+        "Cannot find device='{device}' nor node-name='{node_name}'"
+    ))
+}

@@ -1,0 +1,356 @@
+//! What the graph knows: nodes, edges, who blocks what. Plain data and the questions one can ask of it.
+
+use blockyard_ring::HostFile;
+
+use crate::data::{NodeId, ThreadId};
+use crate::error::EngineError;
+use crate::graph::image_locks::{self, HeldLocks};
+use crate::graph::permissions::{Permissions, names_of};
+use crate::job::context::JobKey;
+use crate::job::verb::JobType;
+use crate::node::build::NodePlan;
+use crate::request::{DetectZeroes, Permission};
+
+/// One node.
+#[derive(Clone)]
+pub(super) struct NodeRecord {
+    pub(super) id: NodeId,
+    pub(super) name: String,
+    pub(super) driver: &'static str,
+    /// As queries show it.
+    pub(super) filename: String,
+    pub(super) read_only: bool,
+    pub(super) detect_zeroes: DetectZeroes,
+    pub(super) cache_direct: bool,
+    pub(super) cache_no_flush: bool,
+    pub(super) monitor_owned: bool,
+    /// Raw with its size given.
+    pub(super) fixed_size: bool,
+    pub(super) force_share: bool,
+    pub(super) thread: ThreadId,
+    pub(super) plan: NodePlan,
+    /// The host file, if image locks are taken on it.
+    pub(super) locked: Option<(HostFile, HeldLocks)>,
+}
+
+/// Who uses a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum User {
+    /// Another node.
+    Node(NodeId),
+    /// A job's own edge.
+    Job(JobKey),
+    /// A job's access for reading and writing.
+    Backend(JobKey),
+}
+
+/// One use of a node.
+#[derive(Clone, Debug)]
+pub(super) struct Edge {
+    pub(super) user: User,
+    pub(super) child: NodeId,
+    pub(super) role: &'static str,
+    pub(super) taken: Permissions,
+    pub(super) shared: Permissions,
+}
+
+/// A job that keeps others off a node.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Blocker {
+    pub(super) node: NodeId,
+    pub(super) job: JobKey,
+    pub(super) job_type: JobType,
+}
+
+/// A job as texts name it.
+#[derive(Clone, Debug)]
+pub(super) struct JobLabel {
+    pub(super) key: JobKey,
+    pub(super) id: String,
+    pub(super) job_type: JobType,
+}
+
+/// Everything the graph knows.
+#[derive(Default)]
+pub(super) struct Records {
+    /// Oldest first.
+    pub(super) nodes: Vec<NodeRecord>,
+    pub(super) edges: Vec<Edge>,
+    pub(super) blockers: Vec<Blocker>,
+    pub(super) jobs: Vec<JobLabel>,
+    /// Names of nodes that are being opened.
+    pub(super) reserved: Vec<String>,
+    pub(super) next_id: u64,
+}
+
+impl Records {
+    pub(super) fn new_id(&mut self) -> NodeId {
+        self.next_id += 1;
+        NodeId(self.next_id)
+    }
+
+    pub(super) fn node(&self, id: NodeId) -> Option<&NodeRecord> {
+        self.nodes.iter().find(|node| node.id == id)
+    }
+
+    pub(super) fn node_mut(&mut self, id: NodeId) -> Option<&mut NodeRecord> {
+        self.nodes.iter_mut().find(|node| node.id == id)
+    }
+
+    pub(super) fn by_name(&self, name: &str) -> Option<&NodeRecord> {
+        self.nodes.iter().find(|node| node.name == name)
+    }
+
+    pub(super) fn name_of(&self, id: NodeId) -> &str {
+        self.node(id).map_or("", |node| &node.name)
+    }
+
+    /// Users of a node.
+    pub(super) fn users(&self, id: NodeId) -> impl Iterator<Item = &Edge> {
+        self.edges.iter().filter(move |edge| edge.child == id)
+    }
+
+    /// Nodes right below a node.
+    pub(super) fn children(&self, id: NodeId) -> impl Iterator<Item = &Edge> {
+        self.edges
+            .iter()
+            .filter(move |edge| edge.user == User::Node(id))
+    }
+
+    pub(super) fn has_node_parent(&self, id: NodeId) -> bool {
+        self.users(id)
+            .any(|edge| matches!(edge.user, User::Node(_)))
+    }
+
+    /// Fails if a job keeps others off the node.
+    pub(super) fn check_free(&self, id: NodeId) -> Result<(), EngineError> {
+        let Some(blocker) = self.blockers.iter().find(|blocker| blocker.node == id) else {
+            return Ok(());
+        };
+        Err(EngineError::generic(format!(
+            "Node '{}' is busy: block device is in use by block job: {}",
+            self.name_of(id),
+            blocker.job_type.name()
+        )))
+    }
+
+    /// All nodes connected with this one, oldest first: what lives on one thread together. Children are older than
+    /// their parents.
+    pub(super) fn component(&self, id: NodeId) -> Vec<NodeId> {
+        let mut found = vec![id];
+        let mut next = 0;
+        while let Some(node) = found.get(next).copied() {
+            next += 1;
+            for edge in &self.edges {
+                let User::Node(parent) = edge.user else {
+                    continue;
+                };
+                for (one, other) in [(parent, edge.child), (edge.child, parent)] {
+                    if one == node && !found.contains(&other) {
+                        found.push(other);
+                    }
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
+    /// Jobs that use any of these nodes.
+    pub(super) fn jobs_on(&self, nodes: &[NodeId]) -> Vec<JobKey> {
+        let mut jobs: Vec<JobKey> = self
+            .edges
+            .iter()
+            .filter(|edge| nodes.contains(&edge.child))
+            .filter_map(|edge| match edge.user {
+                User::Job(key) | User::Backend(key) => Some(key),
+                User::Node(_) => None,
+            })
+            .collect();
+        jobs.sort();
+        jobs.dedup();
+        jobs
+    }
+
+    /// Changes the edges, works permissions out anew from the top down, checks them, and takes the image locks that
+    /// follow. All or nothing.
+    ///
+    /// # Errors
+    /// The conflict, in QEMU's words.
+    pub(super) fn change_edges(
+        &mut self,
+        change: impl FnOnce(&mut Vec<Edge>),
+    ) -> Result<(), EngineError> {
+        let before = self.edges.clone();
+        change(&mut self.edges);
+        let checked = self.recompute().and_then(|()| self.update_locks());
+        if checked.is_err() {
+            self.edges = before;
+        }
+        checked
+    }
+
+    /// Permissions of edges between nodes follow from those above them. Parents are younger than their children, so one
+    /// pass from young to old is enough.
+    fn recompute(&mut self) -> Result<(), EngineError> {
+        let ids: Vec<NodeId> = self.nodes.iter().rev().map(|node| node.id).collect();
+        for id in ids {
+            self.check_node(id)?;
+            let (taken, shared) = self.demands(id);
+            let Some(node) = self.node(id) else { continue };
+            let (driver, read_only, window, force_share) = (
+                node.driver,
+                node.read_only,
+                node.fixed_size,
+                node.force_share,
+            );
+            for edge in self
+                .edges
+                .iter_mut()
+                .filter(|edge| edge.user == User::Node(id))
+            {
+                (edge.taken, edge.shared) =
+                    child_permissions(driver, window, read_only, taken, shared);
+                if force_share {
+                    edge.shared = Permissions::EVERY;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What all users of a node take together, and what all of them share.
+    pub(super) fn demands(&self, id: NodeId) -> (Permissions, Permissions) {
+        self.users(id).fold(
+            (Permissions::NONE, Permissions::EVERY),
+            |(taken, shared), edge| (taken.union(edge.taken), shared.intersection(edge.shared)),
+        )
+    }
+
+    fn check_node(&self, id: NodeId) -> Result<(), EngineError> {
+        let Some(node) = self.node(id) else {
+            return Ok(());
+        };
+        let users: Vec<&Edge> = self.users(id).collect();
+        for (index, one) in users.iter().enumerate() {
+            for (other_index, other) in users.iter().enumerate() {
+                let clash = one.taken.intersection(other.shared.complement());
+                if index != other_index && !clash.is_empty() {
+                    return Err(self.conflict(node, one, other, clash));
+                }
+            }
+        }
+        let (taken, _) = self.demands(id);
+        let writes = taken.has(Permission::Write) || taken.has(Permission::Resize);
+        if node.read_only && writes {
+            return Err(EngineError::generic("Block node is read-only"));
+        }
+        Ok(())
+    }
+
+    fn conflict(
+        &self,
+        node: &NodeRecord,
+        takes: &Edge,
+        unshares: &Edge,
+        clash: Permissions,
+    ) -> EngineError {
+        let name = &node.name;
+        EngineError::generic(format!(
+            "Permission conflict on node '{name}': permissions '{}' are both required by {} \
+             (uses node '{name}' as '{}' child) and unshared by {} (uses node '{name}' as '{}' \
+             child).",
+            names_of(clash),
+            self.user_text(takes.user),
+            takes.role,
+            self.user_text(unshares.user),
+            unshares.role
+        ))
+    }
+
+    fn user_text(&self, user: User) -> String {
+        match user {
+            User::Node(id) => format!("node '{}'", self.name_of(id)),
+            User::Backend(_) => "an unnamed block device".to_owned(),
+            User::Job(key) => match self.jobs.iter().find(|job| job.key == key) {
+                Some(job) => format!("{} job '{}'", job.job_type.name(), job.id),
+                None => "a block job".to_owned(),
+            },
+        }
+    }
+
+    fn update_locks(&mut self) -> Result<(), EngineError> {
+        let wanted: Vec<(usize, HeldLocks)> = self
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(|(_, node)| node.locked.is_some())
+            .map(|(index, node)| {
+                let (used, shared) = self.demands(node.id);
+                (
+                    index,
+                    HeldLocks {
+                        used,
+                        unshared: shared.complement(),
+                    },
+                )
+            })
+            .collect();
+        let mut changed: Vec<(usize, HeldLocks)> = Vec::new();
+        for (index, wanted) in wanted {
+            let Some((file, held)) = self.nodes[index].locked.as_mut() else {
+                continue;
+            };
+            if *held == wanted {
+                continue;
+            }
+            if let Err(error) = image_locks::change(file, *held, wanted) {
+                for (index, before) in changed {
+                    if let Some((file, held)) = self.nodes[index].locked.as_mut() {
+                        // Going back takes nothing that was not held a moment ago.
+                        let _ = image_locks::change(file, *held, before);
+                        *held = before;
+                    }
+                }
+                return Err(error);
+            }
+            changed.push((index, *held));
+            *held = wanted;
+        }
+        Ok(())
+    }
+}
+
+/// What a node takes and shares below itself, from what is taken and shared above it.
+fn child_permissions(
+    driver: &str,
+    window: bool,
+    read_only: bool,
+    taken: Permissions,
+    shared: Permissions,
+) -> (Permissions, Permissions) {
+    let metadata = |taken: Permissions| {
+        let taken = taken.with(Permission::ConsistentRead);
+        let taken = if read_only {
+            taken
+        } else {
+            taken.with(Permission::Write).with(Permission::Resize)
+        };
+        (
+            taken,
+            Permissions::EVERY
+                .without(Permission::Write)
+                .without(Permission::Resize),
+        )
+    };
+    match driver {
+        "copy-before-write" => (
+            taken.with(Permission::ConsistentRead),
+            shared
+                .without(Permission::Write)
+                .without(Permission::Resize),
+        ),
+        "raw" if window => metadata(taken),
+        _ => (taken, shared),
+    }
+}

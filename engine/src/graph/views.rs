@@ -1,0 +1,138 @@
+//! What queries see of the graph.
+
+use crate::data::NodeId;
+use crate::graph::Graph;
+use crate::graph::records::User;
+use crate::job::context::JobKey;
+use crate::node::build::NodePlan;
+use crate::reply::{
+    FormatSpecific, GraphEdgeView, GraphNodeKind, GraphNodeView, GraphView, ImageView, NodeView,
+};
+
+/// Numbers of backends and jobs in the graph view start here, above those of nodes.
+const BACKEND_NUMBERS: u64 = 1 << 40;
+const JOB_NUMBERS: u64 = 1 << 41;
+
+impl Graph {
+    /// Every node, newest first.
+    pub async fn views(&self, flat: bool) -> Vec<NodeView> {
+        // Nodes have no backing images, so flat and nested answers are the same.
+        let _ = flat;
+        let ids: Vec<NodeId> = self
+            .records
+            .borrow()
+            .nodes
+            .iter()
+            .rev()
+            .map(|node| node.id)
+            .collect();
+        let mut views = Vec::with_capacity(ids.len());
+        for id in ids {
+            let Ok(facts) = self.facts(id).await else {
+                continue;
+            };
+            let image = self.image_view(id, facts.length_bytes);
+            let records = self.records.borrow();
+            // A node may have gone while another was asked.
+            let (Some(node), Some(image)) = (records.node(id), image) else {
+                continue;
+            };
+            views.push(NodeView {
+                node_name: node.name.clone(),
+                driver: node.driver.to_owned(),
+                filename: node.filename.clone(),
+                read_only: node.read_only,
+                active: true,
+                detect_zeroes: node.detect_zeroes,
+                cache_direct: node.cache_direct,
+                cache_no_flush: node.cache_no_flush,
+                backing_file: None,
+                backing_file_depth: 0,
+                image,
+            });
+        }
+        views
+    }
+
+    fn image_view(&self, id: NodeId, length_bytes: u64) -> Option<ImageView> {
+        let records = self.records.borrow();
+        let node = records.node(id)?;
+        let children = records
+            .children(id)
+            .map(|edge| (edge.role.to_owned(), edge.child));
+        let children: Vec<(String, NodeId)> = children.collect();
+        let (actual, specific) = match &node.plan {
+            NodePlan::File { file, .. } => (
+                file.allocated_bytes().ok(),
+                Some(FormatSpecific::File {
+                    extent_size_hint: None,
+                }),
+            ),
+            _ => (None, None),
+        };
+        let (filename, format) = (node.filename.clone(), node.driver.to_owned());
+        drop(records);
+        let children: Vec<(String, ImageView)> = children
+            .into_iter()
+            .filter_map(|(role, child)| Some((role, self.image_view(child, length_bytes)?)))
+            .collect();
+        let below = children
+            .first()
+            .and_then(|(_, image)| image.actual_size_bytes);
+        Some(ImageView {
+            filename,
+            format,
+            virtual_size_bytes: length_bytes,
+            actual_size_bytes: actual.or(below),
+            cluster_size_bytes: None,
+            dirty_flag: false,
+            format_specific: specific,
+            children,
+        })
+    }
+
+    /// The graph with its permissions.
+    pub fn block_graph(&self) -> GraphView {
+        let records = self.records.borrow();
+        let mut view = GraphView::default();
+        for node in records.nodes.iter().rev() {
+            let (kind, name) = (GraphNodeKind::BlockDriver, node.name.clone());
+            view.nodes.push(GraphNodeView {
+                id: node.id.0,
+                kind,
+                name,
+            });
+        }
+        for job in &records.jobs {
+            let (kind, name) = (GraphNodeKind::BlockJob, job.id.clone());
+            view.nodes.push(GraphNodeView {
+                id: JOB_NUMBERS + job.key.0,
+                kind,
+                name,
+            });
+        }
+        for edge in &records.edges {
+            let parent = match edge.user {
+                User::Node(id) => id.0,
+                User::Job(JobKey(key)) => JOB_NUMBERS + key,
+                User::Backend(JobKey(key)) => BACKEND_NUMBERS + key,
+            };
+            if let User::Backend(_) = edge.user {
+                let (kind, name) = (GraphNodeKind::BlockBackend, String::new());
+                view.nodes.push(GraphNodeView {
+                    id: parent,
+                    kind,
+                    name,
+                });
+            }
+            view.edges.push(GraphEdgeView {
+                parent,
+                child: edge.child.0,
+                name: edge.role.to_owned(),
+                taken: edge.taken.list(),
+                shared: edge.shared.list(),
+            });
+        }
+        view
+    }
+}

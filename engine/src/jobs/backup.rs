@@ -1,0 +1,114 @@
+//! `blockdev-backup`: a copy of one point in time.
+//!
+//! Nobody can write to the source while the job holds it, so the point in time is kept by copying.
+
+use std::rc::Rc;
+
+use blockyard_storage::{ByteRange, LocalFuture};
+
+use crate::error::JobError;
+use crate::job::context::JobContext;
+use crate::job::work::{Stop, Work};
+use crate::jobs::copier::{Copier, CopyOptions};
+use crate::limits::COPY_CHUNK_BYTES;
+use crate::node::Node;
+use crate::request::{BackupSpec, SyncMode};
+
+/// Smallest unit in which progress is counted, in bytes.
+const CLUSTER_MIN_BYTES: u64 = 64 << 10;
+
+/// Requests in flight, however many workers the client allows.
+const WINDOW_MAX: usize = 16;
+
+/// Bytes of the source discarded at once.
+const DISCARD_BYTES: u64 = 64 << 20;
+
+/// The work of a backup.
+pub(crate) struct Backup {
+    source: Rc<dyn Node>,
+    target: Rc<dyn Node>,
+    spec: BackupSpec,
+}
+
+impl Backup {
+    /// A backup of `source` onto `target`, which is as long.
+    pub(crate) fn new(source: Rc<dyn Node>, target: Rc<dyn Node>, spec: BackupSpec) -> Self {
+        Self {
+            source,
+            target,
+            spec,
+        }
+    }
+
+    fn cluster_bytes(&self) -> u64 {
+        let of_target = self.target.facts().cluster_size_bytes.map_or(0, u64::from);
+        CLUSTER_MIN_BYTES
+            .max(of_target)
+            .max(self.spec.perf.min_cluster_size)
+    }
+
+    async fn copy(&self, cx: &JobContext) -> Result<(), Stop> {
+        let length = self.source.facts().length_bytes;
+        let cluster = self.cluster_bytes();
+        let rounded = length.checked_next_multiple_of(cluster).unwrap_or(length);
+        cx.progress().set_remaining(rounded);
+        let workers = usize::try_from(self.spec.perf.max_workers).unwrap_or(usize::MAX);
+        let max_chunk = u64::try_from(self.spec.perf.max_chunk).unwrap_or(0);
+        let options = CopyOptions {
+            window_max: workers.min(WINDOW_MAX),
+            chunk_max_bytes: if max_chunk == 0 {
+                COPY_CHUNK_BYTES
+            } else {
+                max_chunk.min(COPY_CHUNK_BYTES)
+            },
+            granularity_bytes: cluster.min(COPY_CHUNK_BYTES),
+            may_unmap: false,
+            one_error_a_round: true,
+        };
+        Copier::new(self.source.clone(), self.target.clone(), options)
+            .run(cx)
+            .await?;
+        // Progress counts whole clusters, also the one that the end of the disk cuts.
+        cx.progress().done(rounded - length);
+        Ok(())
+    }
+
+    /// The copy is durable: its source is no longer needed.
+    async fn discard_source(&self, cx: &JobContext) -> Result<(), Stop> {
+        let all = ByteRange::new(0, self.source.facts().length_bytes);
+        for piece in all.pieces(DISCARD_BYTES) {
+            cx.checkpoint().await?;
+            if let Err(error) = self.source.discard(piece).await {
+                return Err(Stop::Failed(JobError::from(error)));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Work for Backup {
+    fn run<'a>(&'a mut self, cx: &'a JobContext) -> LocalFuture<'a, Result<(), Stop>> {
+        Box::pin(async move {
+            if self.spec.sync == SyncMode::None {
+                cx.progress()
+                    .set_remaining(self.source.facts().length_bytes);
+                return idle(cx).await;
+            }
+            self.copy(cx).await?;
+            if self.spec.discard_source {
+                self.discard_source(cx).await?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// A backup of what is about to be overwritten never ends by itself.
+async fn idle(cx: &JobContext) -> Result<(), Stop> {
+    cx.orders().set_busy(false);
+    loop {
+        cx.checkpoint().await?;
+        cx.orders().set_busy(false);
+        cx.orders_changed().await;
+    }
+}

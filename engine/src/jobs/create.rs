@@ -1,0 +1,261 @@
+//! `blockdev-create` for `file`: a host file of a given length, its room reserved as asked, with real progress.
+//!
+//! A file that this job made is removed again when the job fails or is cancelled; one that was there before stays.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use blockyard_ring::{HostFile, OpenMode, ofd_lock};
+use blockyard_storage::error::errno_text;
+use blockyard_storage::{ByteRange, LocalFuture, Preallocation, Storage};
+
+use crate::data::{DataContext, HostFiles};
+use crate::error::JobError;
+use crate::job::context::JobContext;
+use crate::job::work::{Stop, Work};
+use crate::request::CreatePreallocation;
+
+/// Room reserved at once, in bytes.
+const PIECE_BYTES: u64 = 64 << 20;
+
+/// Longest hint the file systems take, in bytes.
+const EXTENT_SIZE_HINT_MAX: u64 = u32::MAX as u64;
+
+/// What to make.
+#[derive(Clone, Debug)]
+pub(crate) struct CreateFileOptions {
+    /// Path on the host.
+    pub(crate) filename: PathBuf,
+    /// Length in bytes.
+    pub(crate) size_bytes: u64,
+    /// How room is reserved.
+    pub(crate) preallocation: CreatePreallocation,
+    /// Hint for the file system's extents in bytes.
+    pub(crate) extent_size_hint: Option<u64>,
+}
+
+/// The work of creating a file.
+pub(crate) struct CreateFile {
+    options: CreateFileOptions,
+    files: Rc<dyn HostFiles>,
+    made: bool,
+}
+
+/// An opened, locked and emptied file.
+struct Opened {
+    file: HostFile,
+    made: bool,
+}
+
+impl CreateFile {
+    /// Creates a file on the thread of `context`.
+    pub(crate) fn new(options: CreateFileOptions, context: &DataContext) -> Self {
+        Self {
+            options,
+            files: context.files().clone(),
+            made: false,
+        }
+    }
+
+    async fn create(&mut self, cx: &JobContext) -> Result<(), Stop> {
+        let how = match self.options.preallocation {
+            CreatePreallocation::Off => Preallocation::Off,
+            CreatePreallocation::Falloc => Preallocation::Falloc,
+            CreatePreallocation::Full => Preallocation::Full,
+            CreatePreallocation::Metadata => {
+                let text = "Unsupported preallocation mode: metadata";
+                return Err(Stop::Failed(JobError::text(text)));
+            }
+        };
+        if self
+            .options
+            .extent_size_hint
+            .is_some_and(|hint| hint > EXTENT_SIZE_HINT_MAX)
+        {
+            return Err(Stop::Failed(JobError::text(
+                "Extent size hint is too large",
+            )));
+        }
+        let reserves = how != Preallocation::Off && self.options.size_bytes > 0;
+        cx.progress()
+            .set_remaining(if reserves { self.options.size_bytes } else { 1 });
+        cx.checkpoint().await?;
+        let opened = self.open().await.map_err(Stop::Failed)?;
+        self.made = opened.made;
+        let storage = self.files.storage(&opened.file, false);
+        let resized = storage.resize(self.options.size_bytes).await;
+        resized.map_err(|error| {
+            failed(
+                format!("Could not resize file: {}", errno_text(error.errno)),
+                error.errno,
+            )
+        })?;
+        if reserves {
+            self.reserve(cx, &*storage, how).await?;
+        }
+        let synced = storage.sync().await;
+        synced.map_err(|error| failed(errno_text(error.errno), error.errno))?;
+        self.sync_folder().await.map_err(Stop::Failed)?;
+        if !reserves {
+            cx.progress().done(1);
+        }
+        Ok(())
+    }
+
+    async fn reserve(
+        &self,
+        cx: &JobContext,
+        storage: &dyn Storage,
+        how: Preallocation,
+    ) -> Result<(), Stop> {
+        for piece in ByteRange::new(0, self.options.size_bytes).pieces(PIECE_BYTES) {
+            cx.checkpoint().await?;
+            let reserved = storage.preallocate(piece, how).await;
+            reserved.map_err(|error| {
+                let text = format!("Could not preallocate {piece}: {}", errno_text(error.errno));
+                failed(text, error.errno)
+            })?;
+            cx.progress().done(piece.length());
+        }
+        cx.checkpoint().await
+    }
+
+    /// Opens or makes the file, locks it against other users and empties it.
+    async fn open(&self) -> Result<Opened, JobError> {
+        let path = self.options.filename.clone();
+        self.blocking(move || open_empty(&path)).await
+    }
+
+    /// A new name is durable once its folder is.
+    async fn sync_folder(&self) -> Result<(), JobError> {
+        if !self.made {
+            return Ok(());
+        }
+        let path = self.options.filename.clone();
+        self.blocking(move || {
+            let folder = path
+                .parent()
+                .filter(|folder| !folder.as_os_str().is_empty());
+            let synced = std::fs::File::open(folder.unwrap_or(Path::new(".")))
+                .and_then(|folder| folder.sync_all());
+            synced.map_err(|error| JobError::errno(error.raw_os_error().unwrap_or(5)))
+        })
+        .await
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> Result<T, JobError> + Send + 'static,
+    ) -> Result<T, JobError> {
+        let cell = Arc::new(Mutex::new(None));
+        let answer = cell.clone();
+        self.files
+            .blocking(Box::new(move || {
+                let value = call();
+                *answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+            }))
+            .await;
+        let value = cell.lock().unwrap_or_else(PoisonError::into_inner).take();
+        value.unwrap_or_else(|| Err(JobError::text("Internal error: a call was lost (bug)")))
+    }
+
+    /// Removes what this job made, and only that.
+    async fn remove(&mut self) {
+        if !std::mem::take(&mut self.made) {
+            return;
+        }
+        let path = self.options.filename.clone();
+        let removed = self
+            .blocking(move || {
+                std::fs::remove_file(&path)
+                    .map_err(|error| JobError::text(format!("{}: {error}", path.display())))
+            })
+            .await;
+        if let Err(error) = removed {
+            tracing::warn!(reason = error.text, "a half-made file could not be removed");
+        }
+    }
+}
+
+impl Work for CreateFile {
+    fn run<'a>(&'a mut self, cx: &'a JobContext) -> LocalFuture<'a, Result<(), Stop>> {
+        Box::pin(async move {
+            let outcome = self.create(cx).await;
+            if outcome.is_err() {
+                self.remove().await;
+                let progress = cx.progress();
+                if progress.total_bytes() == 1 {
+                    progress.done(1 - progress.current_bytes());
+                }
+            }
+            outcome
+        })
+    }
+}
+
+fn failed(text: String, errno: i32) -> Stop {
+    Stop::Failed(JobError {
+        errno: Some(errno),
+        ..JobError::text(text)
+    })
+}
+
+/// Bytes that say "I write and resize" (taken) and "nobody else may resize" (not shared) to QEMU and to us.
+const CREATION_LOCKS: [u64; 3] = [101, 103, 203];
+
+fn open_empty(path: &Path) -> Result<Opened, JobError> {
+    let text = |error: &std::io::Error| {
+        let reason = error
+            .raw_os_error()
+            .map_or_else(|| error.to_string(), errno_text);
+        JobError {
+            errno: error.raw_os_error(),
+            ..JobError::text(format!("Could not create '{}': {reason}", path.display()))
+        }
+    };
+    let made = match std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(path)
+    {
+        Ok(_) => true,
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
+        Err(error) => return Err(text(&error)),
+    };
+    let mode = OpenMode {
+        write: true,
+        ..OpenMode::default()
+    };
+    let file = HostFile::open(path, mode).map_err(|error| text(&error))?;
+    let descriptor = file.descriptor();
+    let lock_error = |name: &str| JobError::text(format!("Failed to get \"{name}\" lock"));
+    for byte in CREATION_LOCKS {
+        ofd_lock::lock_shared(descriptor, byte).map_err(|error| text(&error))?;
+    }
+    // Who does not share writing or resizing with us?
+    for (byte, name) in [(201, "write"), (203, "resize")] {
+        if ofd_lock::other_holder(descriptor, byte)
+            .map_err(|error| text(&error))?
+            .is_some()
+        {
+            return Err(lock_error(name));
+        }
+    }
+    if ofd_lock::other_holder(descriptor, 103)
+        .map_err(|error| text(&error))?
+        .is_some()
+    {
+        return Err(JobError::text("Failed to get shared \"resize\" lock"));
+    }
+    let emptied = blockyard_ring::file_calls::resize(descriptor, 0);
+    emptied.map_err(|errno| JobError {
+        errno: Some(errno),
+        ..JobError::text(format!(
+            "Could not create '{}': {}",
+            path.display(),
+            errno_text(errno)
+        ))
+    })?;
+    Ok(Opened { file, made })
+}

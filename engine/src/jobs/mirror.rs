@@ -1,0 +1,107 @@
+//! `blockdev-mirror`: a copy that is kept equal until the client switches over or lets go.
+//!
+//! ```text
+//!   copy everything -> flush -> ready: wait for orders -> flush -> end
+//! ```
+//! Nobody can write to the source while the job holds it, so a mirror that is equal stays so.
+
+use std::rc::Rc;
+
+use blockyard_storage::LocalFuture;
+
+use crate::error::JobError;
+use crate::job::context::JobContext;
+use crate::job::work::{Stop, Work};
+use crate::jobs::copier::{Copier, CopyOptions};
+use crate::limits::COPY_CHUNK_BYTES;
+use crate::node::Node;
+use crate::request::{CopyMode, MirrorSpec, SyncMode};
+
+/// Bytes in flight if the client does not say.
+const BUF_SIZE_BYTES: u64 = 16 << 20;
+
+/// Unit of tracking if the client does not say.
+const GRANULARITY_BYTES: u64 = 64 << 10;
+
+/// The work of a mirror.
+pub(crate) struct Mirror {
+    source: Rc<dyn Node>,
+    target: Rc<dyn Node>,
+    spec: MirrorSpec,
+}
+
+impl Mirror {
+    /// A mirror of `source` on `target`.
+    pub(crate) fn new(source: Rc<dyn Node>, target: Rc<dyn Node>, spec: MirrorSpec) -> Self {
+        Self {
+            source,
+            target,
+            spec,
+        }
+    }
+
+    async fn copy(&self, cx: &JobContext) -> Result<(), Stop> {
+        let length = self.source.facts().length_bytes;
+        cx.progress().set_remaining(length);
+        let granularity = self.spec.granularity.map_or(GRANULARITY_BYTES, u64::from);
+        let asked = self
+            .spec
+            .buf_size
+            .and_then(|bytes| u64::try_from(bytes).ok())
+            .unwrap_or(0);
+        let in_flight = if asked == 0 { BUF_SIZE_BYTES } else { asked };
+        let chunk = COPY_CHUNK_BYTES.min(in_flight.max(4096));
+        let options = CopyOptions {
+            window_max: usize::try_from(in_flight / chunk)
+                .unwrap_or(usize::MAX)
+                .clamp(1, 16),
+            chunk_max_bytes: chunk,
+            granularity_bytes: granularity.clamp(4096, chunk),
+            may_unmap: true,
+            one_error_a_round: false,
+        };
+        Copier::new(self.source.clone(), self.target.clone(), options)
+            .run(cx)
+            .await
+    }
+
+    /// Waits until the client switches over or lets go.
+    async fn stay_ready(&self, cx: &JobContext) -> Result<(), Stop> {
+        loop {
+            cx.checkpoint().await?;
+            let orders = cx.orders();
+            orders.set_actively_synced(orders.copy_mode() == CopyMode::WriteBlocking);
+            if orders.complete_ordered() || orders.cancel_ordered().is_some() {
+                return Ok(());
+            }
+            orders.set_busy(false);
+            cx.orders_changed().await;
+            orders.set_busy(true);
+        }
+    }
+}
+
+impl Work for Mirror {
+    fn run<'a>(&'a mut self, cx: &'a JobContext) -> LocalFuture<'a, Result<(), Stop>> {
+        Box::pin(async move {
+            let (source, target) = (self.source.facts(), self.target.facts());
+            if source.length_bytes != target.length_bytes {
+                let text = "Source and target image have different sizes";
+                return Err(Stop::Failed(JobError::text(text)));
+            }
+            cx.checkpoint().await?;
+            if self.spec.sync != SyncMode::None {
+                self.copy(cx).await?;
+            }
+            let synced = cx.orders().copy_mode() == CopyMode::WriteBlocking;
+            cx.orders().set_actively_synced(synced);
+            cx.orders().set_busy(false);
+            cx.converged().await;
+            self.stay_ready(cx).await?;
+            self.target
+                .flush()
+                .await
+                .map_err(|error| Stop::Failed(JobError::from(error)))
+        })
+    }
+}

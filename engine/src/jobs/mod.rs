@@ -1,0 +1,81 @@
+//! The kinds of work there are: each is a plan and an ending around the one copier.
+
+mod backup;
+mod copier;
+mod create;
+mod mirror;
+mod plan;
+
+use std::rc::Rc;
+
+use crate::data::{DataContext, NodeId};
+use crate::error::JobError;
+use crate::graph::JobNodes;
+use crate::job::context::ErrorPolicies;
+use crate::job::work::Work;
+use crate::node::Node;
+use crate::request::{CreatePreallocation, CreateSpec, WorkSpec};
+
+/// The work that a job's description asks for, on the thread where its nodes live.
+///
+/// # Errors
+/// When the nodes are not there, which is a bug of the caller.
+pub fn work(
+    spec: &WorkSpec,
+    nodes: &JobNodes,
+    context: &DataContext,
+) -> Result<Box<dyn Work>, JobError> {
+    let node = |id: Option<NodeId>| -> Result<Rc<dyn Node>, JobError> {
+        id.and_then(|id| context.node(id))
+            .ok_or_else(|| JobError::text("Internal error: a node is not where it should be (bug)"))
+    };
+    Ok(match spec {
+        WorkSpec::Backup(spec) => Box::new(backup::Backup::new(
+            node(nodes.source)?,
+            node(nodes.target)?,
+            spec.clone(),
+        )),
+        WorkSpec::Mirror(spec) => Box::new(mirror::Mirror::new(
+            node(nodes.source)?,
+            node(nodes.target)?,
+            spec.clone(),
+        )),
+        WorkSpec::Create(CreateSpec::File {
+            filename,
+            size,
+            preallocation,
+            extent_size_hint,
+            ..
+        }) => {
+            let options = create::CreateFileOptions {
+                filename: filename.clone(),
+                size_bytes: *size,
+                preallocation: preallocation.unwrap_or(CreatePreallocation::Off),
+                extent_size_hint: *extent_size_hint,
+            };
+            Box::new(create::CreateFile::new(options, context))
+        }
+        WorkSpec::Create(CreateSpec::Unsupported { driver }) => {
+            return Err(JobError::text(format!(
+                "Driver '{driver}' cannot create images"
+            )));
+        }
+    })
+}
+
+impl ErrorPolicies {
+    /// What the client chose for a job.
+    pub fn of(spec: &WorkSpec) -> Self {
+        match spec {
+            WorkSpec::Backup(spec) => Self {
+                on_source_error: spec.on_source_error,
+                on_target_error: spec.on_target_error,
+            },
+            WorkSpec::Mirror(spec) => Self {
+                on_source_error: spec.on_source_error,
+                on_target_error: spec.on_target_error,
+            },
+            WorkSpec::Create(_) => Self::default(),
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! The plan of a copy: which ranges, in which order, how. Found out bit by bit while the copy runs, so that its memory
+//! follows the window and its time follows the data, never the size of the disk.
+
+use std::collections::VecDeque;
+
+use blockyard_storage::ByteRange;
+
+use crate::error::NodeError;
+use crate::limits::STATUS_EXTENTS_MAX;
+use crate::node::{Node, StatusExtent};
+
+/// Longest range zeroed at once where the target has a cheap way.
+const ZERO_MAX_BYTES: u64 = 1 << 30;
+
+/// Longest range zeroed at once where zeroes have to be written.
+const ZERO_WRITTEN_MAX_BYTES: u64 = 4 << 20;
+
+/// Longest range shared at once.
+const SHARE_MAX_BYTES: u64 = 256 << 20;
+
+/// What is done with a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StepKind {
+    /// Read and write it.
+    Copy,
+    /// Make the target read as zeroes there.
+    Zero,
+    /// Let the target share the source's extents.
+    Share,
+}
+
+/// One range and what is done with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Step {
+    /// Which bytes, on both sides.
+    pub(crate) range: ByteRange,
+    /// What is done with them.
+    pub(crate) kind: StepKind,
+}
+
+/// Whether extents can be shared between the two sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sharing {
+    Untried,
+    Works,
+    Refused,
+}
+
+/// The rest of a copy.
+pub(crate) struct Plan {
+    rest: ByteRange,
+    known: VecDeque<StatusExtent>,
+    zero_max_bytes: u64,
+    sharing: Sharing,
+}
+
+impl Plan {
+    /// A plan for `range`.
+    pub(crate) fn new(range: ByteRange, zeroes_cheaply: bool) -> Self {
+        let zero_max_bytes = if zeroes_cheaply {
+            ZERO_MAX_BYTES
+        } else {
+            ZERO_WRITTEN_MAX_BYTES
+        };
+        Self {
+            rest: range,
+            known: VecDeque::new(),
+            zero_max_bytes,
+            sharing: Sharing::Untried,
+        }
+    }
+
+    /// Whether every range was handed out.
+    pub(crate) fn is_done(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    /// First byte that was not handed out.
+    pub(crate) fn position(&self) -> u64 {
+        self.rest.offset()
+    }
+
+    /// The next step, of at most `copy_max_bytes` if it is a copy; `chunk` cuts further by the rate limit. `None` when
+    /// every range was handed out.
+    ///
+    /// # Errors
+    /// When the source cannot say what it holds; asking again asks it again.
+    pub(crate) async fn next(
+        &mut self,
+        source: &dyn Node,
+        target: &dyn Node,
+        copy_max_bytes: u64,
+        chunk: impl Fn(u64) -> u64,
+    ) -> Result<Option<Step>, NodeError> {
+        if self.rest.is_empty() {
+            return Ok(None);
+        }
+        if self.sharing != Sharing::Refused {
+            let (range, after) = self.rest.split_at(chunk(SHARE_MAX_BYTES));
+            if self.can_share(range, source, target).await {
+                self.rest = after;
+                return Ok(Some(Step {
+                    range,
+                    kind: StepKind::Share,
+                }));
+            }
+        }
+        while self
+            .known
+            .front()
+            .is_none_or(|extent| extent.range.end() <= self.rest.offset())
+        {
+            if self.known.pop_front().is_none() {
+                self.known = source.status(self.rest, STATUS_EXTENTS_MAX).await?.into();
+                if self.known.is_empty() {
+                    let range = self.rest;
+                    self.known.push_back(StatusExtent {
+                        range,
+                        zero: false,
+                        allocated: true,
+                    });
+                }
+            }
+        }
+        let Some(extent) = self.known.front() else {
+            return Ok(None);
+        };
+        let (kind, longest) = if extent.zero {
+            (StepKind::Zero, self.zero_max_bytes)
+        } else {
+            (StepKind::Copy, copy_max_bytes)
+        };
+        let run = ByteRange::between(self.rest.offset(), extent.range.end().min(self.rest.end()));
+        let (range, _) = run.split_at(chunk(longest).max(1));
+        self.rest = ByteRange::between(range.end(), self.rest.end());
+        Ok(Some(Step { range, kind }))
+    }
+
+    /// Finds out by trying, with the first range.
+    async fn can_share(&mut self, range: ByteRange, source: &dyn Node, target: &dyn Node) -> bool {
+        if self.sharing == Sharing::Works {
+            return true;
+        }
+        self.sharing = match source.host_extent(range) {
+            Some((file, offset)) => match target.share(file, offset, range).await {
+                Ok(()) => Sharing::Works,
+                Err(error) => {
+                    tracing::debug!(%error, "extents cannot be shared, bytes are copied");
+                    Sharing::Refused
+                }
+            },
+            None => Sharing::Refused,
+        };
+        self.sharing == Sharing::Works
+    }
+}

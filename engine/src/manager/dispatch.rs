@@ -1,0 +1,159 @@
+//! From a request to its handler, one task a request, so that a slow one holds up nobody but its own client.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::error::EngineError;
+use crate::job::status::Status;
+use crate::manager::Manager;
+use crate::manager::publisher::Listener;
+use crate::reply::Reply;
+use crate::request::Request;
+
+/// How long the end of the daemon waits for jobs that do not end.
+const JOBS_END_WAIT: Duration = Duration::from_secs(30);
+
+/// What reaches the manager from outside.
+pub(crate) enum Call {
+    /// A request, and where its answer goes.
+    Request(Request, oneshot::Sender<Result<Reply, EngineError>>),
+    /// Somebody who wants to hear every event from now on.
+    Listen(Listener),
+}
+
+/// Serves calls until the daemon has quit or nobody can call any more. Every job is ended and every node closed then.
+pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiver<Call>) {
+    let (quit, mut has_quit) = mpsc::channel(1);
+    loop {
+        let call = tokio::select! {
+            call = calls.recv() => call,
+            _ = has_quit.recv() => return,
+        };
+        match call {
+            Some(Call::Listen(listener)) => manager.publisher.add(listener),
+            Some(Call::Request(_, answer)) if manager.ending.get() => {
+                let _ = answer.send(Err(EngineError::generic("The daemon is ending")));
+            }
+            Some(Call::Request(Request::Quit, answer)) => {
+                manager.ending.set(true);
+                let (manager, quit) = (manager.clone(), quit.clone());
+                tokio::task::spawn_local(async move {
+                    manager.end_everything().await;
+                    let _ = answer.send(Ok(Reply::Done));
+                    let _ = quit.send(()).await;
+                });
+            }
+            Some(Call::Request(request, answer)) => {
+                let manager = manager.clone();
+                tokio::task::spawn_local(async move {
+                    let _ = answer.send(manager.handle(request).await);
+                });
+            }
+            None => {
+                manager.end_everything().await;
+                return;
+            }
+        }
+    }
+}
+
+impl Manager {
+    async fn handle(self: Rc<Self>, request: Request) -> Result<Reply, EngineError> {
+        match request {
+            Request::BlockdevAdd(spec) => self.graph.add(spec).await?,
+            Request::BlockdevDel { node_name } => self.graph.delete(&node_name).await?,
+            Request::BlockResize {
+                device,
+                node_name,
+                size,
+            } => {
+                self.graph
+                    .resize(device.as_deref(), node_name.as_deref(), size)
+                    .await?;
+            }
+            Request::SetIothread {
+                node_name,
+                iothread,
+                force,
+            } => {
+                self.graph.set_iothread(&node_name, iothread, force).await?;
+            }
+            Request::ObjectAdd(spec) => self.graph.add_object(spec)?,
+            Request::ObjectDel { id } => self.graph.delete_object(&id)?,
+            Request::QueryNamedBlockNodes { flat } => {
+                return Ok(Reply::Nodes(self.graph.views(flat).await));
+            }
+            Request::QueryBlockGraph => return Ok(Reply::Graph(self.graph.block_graph())),
+            Request::StartJob(spec) => self.start(spec).await?,
+            Request::StartJobs { jobs, grouped } => self.start_all(jobs, grouped).await?,
+            Request::JobVerb { family, id, verb } => self.verb(family, &id, verb).await?,
+            Request::QueryJobs => {
+                let jobs = self.jobs.borrow();
+                return Ok(Reply::Jobs(
+                    jobs.newest_first().map(|job| job.view()).collect(),
+                ));
+            }
+            Request::QueryBlockJobs => {
+                let jobs = self.jobs.borrow();
+                let block_jobs = jobs.newest_first().filter(|job| job.is_block_job());
+                return Ok(Reply::BlockJobs(
+                    block_jobs.map(|job| job.block_view()).collect(),
+                ));
+            }
+            Request::Quit => {}
+        }
+        Ok(Reply::Done)
+    }
+
+    /// Quiets all jobs, ends them newest first, and closes every node.
+    async fn end_everything(&self) {
+        if tokio::time::timeout(JOBS_END_WAIT, self.end_jobs())
+            .await
+            .is_err()
+        {
+            tracing::error!("some jobs did not end in time; the daemon ends without them");
+        }
+        self.graph.close_all().await;
+        self.threads.end();
+    }
+
+    async fn end_jobs(&self) {
+        let keys: Vec<_> = self
+            .jobs
+            .borrow()
+            .newest_first()
+            .map(|job| job.key)
+            .collect();
+        for key in &keys {
+            self.with_job(*key, |job| {
+                job.pause_count += 1;
+                job.order_pause();
+            });
+        }
+        for key in &keys {
+            self.until(*key, |job| {
+                job.finished
+                    || !job.started
+                    || matches!(job.status, Status::Paused | Status::Standby)
+            })
+            .await;
+        }
+        for key in keys {
+            self.until_settled(key).await;
+            self.with_job(key, |job| {
+                job.auto_dismiss = true;
+                job.pause_count = job.pause_count.saturating_sub(1);
+                job.order_pause();
+            });
+            let status = self.with_job(key, |job| job.status);
+            if status == Some(Status::Concluded) {
+                self.dismiss(key);
+            } else if status.is_some() {
+                self.cancel(key, true).await;
+                self.until(key, |job| job.status == Status::Null).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! Who owns a job's state: one thread, one table, one place where a status changes.
+//!
+//! ```text
+//!   EngineHandle --Request--> dispatch --> start | verbs | queries
+//!                                             |        |
+//!                                        orders (JobShared: pause, cancel, complete, speed)
+//!                                             v        v
+//!   listeners <--Event-- publisher <-- lifecycle <--Report-- driver on a data thread (runs the Work)
+//! ```
+//!
+//! A verb changes no status: it changes orders, the work reaches a checkpoint and reports, and only then does the
+//! lifecycle take the step and publish it. The status never claims what is not yet so. Everything here runs on the
+//! manager's thread; borrows of the table never cross an await.
+
+mod dispatch;
+mod driver;
+mod journal;
+mod lifecycle;
+mod publisher;
+mod record;
+mod start;
+mod verbs;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use blockyard_storage::buffer::BufferPool;
+use tokio::sync::{Notify, mpsc};
+
+use crate::data::ThreadSet;
+use crate::graph::Graph;
+use crate::job::context::{JobKey, Report};
+
+pub(crate) use dispatch::{Call, serve};
+
+/// The manager: every job, and what jobs need.
+pub(crate) struct Manager {
+    jobs: RefCell<record::JobTable>,
+    publisher: publisher::Publisher,
+    journal: journal::Journal,
+    graph: Rc<Graph>,
+    threads: ThreadSet,
+    pool: BufferPool,
+    reports: mpsc::UnboundedSender<(JobKey, Report)>,
+    /// Told after every change of a job that somebody may wait for.
+    changed: Notify,
+    /// The daemon is ending: nothing new is begun.
+    ending: Cell<bool>,
+}
+
+impl Manager {
+    /// A manager without jobs. Reports of its jobs' work arrive at the other end of `reports`.
+    pub(crate) fn with(
+        graph: Rc<Graph>,
+        threads: ThreadSet,
+        pool: BufferPool,
+        reports: mpsc::UnboundedSender<(JobKey, Report)>,
+    ) -> Self {
+        Self {
+            jobs: RefCell::default(),
+            publisher: publisher::Publisher::default(),
+            journal: journal::Journal::default(),
+            graph,
+            threads,
+            pool,
+            reports,
+            changed: Notify::new(),
+            ending: Cell::new(false),
+        }
+    }
+}

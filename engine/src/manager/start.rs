@@ -1,0 +1,230 @@
+//! From a job's description to running work: checks in QEMU's order, the record, the filter and its edges, the driver.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use crate::data::ThreadId;
+use crate::error::EngineError;
+use crate::graph::JobNodes;
+use crate::job::context::{ErrorPolicies, JobContext, JobKey, JobShared, Report};
+use crate::job::status::{Status, Step};
+use crate::job::work::Stop;
+use crate::jobs;
+use crate::manager::Manager;
+use crate::manager::driver::{bug, drive};
+use crate::manager::record::{GroupKey, JobRecord};
+use crate::manager::verbs::negative_speed;
+use crate::reply::IoStatus;
+use crate::request::{CopyMode, JobSpec, WorkSpec};
+
+/// A job that exists and can start.
+struct Admitted {
+    key: JobKey,
+    thread: ThreadId,
+    work: WorkSpec,
+    nodes: JobNodes,
+}
+
+impl Manager {
+    /// Starts a job; returns when it is running.
+    ///
+    /// # Errors
+    /// As the command's; a job that already existed by then has come and gone with its two events.
+    pub(super) async fn start(self: &Rc<Self>, spec: JobSpec) -> Result<(), EngineError> {
+        let admitted = self.admit(spec, self.new_group()).await?;
+        self.launch(admitted);
+        Ok(())
+    }
+
+    /// Starts all jobs or none. They are created in order and start in reverse order; `grouped` jobs also end together
+    /// or not at all.
+    ///
+    /// # Errors
+    /// That of the first job that cannot be started; those before it come to nothing, newest first.
+    pub(super) async fn start_all(
+        self: &Rc<Self>,
+        specs: Vec<JobSpec>,
+        grouped: bool,
+    ) -> Result<(), EngineError> {
+        let common = self.new_group();
+        let mut admitted = Vec::new();
+        for spec in specs {
+            let group = if grouped { common } else { self.new_group() };
+            match self.admit(spec, group).await {
+                Ok(job) => admitted.push(job),
+                Err(error) => {
+                    for job in admitted.into_iter().rev() {
+                        self.cancel(job.key, true).await;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        for job in admitted.into_iter().rev() {
+            self.launch(job);
+        }
+        Ok(())
+    }
+
+    fn new_group(&self) -> GroupKey {
+        GroupKey(self.jobs.borrow_mut().next_key())
+    }
+
+    /// Everything that can fail before a job runs.
+    async fn admit(&self, spec: JobSpec, group: GroupKey) -> Result<Admitted, EngineError> {
+        let nodes = self.graph.prepare_job(&spec.work).await?;
+        let key = match self.create(&spec, nodes.clone(), group) {
+            Ok(key) => key,
+            Err(error) => {
+                self.graph.abandon(&nodes).await;
+                return Err(error);
+            }
+        };
+        match self.bring_up(key, &spec, &nodes).await {
+            Ok(thread) => Ok(Admitted {
+                key,
+                thread,
+                work: spec.work,
+                nodes,
+            }),
+            Err(error) => {
+                self.with_job(key, |job| job.nodes = None);
+                self.graph.detach_job(key, &nodes).await;
+                self.jobs.borrow_mut().leave_group(key);
+                self.dismiss(key);
+                Err(error)
+            }
+        }
+    }
+
+    /// Checks the id and takes the job in.
+    fn create(
+        &self,
+        spec: &JobSpec,
+        nodes: JobNodes,
+        group: GroupKey,
+    ) -> Result<JobKey, EngineError> {
+        let id = spec.id.clone().unwrap_or_default();
+        if !is_well_formed(&id) {
+            return Err(EngineError::generic(format!("Invalid job ID '{id}'")));
+        }
+        if self.jobs.borrow().by_id(&id).is_some() {
+            return Err(EngineError::generic(format!(
+                "Job ID '{id}' already in use"
+            )));
+        }
+        let (speed, copy_mode) = match &spec.work {
+            WorkSpec::Backup(backup) => (backup.speed, CopyMode::Background),
+            WorkSpec::Mirror(mirror) => (mirror.speed, mirror.copy_mode),
+            WorkSpec::Create(_) => (0, CopyMode::Background),
+        };
+        let mut jobs = self.jobs.borrow_mut();
+        let key = JobKey(jobs.next_key());
+        jobs.insert(JobRecord {
+            key,
+            id,
+            job_type: spec.work.job_type(),
+            work: spec.work.clone(),
+            status: Status::Undefined,
+            shared: Arc::new(JobShared::new(speed, copy_mode)),
+            pause_count: 0,
+            user_paused: false,
+            cancelled: false,
+            force_cancel: false,
+            started: false,
+            finished: false,
+            error: None,
+            io_status: IoStatus::Ok,
+            auto_finalize: spec.auto_finalize,
+            auto_dismiss: spec.auto_dismiss,
+            group: Some(group),
+            nodes: Some(nodes),
+            thread: None,
+            driver: None,
+        });
+        drop(jobs);
+        self.journal.begin(key, spec);
+        self.step(key, Step::Create);
+        Ok(key)
+    }
+
+    /// What can still fail once the job exists.
+    async fn bring_up(
+        &self,
+        key: JobKey,
+        spec: &JobSpec,
+        nodes: &JobNodes,
+    ) -> Result<ThreadId, EngineError> {
+        let (id, speed) = self
+            .with_job(key, |job| (job.id.clone(), job.shared.speed()))
+            .ok_or_else(|| EngineError::generic("Job not found"))?;
+        if speed < 0 {
+            return Err(negative_speed());
+        }
+        self.graph
+            .attach_job(key, &id, spec.work.job_type(), nodes)
+            .await?;
+        self.graph.place(nodes).await
+    }
+
+    /// Starts the work on its thread. From here on everything is the lifecycle's.
+    fn launch(self: &Rc<Self>, job: Admitted) {
+        let Admitted {
+            key,
+            thread,
+            work,
+            nodes,
+        } = job;
+        let (driver, orders) = mpsc::unbounded_channel();
+        let shared = self.with_job(key, |job| {
+            job.started = true;
+            job.driver = Some(driver);
+            job.thread = Some(thread);
+            job.shared.clone()
+        });
+        let Some(shared) = shared else {
+            return;
+        };
+        self.threads.load(thread, 1);
+        self.step(key, Step::Start);
+        let policies = ErrorPolicies::of(&work);
+        let (reports, pool) = (self.reports.clone(), self.pool.clone());
+        let sent = self.threads.spawn(thread, move |data| {
+            Box::pin(async move {
+                let cx = Rc::new(JobContext::new(
+                    key,
+                    shared,
+                    reports.clone(),
+                    data.clock().clone(),
+                    pool,
+                    policies,
+                ));
+                match jobs::work(&work, &nodes, &data) {
+                    Ok(work) => drive(key, work, cx, reports, orders).await,
+                    Err(error) => {
+                        let _ = reports.send((key, Report::Ended(Err(Stop::Failed(error)))));
+                    }
+                }
+            })
+        });
+        if !sent {
+            let manager = self.clone();
+            tokio::task::spawn_local(async move {
+                manager
+                    .ended(key, Err(Stop::Failed(bug("the data thread is gone"))))
+                    .await;
+            });
+        }
+    }
+}
+
+/// Whether an id begins with a letter and goes on with letters, digits, `-`, `.` and `_`.
+fn is_well_formed(id: &str) -> bool {
+    let mut bytes = id.bytes();
+    bytes
+        .next()
+        .is_some_and(|first| first.is_ascii_alphabetic())
+        && bytes.all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'))
+}

@@ -1,0 +1,250 @@
+//! [`FileNode`]: a host file or device as a node.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use blockyard_storage::error::{EBADF, EINVAL, EIO, ENOSPC};
+use blockyard_storage::{
+    Aligned, Buffer, ByteRange, LocalFuture, Operation, Storage, StorageError, Transfer, ZeroMode,
+};
+
+use crate::error::NodeError;
+use crate::limits::SECTOR_BYTES;
+use crate::node::zeroes::is_zero;
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::request::{DetectZeroes, Discard};
+
+/// What a client chose for one node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FileOptions {
+    /// Refuse writes.
+    pub read_only: bool,
+    /// What discards do.
+    pub discard: Discard,
+    /// Whether written zeroes become zero requests.
+    pub detect_zeroes: DetectZeroes,
+    /// Ignore flushes.
+    pub no_flush: bool,
+}
+
+/// A host file as a node.
+pub struct FileNode {
+    name: String,
+    storage: Rc<dyn Storage>,
+    request_alignment: u32,
+    options: FileOptions,
+}
+
+impl FileNode {
+    /// A node over `storage`, whatever alignment that demands.
+    pub fn new(name: String, storage: Rc<dyn Storage>, options: FileOptions) -> Self {
+        let request_alignment = storage.facts().request_alignment;
+        Self {
+            name,
+            storage: Aligned::over(storage),
+            request_alignment,
+            options,
+        }
+    }
+
+    fn length(&self) -> u64 {
+        round_up(self.storage.facts().length_bytes)
+    }
+
+    fn error(&self, source: StorageError) -> NodeError {
+        NodeError {
+            node: self.name.clone(),
+            source,
+        }
+    }
+
+    /// Why a request is refused before it is tried.
+    fn refusal(&self, operation: Operation, range: ByteRange) -> Option<StorageError> {
+        let writes = operation != Operation::Read;
+        let errno = if writes && self.options.read_only {
+            EBADF
+        } else if range.end() > self.length() {
+            if writes { ENOSPC } else { EIO }
+        } else {
+            return None;
+        };
+        Some(StorageError::new(operation, range, errno))
+    }
+
+    /// Written zeroes as a zero request, if that was asked for.
+    fn zeroes_instead(&self, bytes: &[u8]) -> Option<ZeroMode> {
+        let may_unmap = match self.options.detect_zeroes {
+            DetectZeroes::Off => return None,
+            DetectZeroes::On => false,
+            DetectZeroes::Unmap => self.options.discard == Discard::Unmap,
+        };
+        is_zero(bytes).then_some(ZeroMode {
+            may_unmap,
+            no_fallback: false,
+        })
+    }
+
+    fn transfer(&self, Transfer { buffer, outcome }: Transfer) -> NodeTransfer {
+        NodeTransfer {
+            buffer,
+            outcome: outcome.map_err(|error| self.error(error)),
+        }
+    }
+}
+
+/// Lengths of nodes are whole sectors.
+fn round_up(length_bytes: u64) -> u64 {
+    length_bytes
+        .checked_next_multiple_of(SECTOR_BYTES)
+        .unwrap_or(length_bytes)
+}
+
+impl Node for FileNode {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn facts(&self) -> NodeFacts {
+        let facts = self.storage.facts();
+        NodeFacts {
+            length_bytes: self.length(),
+            request_alignment: self.request_alignment,
+            transfer_max_bytes: facts.transfer_max_bytes,
+            cluster_size_bytes: None,
+            read_only: self.options.read_only,
+            zeroes_cheaply: facts.zeroes_cheaply,
+            unmaps: self.options.discard == Discard::Unmap && facts.discards,
+        }
+    }
+
+    fn status(
+        &self,
+        range: ByteRange,
+        extents_max: usize,
+    ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
+        Box::pin(async move {
+            let extents = self.storage.allocation(range, extents_max).await;
+            let extents = extents.map_err(|error| self.error(error))?;
+            let status = |extent: blockyard_storage::Extent| StatusExtent {
+                range: extent.range,
+                zero: !extent.data,
+                allocated: true,
+            };
+            Ok(extents.into_iter().map(status).collect())
+        })
+    }
+
+    fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(async move {
+            let range = ByteRange::new(offset, into.len() as u64);
+            if let Some(error) = self.refusal(Operation::Read, range) {
+                return NodeTransfer {
+                    buffer: into,
+                    outcome: Err(self.error(error)),
+                };
+            }
+            self.transfer(self.storage.read(offset, into).await)
+        })
+    }
+
+    fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(async move {
+            let range = ByteRange::new(offset, from.len() as u64);
+            if let Some(error) = self.refusal(Operation::Write, range) {
+                return NodeTransfer {
+                    buffer: from,
+                    outcome: Err(self.error(error)),
+                };
+            }
+            if let Some(mode) = self.zeroes_instead(from.as_slice()) {
+                let outcome = self.storage.zero(range, mode).await;
+                return self.transfer(Transfer {
+                    buffer: from,
+                    outcome,
+                });
+            }
+            self.transfer(self.storage.write(offset, from).await)
+        })
+    }
+
+    fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if let Some(error) = self.refusal(Operation::Zero, range) {
+                return Err(self.error(error));
+            }
+            let may_unmap = mode.may_unmap && self.options.discard == Discard::Unmap;
+            let mode = ZeroMode { may_unmap, ..mode };
+            self.storage
+                .zero(range, mode)
+                .await
+                .map_err(|error| self.error(error))
+        })
+    }
+
+    fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if let Some(error) = self.refusal(Operation::Discard, range) {
+                return Err(self.error(error));
+            }
+            if self.options.discard == Discard::Ignore {
+                return Ok(());
+            }
+            self.storage
+                .discard(range)
+                .await
+                .map_err(|error| self.error(error))
+        })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if self.options.no_flush || self.options.read_only {
+                return Ok(());
+            }
+            self.storage.sync().await.map_err(|error| self.error(error))
+        })
+    }
+
+    fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if self.options.read_only {
+                let range = ByteRange::new(0, length_bytes);
+                return Err(self.error(StorageError::new(Operation::Resize, range, EBADF)));
+            }
+            self.storage
+                .resize(length_bytes)
+                .await
+                .map_err(|error| self.error(error))
+        })
+    }
+
+    fn host_extent(&self, range: ByteRange) -> Option<(Arc<OwnedFd>, u64)> {
+        // The rounded tail is not in the file.
+        let whole = range.end() <= self.storage.facts().length_bytes;
+        self.storage
+            .host_file()
+            .filter(|_| whole)
+            .map(|file| (file, range.offset()))
+    }
+
+    fn share(
+        &self,
+        source: Arc<OwnedFd>,
+        from: u64,
+        to: ByteRange,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if let Some(error) = self.refusal(Operation::Share, to) {
+                return Err(self.error(error));
+            }
+            if to.end() > self.storage.facts().length_bytes {
+                return Err(self.error(StorageError::new(Operation::Share, to, EINVAL)));
+            }
+            self.storage
+                .share(source, from, to)
+                .await
+                .map_err(|error| self.error(error))
+        })
+    }
+}

@@ -1,0 +1,89 @@
+//! [`FilterNode`]: what a job puts above its source. Reads pass; writes are refused.
+//!
+//! A writer above a running job's source would need its old data saved (backup) or its new data tracked (mirror). Nothing
+//! can write there yet, and this node keeps it so.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use blockyard_storage::error::EPERM;
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
+
+use crate::error::NodeError;
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+
+/// A job's filter.
+pub struct FilterNode {
+    name: String,
+    child: Rc<dyn Node>,
+}
+
+impl FilterNode {
+    /// A filter above `child`.
+    pub fn new(name: String, child: Rc<dyn Node>) -> Self {
+        Self { name, child }
+    }
+
+    fn refuse(&self, operation: Operation, range: ByteRange) -> NodeError {
+        let source = StorageError::new(operation, range, EPERM);
+        NodeError {
+            node: self.name.clone(),
+            source,
+        }
+    }
+}
+
+impl Node for FilterNode {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn facts(&self) -> NodeFacts {
+        self.child.facts()
+    }
+
+    fn status(
+        &self,
+        range: ByteRange,
+        extents_max: usize,
+    ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
+        self.child.status(range, extents_max)
+    }
+
+    fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        self.child.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        let range = ByteRange::new(offset, from.len() as u64);
+        let outcome = Err(self.refuse(Operation::Write, range));
+        Box::pin(async move {
+            NodeTransfer {
+                buffer: from,
+                outcome,
+            }
+        })
+    }
+
+    fn zero(&self, range: ByteRange, _: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move { Err(self.refuse(Operation::Zero, range)) })
+    }
+
+    fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move { Err(self.refuse(Operation::Discard, range)) })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.child.flush()
+    }
+
+    fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
+        let range = ByteRange::new(0, length_bytes);
+        Box::pin(async move { Err(self.refuse(Operation::Resize, range)) })
+    }
+
+    fn host_extent(&self, range: ByteRange) -> Option<(Arc<OwnedFd>, u64)> {
+        self.child.host_extent(range)
+    }
+}

@@ -1,0 +1,227 @@
+//! [`RawNode`]: raw data on a child, all of it or a window.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use blockyard_storage::error::{EBADF, EINVAL, EIO, ENOSPC};
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
+
+use crate::error::NodeError;
+use crate::limits::SECTOR_BYTES;
+use crate::node::zeroes::is_zero;
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::request::{DetectZeroes, Discard};
+
+/// A window's place in its child.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Window {
+    /// First byte in the child.
+    pub offset_bytes: u64,
+    /// Length in bytes; `None`: to the child's end.
+    pub size_bytes: Option<u64>,
+}
+
+/// Raw data on a child.
+pub struct RawNode {
+    name: String,
+    child: Rc<dyn Node>,
+    window: Window,
+    read_only: bool,
+    discard: Discard,
+    detect_zeroes: DetectZeroes,
+}
+
+impl RawNode {
+    /// A node over `window` of `child`.
+    pub fn new(
+        name: String,
+        child: Rc<dyn Node>,
+        window: Window,
+        read_only: bool,
+        discard: Discard,
+        detect_zeroes: DetectZeroes,
+    ) -> Self {
+        Self {
+            name,
+            child,
+            window,
+            read_only,
+            discard,
+            detect_zeroes,
+        }
+    }
+
+    fn length(&self) -> u64 {
+        let of_child = self
+            .child
+            .facts()
+            .length_bytes
+            .saturating_sub(self.window.offset_bytes);
+        let length = self
+            .window
+            .size_bytes
+            .map_or(of_child, |size| size.min(of_child));
+        length - length % SECTOR_BYTES
+    }
+
+    fn in_child(&self, range: ByteRange) -> ByteRange {
+        ByteRange::new(
+            range.offset().saturating_add(self.window.offset_bytes),
+            range.length(),
+        )
+    }
+
+    /// Why a request is refused before it is tried.
+    fn refusal(&self, operation: Operation, range: ByteRange) -> Option<NodeError> {
+        let writes = operation != Operation::Read;
+        let errno = if writes && self.read_only {
+            EBADF
+        } else if range.end() > self.length() {
+            if writes { ENOSPC } else { EIO }
+        } else {
+            return None;
+        };
+        let source = StorageError::new(operation, range, errno);
+        Some(NodeError {
+            node: self.name.clone(),
+            source,
+        })
+    }
+}
+
+impl Node for RawNode {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn facts(&self) -> NodeFacts {
+        let facts = self.child.facts();
+        NodeFacts {
+            length_bytes: self.length(),
+            read_only: self.read_only,
+            unmaps: facts.unmaps && self.discard == Discard::Unmap,
+            ..facts
+        }
+    }
+
+    fn status(
+        &self,
+        range: ByteRange,
+        extents_max: usize,
+    ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
+        Box::pin(async move {
+            let mut extents = self.child.status(self.in_child(range), extents_max).await?;
+            for extent in &mut extents {
+                let offset = extent.range.offset() - self.window.offset_bytes;
+                extent.range = ByteRange::new(offset, extent.range.length());
+                extent.allocated = true;
+            }
+            Ok(extents)
+        })
+    }
+
+    fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        let range = ByteRange::new(offset, into.len() as u64);
+        match self.refusal(Operation::Read, range) {
+            Some(error) => Box::pin(async move {
+                NodeTransfer {
+                    buffer: into,
+                    outcome: Err(error),
+                }
+            }),
+            None => self.child.read(self.in_child(range).offset(), into),
+        }
+    }
+
+    fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        let range = ByteRange::new(offset, from.len() as u64);
+        if let Some(error) = self.refusal(Operation::Write, range) {
+            return Box::pin(async move {
+                NodeTransfer {
+                    buffer: from,
+                    outcome: Err(error),
+                }
+            });
+        }
+        if self.detect_zeroes != DetectZeroes::Off && is_zero(from.as_slice()) {
+            return Box::pin(async move {
+                let may_unmap = self.detect_zeroes == DetectZeroes::Unmap;
+                let mode = ZeroMode {
+                    may_unmap,
+                    no_fallback: false,
+                };
+                let outcome = self.zero(range, mode).await;
+                NodeTransfer {
+                    buffer: from,
+                    outcome,
+                }
+            });
+        }
+        self.child.write(self.in_child(range).offset(), from)
+    }
+
+    fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if let Some(error) = self.refusal(Operation::Zero, range) {
+                return Err(error);
+            }
+            let may_unmap = mode.may_unmap && self.discard == Discard::Unmap;
+            self.child
+                .zero(self.in_child(range), ZeroMode { may_unmap, ..mode })
+                .await
+        })
+    }
+
+    fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if let Some(error) = self.refusal(Operation::Discard, range) {
+                return Err(error);
+            }
+            if self.discard == Discard::Ignore {
+                return Ok(());
+            }
+            self.child.discard(self.in_child(range)).await
+        })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.child.flush()
+    }
+
+    fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            let in_child = length_bytes.checked_add(self.window.offset_bytes);
+            let errno = if self.read_only { EBADF } else { EINVAL };
+            match in_child {
+                Some(length) if self.window.size_bytes.is_none() && !self.read_only => {
+                    self.child.resize(length).await
+                }
+                _ => {
+                    let range = ByteRange::new(0, length_bytes);
+                    let source = StorageError::new(Operation::Resize, range, errno);
+                    Err(NodeError {
+                        node: self.name.clone(),
+                        source,
+                    })
+                }
+            }
+        })
+    }
+
+    fn host_extent(&self, range: ByteRange) -> Option<(Arc<OwnedFd>, u64)> {
+        self.child.host_extent(self.in_child(range))
+    }
+
+    fn share(
+        &self,
+        source: Arc<OwnedFd>,
+        from: u64,
+        to: ByteRange,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        match self.refusal(Operation::Share, to) {
+            Some(error) => Box::pin(async move { Err(error) }),
+            None => self.child.share(source, from, self.in_child(to)),
+        }
+    }
+}
