@@ -128,7 +128,7 @@ impl EngineHandle {
         let (answer, reply) = oneshot::channel();
         let gone = || EngineError::generic("The daemon is ending");
         self.calls
-            .send(Call::Request(request, answer))
+            .send(Call::Request(Box::new(request), answer))
             .map_err(|_| gone())?;
         reply.await.map_err(|_| gone())?
     }

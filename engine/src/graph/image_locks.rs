@@ -30,7 +30,7 @@ pub(super) fn change(
     held: HeldLocks,
     wanted: HeldLocks,
 ) -> Result<(), EngineError> {
-    let taken = set(file, held, wanted).and_then(|()| Ok(conflict(file, wanted)?));
+    let taken = set(file, held, wanted).and_then(|()| conflict(file, wanted));
     let outcome = match taken {
         Ok(None) => Ok(()),
         Ok(Some(text)) => Err(EngineError::generic(text)),

@@ -18,7 +18,7 @@ const JOBS_END_WAIT: Duration = Duration::from_secs(30);
 /// What reaches the manager from outside.
 pub(crate) enum Call {
     /// A request, and where its answer goes.
-    Request(Request, oneshot::Sender<Result<Reply, EngineError>>),
+    Request(Box<Request>, oneshot::Sender<Result<Reply, EngineError>>),
     /// Somebody who wants to hear every event from now on.
     Listen(Listener),
 }
@@ -36,7 +36,7 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
             Some(Call::Request(_, answer)) if manager.ending.get() => {
                 let _ = answer.send(Err(EngineError::generic("The daemon is ending")));
             }
-            Some(Call::Request(Request::Quit, answer)) => {
+            Some(Call::Request(request, answer)) if *request == Request::Quit => {
                 manager.ending.set(true);
                 let (manager, quit) = (manager.clone(), quit.clone());
                 tokio::task::spawn_local(async move {
@@ -48,7 +48,7 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
             Some(Call::Request(request, answer)) => {
                 let manager = manager.clone();
                 tokio::task::spawn_local(async move {
-                    let _ = answer.send(manager.handle(request).await);
+                    let _ = answer.send(manager.handle(*request).await);
                 });
             }
             None => {

@@ -199,7 +199,7 @@ impl Manager {
                 job.error.is_some(),
                 pivots,
                 replaces,
-                job.nodes.clone(),
+                job.nodes,
                 job.driver.clone(),
             )
         });

@@ -75,7 +75,7 @@ impl Manager {
     /// Everything that can fail before a job runs.
     async fn admit(&self, spec: JobSpec, group: GroupKey) -> Result<Admitted, EngineError> {
         let nodes = self.graph.prepare_job(&spec.work).await?;
-        let key = match self.create(&spec, nodes.clone(), group) {
+        let key = match self.create(&spec, nodes, group) {
             Ok(key) => key,
             Err(error) => {
                 self.graph.abandon(&nodes).await;
