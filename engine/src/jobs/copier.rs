@@ -19,6 +19,9 @@ use crate::job::work::Stop;
 use crate::jobs::plan::{Plan, Step, StepKind};
 use crate::node::Node;
 
+/// Requests in flight at first, before it is known how slow they are.
+const WINDOW_START: usize = 4;
+
 /// A request slower than this shrinks the window.
 const SLOW: Duration = Duration::from_millis(100);
 
@@ -87,7 +90,7 @@ impl Copier {
         Self {
             source,
             target,
-            window_now: options.window_max.max(1),
+            window_now: options.window_max.clamp(1, WINDOW_START),
             options,
             plan,
             retry: VecDeque::new(),
@@ -103,12 +106,17 @@ impl Copier {
     /// # Errors
     /// [`Stop::Cancelled`] after a forced cancel; [`Stop::Failed`] with the error that the policy reports.
     pub(crate) async fn run(&mut self, cx: &JobContext) -> Result<(), Stop> {
-        loop {
-            self.copy_all(cx).await?;
-            if self.flush_target(cx).await? {
-                return Ok(());
-            }
-        }
+        self.copy_all(cx).await?;
+        self.flush(cx).await
+    }
+
+    /// Makes what was copied durable, with the policy for writes.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(crate) async fn flush(&mut self, cx: &JobContext) -> Result<(), Stop> {
+        while !self.flush_target(cx).await? {}
+        Ok(())
     }
 
     async fn copy_all(&mut self, cx: &JobContext) -> Result<(), Stop> {

@@ -126,6 +126,9 @@ struct MemoryNode {
     bytes: RefCell<Vec<u8>>,
     clock: VirtualClock,
     latency: Duration,
+    /// What all requests together move in a second; 0: any amount.
+    bytes_per_second: u64,
+    free_at: Cell<Moment>,
     dice: Dice,
     /// One request in so many fails; 0: none.
     fails_one_in: u64,
@@ -144,6 +147,8 @@ impl MemoryNode {
             bytes: bytes.into(),
             clock: clock.clone(),
             latency: Duration::from_millis(3),
+            bytes_per_second: 0,
+            free_at: Cell::default(),
             dice: Dice(Cell::new(seed | 1)),
             fails_one_in: 0,
             faults: Cell::new(0),
@@ -166,7 +171,12 @@ impl MemoryNode {
     async fn request(&self, operation: Operation, range: ByteRange) -> Result<(), NodeError> {
         assert!(range.end() <= self.length, "{range} passes the end");
         self.in_flight.set(self.in_flight.get() + 1);
-        let moment = self.clock.now().after(self.latency);
+        let mut moment = self.clock.now().after(self.latency);
+        if let Some(nanos) = (range.length() * 1_000_000_000).checked_div(self.bytes_per_second) {
+            let free_at = self.free_at.get().max(moment);
+            moment = free_at.after(Duration::from_nanos(nanos));
+            self.free_at.set(moment);
+        }
         self.clock.sleep_until(moment).await;
         self.in_flight.set(self.in_flight.get() - 1);
         if self.fails_one_in != 0 && self.dice.below(self.fails_one_in) == 0 {
@@ -615,4 +625,20 @@ fn where_sharing_is_refused_half_way_the_rest_is_copied_and_holes_stay() {
         1 << 20,
         "only what was not shared is copied"
     );
+}
+
+#[test]
+fn a_slow_disk_still_pauses_soon() {
+    let clock = VirtualClock::default();
+    let source = MemoryNode::new(&clock, vec![7; 64 << 20], 1);
+    let mut target = MemoryNode::new(&clock, vec![0; 64 << 20], 2);
+    target.bytes_per_second = 20 << 20;
+    let mut case = Case::new(&clock, source, target);
+    case.options.window_max = 16;
+    case.order = Order::Pause(Duration::from_millis(1500));
+    let outcome = case.run();
+    assert_eq!(outcome.result, Ok(()));
+    case.assert_copied("slow disk");
+    let after = outcome.parked_after.expect("parked");
+    assert!(after <= Duration::from_millis(200), "parked {after:?} late");
 }

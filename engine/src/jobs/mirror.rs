@@ -43,9 +43,7 @@ impl Mirror {
         }
     }
 
-    async fn copy(&self, cx: &JobContext) -> Result<(), Stop> {
-        let length = self.source.facts().length_bytes;
-        cx.progress().set_remaining(length);
+    fn copier(&self) -> Copier {
         let granularity = self.spec.granularity.map_or(GRANULARITY_BYTES, u64::from);
         let asked = self
             .spec
@@ -67,8 +65,6 @@ impl Mirror {
             one_error_a_round: false,
         };
         Copier::new(self.source.clone(), self.target.clone(), options)
-            .run(cx)
-            .await
     }
 
     /// Waits until the client switches over or lets go.
@@ -96,18 +92,17 @@ impl Work for Mirror {
                 return Err(Stop::Failed(JobError::text(text)));
             }
             cx.checkpoint().await?;
+            let mut copier = self.copier();
             if self.spec.sync != SyncMode::None {
-                self.copy(cx).await?;
+                cx.progress().set_remaining(source.length_bytes);
+                copier.run(cx).await?;
             }
             let synced = cx.orders().copy_mode() == CopyMode::WriteBlocking;
             cx.orders().set_actively_synced(synced);
             cx.orders().set_busy(false);
             cx.converged().await;
             self.stay_ready(cx).await?;
-            self.target
-                .flush()
-                .await
-                .map_err(|error| Stop::Failed(JobError::from(error)))
+            copier.flush(cx).await
         })
     }
 }
