@@ -632,7 +632,7 @@ fn a_slow_disk_still_pauses_soon() {
     let clock = VirtualClock::default();
     let source = MemoryNode::new(&clock, vec![7; 64 << 20], 1);
     let mut target = MemoryNode::new(&clock, vec![0; 64 << 20], 2);
-    target.bytes_per_second = 20 << 20;
+    target.bytes_per_second = 8 << 20;
     let mut case = Case::new(&clock, source, target);
     case.options.window_max = 16;
     case.order = Order::Pause(Duration::from_millis(1500));
