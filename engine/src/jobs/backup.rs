@@ -59,10 +59,13 @@ impl Backup {
             chunk_max_bytes: if max_chunk == 0 {
                 COPY_CHUNK_BYTES
             } else {
-                max_chunk.min(COPY_CHUNK_BYTES)
+                // Whole clusters, so that no two requests share a block of the target.
+                let whole = max_chunk.min(COPY_CHUNK_BYTES) / cluster * cluster;
+                whole.max(cluster.min(COPY_CHUNK_BYTES))
             },
             granularity_bytes: cluster.min(COPY_CHUNK_BYTES),
             may_unmap: false,
+            zeroes_are_free: false,
             one_error_a_round: true,
         };
         Copier::new(self.source.clone(), self.target.clone(), options)

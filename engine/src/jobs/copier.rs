@@ -19,6 +19,9 @@ use crate::job::work::Stop;
 use crate::jobs::plan::{Plan, Step, StepKind};
 use crate::node::Node;
 
+/// Requests in flight at first, before it is known how slow they are.
+const WINDOW_START: usize = 4;
+
 /// A request slower than this shrinks the window.
 const SLOW: Duration = Duration::from_millis(100);
 
@@ -42,6 +45,8 @@ pub(crate) struct CopyOptions {
     pub(crate) granularity_bytes: u64,
     /// Zeroed ranges of the target may become holes.
     pub(crate) may_unmap: bool,
+    /// Zero requests do not count against the rate limit.
+    pub(crate) zeroes_are_free: bool,
     /// Several failures of one round count as one.
     pub(crate) one_error_a_round: bool,
 }
@@ -50,7 +55,15 @@ pub(crate) struct CopyOptions {
 struct Ended {
     step: Step,
     took: Duration,
-    outcome: Result<(), (Side, NodeError)>,
+    outcome: Result<(), Failure>,
+}
+
+/// Why one range was not copied.
+enum Failure {
+    /// A request failed.
+    Io(Side, NodeError),
+    /// Its extents cannot be shared; nothing is wrong with copying it.
+    NotShared,
 }
 
 type Window<'a> = FuturesUnordered<LocalFuture<'a, Ended>>;
@@ -77,7 +90,7 @@ impl Copier {
         Self {
             source,
             target,
-            window_now: options.window_max.max(1),
+            window_now: options.window_max.clamp(1, WINDOW_START),
             options,
             plan,
             retry: VecDeque::new(),
@@ -93,12 +106,17 @@ impl Copier {
     /// # Errors
     /// [`Stop::Cancelled`] after a forced cancel; [`Stop::Failed`] with the error that the policy reports.
     pub(crate) async fn run(&mut self, cx: &JobContext) -> Result<(), Stop> {
-        loop {
-            self.copy_all(cx).await?;
-            if self.flush_target(cx).await? {
-                return Ok(());
-            }
-        }
+        self.copy_all(cx).await?;
+        self.flush(cx).await
+    }
+
+    /// Makes what was copied durable, with the policy for writes.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(crate) async fn flush(&mut self, cx: &JobContext) -> Result<(), Stop> {
+        while !self.flush_target(cx).await? {}
+        Ok(())
     }
 
     async fn copy_all(&mut self, cx: &JobContext) -> Result<(), Stop> {
@@ -128,7 +146,9 @@ impl Copier {
                 }
                 match self.next_step(cx).await {
                     Ok(Some(step)) => {
-                        cx.charge(step.range.length());
+                        if !(self.options.zeroes_are_free && step.kind == StepKind::Zero) {
+                            cx.charge(step.range.length());
+                        }
                         self.in_flight.push(step.range);
                         window.push(carry_out(step, &*source, &*target, cx, self.options));
                     }
@@ -162,9 +182,12 @@ impl Copier {
                     self.ignored_in_a_row = 0;
                     cx.progress().done(ended.step.range.length());
                     self.adapt(ended.took);
-                    self.remember(cx).await?;
+                    if failed.is_none() {
+                        failed = self.remember(cx).await.err();
+                    }
                 }
-                Err((side, error)) => {
+                Err(Failure::NotShared) => self.plan.give_back_unshared(ended.step.range),
+                Err(Failure::Io(side, error)) => {
                     self.retry.push_back(ended.step);
                     if self.options.one_error_a_round {
                         round_error.get_or_insert((side, error));
@@ -215,7 +238,13 @@ impl Copier {
         let options = self.options;
         let chunk = |longest: u64| cx.chunk_bytes(options.granularity_bytes, longest);
         self.plan
-            .next(&*self.source, &*self.target, options.chunk_max_bytes, chunk)
+            .next(
+                &*self.source,
+                &*self.target,
+                options.chunk_max_bytes,
+                options.zeroes_are_free,
+                chunk,
+            )
             .await
     }
 
@@ -313,8 +342,8 @@ fn carry_out<'a>(
             StepKind::Copy => copy(step.range, source, target, cx).await,
             StepKind::Zero => zero(step.range, target, options.may_unmap)
                 .await
-                .map_err(|error| (Side::Target, error)),
-            StepKind::Share => share(step.range, source, target, cx).await,
+                .map_err(|error| Failure::Io(Side::Target, error)),
+            StepKind::Share => share(step.range, source, target).await,
         };
         Ended {
             step,
@@ -330,7 +359,7 @@ async fn copy(
     source: &dyn Node,
     target: &dyn Node,
     cx: &JobContext,
-) -> Result<(), (Side, NodeError)> {
+) -> Result<(), Failure> {
     let mut rest = range;
     while !rest.is_empty() {
         let (piece, after) = rest.split_at(blockyard_storage::buffer::BUFFER_SLOT_BYTES as u64);
@@ -338,9 +367,12 @@ async fn copy(
         let length = usize::try_from(piece.length()).unwrap_or(usize::MAX);
         let buffer = cx.pool().take(length).await;
         let read = source.read(piece.offset(), buffer).await;
-        read.outcome.map_err(|error| (Side::Source, error))?;
+        read.outcome
+            .map_err(|error| Failure::Io(Side::Source, error))?;
         let written = target.write(piece.offset(), read.buffer).await;
-        written.outcome.map_err(|error| (Side::Target, error))?;
+        written
+            .outcome
+            .map_err(|error| Failure::Io(Side::Target, error))?;
     }
     Ok(())
 }
@@ -372,17 +404,13 @@ async fn zero(range: ByteRange, target: &dyn Node, may_unmap: bool) -> Result<()
     Ok(())
 }
 
-/// Shares one range, or copies it where that is refused.
-async fn share(
-    range: ByteRange,
-    source: &dyn Node,
-    target: &dyn Node,
-    cx: &JobContext,
-) -> Result<(), (Side, NodeError)> {
-    if let Some((file, offset)) = source.host_extent(range)
-        && target.share(file, offset, range).await.is_ok()
-    {
-        return Ok(());
-    }
-    copy(range, source, target, cx).await
+/// Shares one range. Whatever goes wrong, copying tells better what it is.
+async fn share(range: ByteRange, source: &dyn Node, target: &dyn Node) -> Result<(), Failure> {
+    let Some((file, offset)) = source.host_extent(range) else {
+        return Err(Failure::NotShared);
+    };
+    target.share(file, offset, range).await.map_err(|error| {
+        tracing::debug!(%error, "extents cannot be shared, bytes are copied");
+        Failure::NotShared
+    })
 }

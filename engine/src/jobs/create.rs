@@ -204,7 +204,20 @@ fn failed(text: String, errno: i32) -> Stop {
 /// Bytes that say "I write and resize" (taken) and "nobody else may resize" (not shared) to QEMU and to us.
 const CREATION_LOCKS: [u64; 3] = [101, 103, 203];
 
+/// Opens or makes, locks and empties; a failure leaves nothing behind that was not there.
 fn open_empty(path: &Path) -> Result<Opened, JobError> {
+    let mut made = false;
+    let opened = try_open_empty(path, &mut made);
+    if opened.is_err()
+        && made
+        && let Err(error) = std::fs::remove_file(path)
+    {
+        tracing::warn!(%error, "a half-made file could not be removed");
+    }
+    opened.map(|file| Opened { file, made })
+}
+
+fn try_open_empty(path: &Path, made: &mut bool) -> Result<HostFile, JobError> {
     let text = |error: &std::io::Error| {
         let reason = error
             .raw_os_error()
@@ -214,7 +227,7 @@ fn open_empty(path: &Path) -> Result<Opened, JobError> {
             ..JobError::text(format!("Could not create '{}': {reason}", path.display()))
         }
     };
-    let made = match std::fs::OpenOptions::new()
+    *made = match std::fs::OpenOptions::new()
         .write(true)
         .create_new(true)
         .open(path)
@@ -257,5 +270,5 @@ fn open_empty(path: &Path) -> Result<Opened, JobError> {
             errno_text(errno)
         ))
     })?;
-    Ok(Opened { file, made })
+    Ok(file)
 }

@@ -23,6 +23,9 @@ const BUF_SIZE_BYTES: u64 = 16 << 20;
 /// Unit of tracking if the client does not say.
 const GRANULARITY_BYTES: u64 = 64 << 10;
 
+/// Requests are multiples of this, whatever the client says of sizes.
+const BLOCK_BYTES: u64 = 4096;
+
 /// The work of a mirror.
 pub(crate) struct Mirror {
     source: Rc<dyn Node>,
@@ -40,9 +43,7 @@ impl Mirror {
         }
     }
 
-    async fn copy(&self, cx: &JobContext) -> Result<(), Stop> {
-        let length = self.source.facts().length_bytes;
-        cx.progress().set_remaining(length);
+    fn copier(&self) -> Copier {
         let granularity = self.spec.granularity.map_or(GRANULARITY_BYTES, u64::from);
         let asked = self
             .spec
@@ -50,19 +51,20 @@ impl Mirror {
             .and_then(|bytes| u64::try_from(bytes).ok())
             .unwrap_or(0);
         let in_flight = if asked == 0 { BUF_SIZE_BYTES } else { asked };
-        let chunk = COPY_CHUNK_BYTES.min(in_flight.max(4096));
+        // Whole blocks, so that no two requests share one of the target.
+        let chunk = COPY_CHUNK_BYTES.min(in_flight.max(BLOCK_BYTES)) / BLOCK_BYTES * BLOCK_BYTES;
         let options = CopyOptions {
             window_max: usize::try_from(in_flight / chunk)
                 .unwrap_or(usize::MAX)
                 .clamp(1, 16),
             chunk_max_bytes: chunk,
-            granularity_bytes: granularity.clamp(4096, chunk),
+            granularity_bytes: granularity.clamp(BLOCK_BYTES, chunk),
             may_unmap: true,
+            // As QEMU's: zero requests cost nothing where the target unmaps.
+            zeroes_are_free: self.target.facts().unmaps,
             one_error_a_round: false,
         };
         Copier::new(self.source.clone(), self.target.clone(), options)
-            .run(cx)
-            .await
     }
 
     /// Waits until the client switches over or lets go.
@@ -90,18 +92,17 @@ impl Work for Mirror {
                 return Err(Stop::Failed(JobError::text(text)));
             }
             cx.checkpoint().await?;
+            let mut copier = self.copier();
             if self.spec.sync != SyncMode::None {
-                self.copy(cx).await?;
+                cx.progress().set_remaining(source.length_bytes);
+                copier.run(cx).await?;
             }
             let synced = cx.orders().copy_mode() == CopyMode::WriteBlocking;
             cx.orders().set_actively_synced(synced);
             cx.orders().set_busy(false);
             cx.converged().await;
             self.stay_ready(cx).await?;
-            self.target
-                .flush()
-                .await
-                .map_err(|error| Stop::Failed(JobError::from(error)))
+            copier.flush(cx).await
         })
     }
 }

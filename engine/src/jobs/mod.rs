@@ -2,6 +2,8 @@
 
 mod backup;
 mod copier;
+#[cfg(test)]
+mod copier_tests;
 mod create;
 mod mirror;
 mod plan;

@@ -49,6 +49,8 @@ enum Sharing {
 /// The rest of a copy.
 pub(crate) struct Plan {
     rest: ByteRange,
+    /// Planned after `rest`: what was left of the disk when a range came back.
+    later: Vec<ByteRange>,
     known: VecDeque<StatusExtent>,
     zero_max_bytes: u64,
     sharing: Sharing,
@@ -64,6 +66,7 @@ impl Plan {
         };
         Self {
             rest: range,
+            later: Vec::new(),
             known: VecDeque::new(),
             zero_max_bytes,
             sharing: Sharing::Untried,
@@ -72,16 +75,26 @@ impl Plan {
 
     /// Whether every range was handed out.
     pub(crate) fn is_done(&self) -> bool {
-        self.rest.is_empty()
+        self.rest.is_empty() && self.later.iter().all(ByteRange::is_empty)
+    }
+
+    /// Sharing was refused for `range`, which was handed out before: it is planned anew, and nothing is shared any
+    /// more.
+    pub(crate) fn give_back_unshared(&mut self, range: ByteRange) {
+        self.sharing = Sharing::Refused;
+        let rest = std::mem::replace(&mut self.rest, range);
+        self.later.push(rest);
+        self.known.clear();
     }
 
     /// First byte that was not handed out.
     pub(crate) fn position(&self) -> u64 {
-        self.rest.offset()
+        let later = self.later.iter().map(ByteRange::offset);
+        later.fold(self.rest.offset(), u64::min)
     }
 
-    /// The next step, of at most `copy_max_bytes` if it is a copy; `chunk` cuts further by the rate limit. `None` when
-    /// every range was handed out.
+    /// The next step, of at most `copy_max_bytes` if it is a copy; `chunk` cuts further by the rate limit, which zeroes
+    /// are not subject to if `zeroes_are_free`. `None` when every range was handed out.
     ///
     /// # Errors
     /// When the source cannot say what it holds; asking again asks it again.
@@ -90,8 +103,15 @@ impl Plan {
         source: &dyn Node,
         target: &dyn Node,
         copy_max_bytes: u64,
+        zeroes_are_free: bool,
         chunk: impl Fn(u64) -> u64,
     ) -> Result<Option<Step>, NodeError> {
+        while self.rest.is_empty()
+            && let Some(later) = self.later.pop()
+        {
+            self.rest = later;
+            self.known.clear();
+        }
         if self.rest.is_empty() {
             return Ok(None);
         }
@@ -125,13 +145,13 @@ impl Plan {
         let Some(extent) = self.known.front() else {
             return Ok(None);
         };
-        let (kind, longest) = if extent.zero {
-            (StepKind::Zero, self.zero_max_bytes)
-        } else {
-            (StepKind::Copy, copy_max_bytes)
+        let (kind, longest) = match extent.zero {
+            true if zeroes_are_free => (StepKind::Zero, self.zero_max_bytes),
+            true => (StepKind::Zero, chunk(self.zero_max_bytes)),
+            false => (StepKind::Copy, chunk(copy_max_bytes)),
         };
         let run = ByteRange::between(self.rest.offset(), extent.range.end().min(self.rest.end()));
-        let (range, _) = run.split_at(chunk(longest).max(1));
+        let (range, _) = run.split_at(longest.max(1));
         self.rest = ByteRange::between(range.end(), self.rest.end());
         Ok(Some(Step { range, kind }))
     }
