@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::thread::JoinHandle;
 
 pub use blockyard_ring::BackendChoice;
+pub use blockyard_ring::inherited::inherited_descriptor;
 use blockyard_storage::buffer::BufferPool;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;

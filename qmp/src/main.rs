@@ -1,4 +1,8 @@
 //! The program: start, signals, exit codes.
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    blockyard_qmp::program::main()
+}

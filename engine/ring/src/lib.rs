@@ -6,6 +6,7 @@
 pub mod file_calls;
 pub mod host_file;
 mod host_storage;
+pub mod inherited;
 pub mod ofd_lock;
 pub mod reactor;
 mod ring_file;

@@ -1,0 +1,210 @@
+//! Commands of jobs: verbs, starters and queries.
+
+use std::path::PathBuf;
+
+use blockyard_engine::job::error_policy::OnError;
+use blockyard_engine::job::verb::VerbCall;
+use blockyard_engine::request::{
+    BackupPerf, BackupSpec, BitmapMode, CopyMode, CreatePreallocation, CreateSpec, JobSpec,
+    MirrorSpec, Request, SyncMode, VerbFamily, WorkSpec,
+};
+
+use crate::commands::{Action, Command, call};
+use crate::error::QmpError;
+use crate::schema::fields::Fields;
+use crate::schema::jobs::{
+    BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, CREATE, JOB_INFO, MIRROR, SET_SPEED,
+};
+use crate::schema::{EMPTY, Type};
+
+pub(super) static COMMANDS: &[Command] = &[
+    Command::new(
+        "query-jobs",
+        &EMPTY,
+        Type::List(&Type::Object(&JOB_INFO)),
+        |_| call(Request::QueryJobs),
+    ),
+    Command::act("job-pause", &BY_ID, |a| job(a, VerbCall::Pause)),
+    Command::act("job-resume", &BY_ID, |a| job(a, VerbCall::Resume)),
+    Command::act("job-cancel", &BY_ID, |a| {
+        job(a, VerbCall::Cancel { force: true })
+    }),
+    Command::act("job-complete", &BY_ID, |a| job(a, VerbCall::Complete)),
+    Command::act("job-finalize", &BY_ID, |a| job(a, VerbCall::Finalize)),
+    Command::act("job-dismiss", &BY_ID, |a| job(a, VerbCall::Dismiss)),
+    Command::new(
+        "query-block-jobs",
+        &EMPTY,
+        Type::List(&Type::Object(&BLOCK_JOB_INFO)),
+        |_| call(Request::QueryBlockJobs),
+    ),
+    Command::act("block-job-pause", &BY_DEVICE, |a| {
+        block_job(a, "device", VerbCall::Pause)
+    }),
+    Command::act("block-job-resume", &BY_DEVICE, |a| {
+        block_job(a, "device", VerbCall::Resume)
+    }),
+    Command::act("block-job-complete", &BY_DEVICE, |a| {
+        block_job(a, "device", VerbCall::Complete)
+    }),
+    Command::act("block-job-finalize", &BY_ID, |a| {
+        block_job(a, "id", VerbCall::Finalize)
+    }),
+    Command::act("block-job-dismiss", &BY_ID, |a| {
+        block_job(a, "id", VerbCall::Dismiss)
+    }),
+    Command::act("block-job-cancel", &CANCEL, |a| {
+        let force = a.flag("force").unwrap_or(false);
+        block_job(a, "device", VerbCall::Cancel { force })
+    }),
+    Command::act("block-job-set-speed", &SET_SPEED, |a| {
+        let speed = a.int("speed").unwrap_or(0);
+        block_job(a, "device", VerbCall::SetSpeed { speed })
+    }),
+    Command::act("block-job-change", &CHANGE, |a| {
+        let copy_mode = a.word("copy-mode", COPY_MODES);
+        block_job(a, "id", VerbCall::Change { copy_mode })
+    }),
+    Command::act("blockdev-backup", &BACKUP, backup),
+    Command::act("blockdev-mirror", &MIRROR, mirror),
+    Command::act("blockdev-create", &CREATE, create),
+];
+
+const COPY_MODES: &[(&str, CopyMode)] = &[
+    ("background", CopyMode::Background),
+    ("write-blocking", CopyMode::WriteBlocking),
+];
+
+const SYNC_MODES: &[(&str, SyncMode)] = &[
+    ("top", SyncMode::Top),
+    ("full", SyncMode::Full),
+    ("none", SyncMode::None),
+    ("incremental", SyncMode::Incremental),
+    ("bitmap", SyncMode::Bitmap),
+];
+
+const BITMAP_MODES: &[(&str, BitmapMode)] = &[
+    ("on-success", BitmapMode::OnSuccess),
+    ("never", BitmapMode::Never),
+    ("always", BitmapMode::Always),
+];
+
+const ON_ERROR: &[(&str, OnError)] = &[
+    ("report", OnError::Report),
+    ("ignore", OnError::Ignore),
+    ("enospc", OnError::Enospc),
+    ("stop", OnError::Stop),
+    ("auto", OnError::Auto),
+];
+
+const PREALLOCATIONS: &[(&str, CreatePreallocation)] = &[
+    ("off", CreatePreallocation::Off),
+    ("metadata", CreatePreallocation::Metadata),
+    ("falloc", CreatePreallocation::Falloc),
+    ("full", CreatePreallocation::Full),
+];
+
+fn job(mut arguments: Fields, verb: VerbCall) -> Result<Action, QmpError> {
+    call(Request::JobVerb {
+        family: VerbFamily::Job,
+        id: arguments.required_text("id"),
+        verb,
+    })
+}
+
+fn block_job(mut arguments: Fields, id: &str, verb: VerbCall) -> Result<Action, QmpError> {
+    call(Request::JobVerb {
+        family: VerbFamily::BlockJob,
+        id: arguments.required_text(id),
+        verb,
+    })
+}
+
+fn start(arguments: &Fields, id: Option<String>, work: WorkSpec) -> Result<Action, QmpError> {
+    call(Request::StartJob(JobSpec {
+        id,
+        auto_finalize: arguments.flag("auto-finalize").unwrap_or(true),
+        auto_dismiss: arguments.flag("auto-dismiss").unwrap_or(true),
+        work,
+    }))
+}
+
+fn on_error(arguments: &Fields, name: &str) -> OnError {
+    arguments.word(name, ON_ERROR).unwrap_or_default()
+}
+
+fn sync_mode(arguments: &Fields) -> SyncMode {
+    arguments.word("sync", SYNC_MODES).unwrap_or(SyncMode::Full)
+}
+
+fn backup(mut arguments: Fields) -> Result<Action, QmpError> {
+    let perf = arguments.object("x-perf").unwrap_or_default();
+    let defaults = BackupPerf::default();
+    let work = WorkSpec::Backup(BackupSpec {
+        device: arguments.required_text("device"),
+        target: arguments.required_text("target"),
+        sync: sync_mode(&arguments),
+        speed: arguments.int("speed").unwrap_or(0),
+        bitmap: arguments.text("bitmap"),
+        bitmap_mode: arguments.word("bitmap-mode", BITMAP_MODES),
+        compress: arguments.flag("compress").unwrap_or(false),
+        on_source_error: on_error(&arguments, "on-source-error"),
+        on_target_error: on_error(&arguments, "on-target-error"),
+        filter_node_name: arguments.text("filter-node-name"),
+        discard_source: arguments.flag("discard-source").unwrap_or(false),
+        perf: BackupPerf {
+            use_copy_range: perf
+                .flag("use-copy-range")
+                .unwrap_or(defaults.use_copy_range),
+            max_workers: perf.int("max-workers").unwrap_or(defaults.max_workers),
+            max_chunk: perf.int("max-chunk").unwrap_or(defaults.max_chunk),
+            min_cluster_size: perf.unsigned("min-cluster-size").unwrap_or(0),
+        },
+    });
+    let id = arguments.text("job-id");
+    start(&arguments, id, work)
+}
+
+fn mirror(mut arguments: Fields) -> Result<Action, QmpError> {
+    let granularity = arguments.unsigned("granularity");
+    let work = WorkSpec::Mirror(MirrorSpec {
+        device: arguments.required_text("device"),
+        target: arguments.required_text("target"),
+        replaces: arguments.text("replaces"),
+        sync: sync_mode(&arguments),
+        speed: arguments.int("speed").unwrap_or(0),
+        granularity: granularity.and_then(|bytes| u32::try_from(bytes).ok()),
+        buf_size: arguments.int("buf-size"),
+        on_source_error: on_error(&arguments, "on-source-error"),
+        on_target_error: on_error(&arguments, "on-target-error"),
+        filter_node_name: arguments.text("filter-node-name"),
+        copy_mode: arguments
+            .word("copy-mode", COPY_MODES)
+            .unwrap_or(CopyMode::Background),
+    });
+    let id = arguments.text("job-id");
+    start(&arguments, id, work)
+}
+
+fn create(mut arguments: Fields) -> Result<Action, QmpError> {
+    let id = arguments.text("job-id");
+    let mut options = arguments.object("options").unwrap_or_default();
+    let driver = options.required_text("driver");
+    let work = WorkSpec::Create(if driver == "file" {
+        CreateSpec::File {
+            filename: PathBuf::from(options.required_text("filename")),
+            size: options.unsigned("size").unwrap_or(0),
+            preallocation: options.word("preallocation", PREALLOCATIONS),
+            nocow: options.flag("nocow").unwrap_or(false),
+            extent_size_hint: options.unsigned("extent-size-hint"),
+        }
+    } else {
+        CreateSpec::Unsupported { driver }
+    });
+    call(Request::StartJob(JobSpec {
+        id,
+        auto_finalize: true,
+        auto_dismiss: false,
+        work,
+    }))
+}

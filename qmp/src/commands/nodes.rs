@@ -1,0 +1,245 @@
+//! Commands of nodes and objects.
+
+use std::path::PathBuf;
+
+use blockyard_engine::request::{
+    Aio, BlkdebugIo, BlkdebugSpec, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec,
+    InjectError, NodeRef, NodeSpec, NullSpec, ObjectKind, ObjectSpec, OnOffAuto, Permission,
+    Request, SetState,
+};
+
+use crate::commands::{Command, call};
+use crate::error::QmpError;
+use crate::schema::fields::Fields;
+use crate::schema::images::DEVICE_INFO;
+use crate::schema::nodes::{
+    BY_NAME, GRAPH, OBJECT, OBJECT_BY_ID, OPTIONS, QUERY, RESIZE, SET_IOTHREAD,
+};
+use crate::schema::{EMPTY, Type};
+
+pub(super) static COMMANDS: &[Command] = &[
+    Command::act("blockdev-add", &OPTIONS, |a| {
+        call(Request::BlockdevAdd(node_spec(a)?))
+    }),
+    Command::act("blockdev-del", &BY_NAME, |mut a| {
+        call(Request::BlockdevDel {
+            node_name: a.required_text("node-name"),
+        })
+    }),
+    Command::new(
+        "query-named-block-nodes",
+        &QUERY,
+        Type::List(&Type::Object(&DEVICE_INFO)),
+        |a| {
+            call(Request::QueryNamedBlockNodes {
+                flat: a.flag("flat").unwrap_or(false),
+            })
+        },
+    ),
+    Command::new(
+        "x-debug-query-block-graph",
+        &EMPTY,
+        Type::Object(&GRAPH),
+        |_| call(Request::QueryBlockGraph),
+    )
+    .unstable(),
+    Command::act("block_resize", &RESIZE, |mut a| {
+        call(Request::BlockResize {
+            device: a.text("device"),
+            node_name: a.text("node-name"),
+            size: a.int("size").unwrap_or(0),
+        })
+    }),
+    Command::act("x-blockdev-set-iothread", &SET_IOTHREAD, |mut a| {
+        call(Request::SetIothread {
+            node_name: a.required_text("node-name"),
+            iothread: a.text("iothread"),
+            force: a.flag("force").unwrap_or(false),
+        })
+    })
+    .unstable(),
+    Command::act("object-add", &OBJECT, |a| {
+        call(Request::ObjectAdd(object_spec(a)))
+    }),
+    Command::act("object-del", &OBJECT_BY_ID, |mut a| {
+        call(Request::ObjectDel {
+            id: a.required_text("id"),
+        })
+    }),
+];
+
+/// Deepest nesting of inline definitions, checked before anything is built.
+const DEPTH_MAX: usize = 32;
+
+const PERMISSIONS: &[(&str, Permission)] = &[
+    ("consistent-read", Permission::ConsistentRead),
+    ("write", Permission::Write),
+    ("write-unchanged", Permission::WriteUnchanged),
+    ("resize", Permission::Resize),
+];
+
+const IO_TYPES: &[(&str, BlkdebugIo)] = &[
+    ("read", BlkdebugIo::Read),
+    ("write", BlkdebugIo::Write),
+    ("write-zeroes", BlkdebugIo::WriteZeroes),
+    ("discard", BlkdebugIo::Discard),
+    ("flush", BlkdebugIo::Flush),
+    ("block-status", BlkdebugIo::BlockStatus),
+];
+
+/// Reads a checked object description.
+pub fn object_spec(mut fields: Fields) -> ObjectSpec {
+    // Its tuning is that of an event loop which is not this one.
+    ObjectSpec {
+        id: fields.required_text("id"),
+        kind: ObjectKind::Iothread,
+    }
+}
+
+/// Reads a checked node description.
+///
+/// # Errors
+/// When definitions are nested too deep, or a number is outside what the driver can take.
+pub fn node_spec(fields: Fields) -> Result<NodeSpec, QmpError> {
+    nested_spec(fields, 1)
+}
+
+fn nested_spec(mut fields: Fields, depth: usize) -> Result<NodeSpec, QmpError> {
+    if depth > DEPTH_MAX {
+        let text = format!("Node definitions are nested more than {DEPTH_MAX} deep");
+        return Err(QmpError::generic(text));
+    }
+    let cache = fields.object("cache").unwrap_or_default();
+    let common = CommonOptions {
+        discard: fields.word(
+            "discard",
+            &[("ignore", Discard::Ignore), ("unmap", Discard::Unmap)],
+        ),
+        cache_direct: cache.flag("direct"),
+        cache_no_flush: cache.flag("no-flush"),
+        active: fields.flag("active"),
+        read_only: fields.flag("read-only"),
+        auto_read_only: fields.flag("auto-read-only"),
+        force_share: fields.flag("force-share"),
+        detect_zeroes: fields.word(
+            "detect-zeroes",
+            &[
+                ("off", DetectZeroes::Off),
+                ("on", DetectZeroes::On),
+                ("unmap", DetectZeroes::Unmap),
+            ],
+        ),
+    };
+    let node_name = fields.text("node-name");
+    let driver = match fields.required_text("driver").as_str() {
+        "file" => DriverSpec::File(file(fields)?),
+        "host_device" => DriverSpec::HostDevice(file(fields)?),
+        "null-co" => DriverSpec::NullCo(null(&fields)),
+        "null-aio" => DriverSpec::NullAio(null(&fields)),
+        "blkdebug" => DriverSpec::Blkdebug(blkdebug(fields, depth)?),
+        "raw" => DriverSpec::Raw {
+            offset: length(&fields, "offset")?,
+            size: length(&fields, "size")?,
+            file: reference(&mut fields, "file", depth)?,
+        },
+        other => {
+            let text = format!("Parameter 'driver' does not accept value '{other}'");
+            return Err(QmpError::generic(text));
+        }
+    };
+    Ok(NodeSpec {
+        node_name,
+        common,
+        driver,
+    })
+}
+
+fn reference(fields: &mut Fields, name: &str, depth: usize) -> Result<NodeRef, QmpError> {
+    Ok(match fields.name_or_object(name) {
+        Ok(name) => NodeRef::Name(name),
+        Err(inline) => NodeRef::Inline(Box::new(nested_spec(inline, depth + 1)?)),
+    })
+}
+
+fn file(mut fields: Fields) -> Result<FileSpec, QmpError> {
+    if let Some(manager) = fields.text("pr-manager") {
+        let text = format!("No persistent reservation manager with id '{manager}'");
+        return Err(QmpError::generic(text));
+    }
+    Ok(FileSpec {
+        filename: PathBuf::from(fields.required_text("filename")),
+        locking: fields.word(
+            "locking",
+            &[
+                ("auto", OnOffAuto::Auto),
+                ("on", OnOffAuto::On),
+                ("off", OnOffAuto::Off),
+            ],
+        ),
+        aio: fields.word(
+            "aio",
+            &[
+                ("threads", Aio::Threads),
+                ("native", Aio::Native),
+                ("io_uring", Aio::IoUring),
+            ],
+        ),
+    })
+}
+
+fn null(fields: &Fields) -> NullSpec {
+    NullSpec {
+        size: fields.int("size"),
+        latency_ns: fields.unsigned("latency-ns"),
+        read_zeroes: fields.flag("read-zeroes"),
+    }
+}
+
+fn blkdebug(mut fields: Fields, depth: usize) -> Result<BlkdebugSpec, QmpError> {
+    // The schema holds these to 32 bits.
+    let limit = |name| fields.int(name).and_then(|bytes| i32::try_from(bytes).ok());
+    let inject = |mut rule: Fields| InjectError {
+        event: rule.required_text("event"),
+        state: rule.int("state"),
+        iotype: rule.word("iotype", IO_TYPES),
+        errno: rule.int("errno"),
+        sector: rule.int("sector"),
+        once: rule.flag("once").unwrap_or(false),
+        immediately: rule.flag("immediately").unwrap_or(false),
+    };
+    let set_state = |mut rule: Fields| SetState {
+        event: rule.required_text("event"),
+        state: rule.int("state"),
+        new_state: rule.int("new_state").unwrap_or(0),
+    };
+    Ok(BlkdebugSpec {
+        align: fields.int("align"),
+        max_transfer: limit("max-transfer"),
+        opt_write_zero: limit("opt-write-zero"),
+        max_write_zero: limit("max-write-zero"),
+        opt_discard: limit("opt-discard"),
+        max_discard: limit("max-discard"),
+        take_child_perms: fields.word_list("take-child-perms", PERMISSIONS),
+        unshare_child_perms: fields.word_list("unshare-child-perms", PERMISSIONS),
+        config: fields.text("config").map(PathBuf::from),
+        inject_error: fields
+            .objects("inject-error")
+            .into_iter()
+            .map(inject)
+            .collect(),
+        set_state: fields
+            .objects("set-state")
+            .into_iter()
+            .map(set_state)
+            .collect(),
+        image: reference(&mut fields, "image", depth)?,
+    })
+}
+
+fn length(fields: &Fields, name: &str) -> Result<Option<u64>, QmpError> {
+    fields
+        .int(name)
+        .map(u64::try_from)
+        .transpose()
+        .map_err(|_| QmpError::generic(format!("Parameter '{name}' expects a non-negative value")))
+}

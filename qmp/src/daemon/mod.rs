@@ -1,0 +1,315 @@
+//! `blockyard daemon`: qemu-storage-daemon's command line and life.
+
+pub mod background;
+pub mod chardev;
+pub mod monitors;
+pub mod options;
+pub mod pidfile;
+pub mod sockets;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockyard_engine::engine::{Engine, EngineHandle};
+use blockyard_engine::request::Request;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::commands::{node_spec, object_spec};
+use crate::daemon::chardev::Backend;
+use crate::daemon::options::{Asked, HELP, Options, Step, StepKind};
+use crate::daemon::pidfile::Pidfile;
+use crate::keyval;
+use crate::schema::nodes::{OBJECT, OPTIONS};
+use crate::schema::{Object, Type, Words, optional, required};
+use crate::server::clients::Clients;
+use crate::server::connection::Service;
+
+/// Threads that read commands and write replies. More than one, so that a client whose message takes long to read holds
+/// nobody up.
+const CONTROL_THREADS: usize = 2;
+/// How long clients have at the end to take what is on its way to them.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Runs the daemon until it is told to end.
+///
+/// `program` stands before messages; `leading` are the arguments before the daemon's own, needed to start it again.
+pub fn run(program: &str, leading: &[OsString], arguments: Vec<OsString>) -> ExitCode {
+    let options = match options::parse(arguments.iter().cloned()) {
+        Ok(Asked::Start(options)) => *options,
+        Ok(Asked::Help) => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        Ok(Asked::Version) => {
+            println!(
+                "blockyard {}, compatible with qemu-storage-daemon 10.0",
+                env!("CARGO_PKG_VERSION")
+            );
+            return ExitCode::SUCCESS;
+        }
+        Err(text) => return refuse(program, &text),
+    };
+    if options.daemonize && !background::is_background() {
+        let all: Vec<OsString> = leading.iter().cloned().chain(arguments).collect();
+        return match background::start(&all) {
+            Ok(code) => code,
+            Err(error) => refuse(program, &format!("cannot go to the background: {error}")),
+        };
+    }
+    match start(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(text) => refuse(program, &text),
+    }
+}
+
+fn refuse(program: &str, text: &str) -> ExitCode {
+    eprintln!("{program}: {text}");
+    ExitCode::FAILURE
+}
+
+fn start(options: Options) -> Result<(), String> {
+    if options.daemonize {
+        background::leave_terminal().map_err(|error| error.to_string())?;
+    }
+    if let Err(error) = monitors::raise_descriptor_limit() {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start: {error}"))?;
+    let engine = Engine::start(options.engine).map_err(|error| error.text)?;
+    let outcome = runtime.block_on(live(&options, engine.handle()));
+    // A blocked read of standard input must not hold up the end.
+    runtime.shutdown_background();
+    engine.join();
+    outcome
+}
+
+/// The daemon's life: set-up, service, farewell.
+async fn live(options: &Options, engine: EngineHandle) -> Result<(), String> {
+    let mut signals = Signals::new().map_err(|error| error.to_string())?;
+    let service = Service {
+        engine: engine.clone(),
+        clients: Arc::new(Clients::default()),
+        ended: Arc::new(watch::Sender::new(false)),
+    };
+    let clients = service.clients.clone();
+    engine.subscribe(Box::new(move |event| clients.tell(event)));
+    let mut setup = Setup {
+        engine: &engine,
+        daemonize: options.daemonize,
+        chardevs: Vec::new(),
+        monitors: Vec::new(),
+    };
+    let ready = tokio::select! {
+        ready = setup.carry_out(&options.steps) => ready.map(|()| true),
+        () = signals.next() => Ok(false),
+    };
+    let mut outcome = Ok(());
+    match ready {
+        Ok(true) => {
+            let monitors = std::mem::take(&mut setup.monitors);
+            outcome = serve(options, monitors, &service, &mut signals).await;
+        }
+        Ok(false) => {}
+        Err(text) => outcome = Err(text),
+    }
+    if !*service.ended.borrow() {
+        quit(&engine).await;
+        service.ended.send_replace(true);
+    }
+    outcome
+}
+
+async fn serve(
+    options: &Options,
+    monitors: Vec<(monitors::Open, bool)>,
+    service: &Service,
+    signals: &mut Signals,
+) -> Result<(), String> {
+    // It stays until the last reply has been written.
+    let _pidfile = options
+        .pidfile
+        .as_deref()
+        .map(Pidfile::create)
+        .transpose()?;
+    let mut running = JoinSet::new();
+    for (open, pretty) in monitors {
+        running.spawn(monitors::run(open, pretty, service.clone()));
+    }
+    if options.daemonize {
+        background::tell_ready()
+            .map_err(|error| format!("cannot go to the background: {error}"))?;
+    }
+    tracing::info!("ready");
+    tokio::select! {
+        () = service.until_ended() => {}
+        () = signals.next() => {
+            quit(&service.engine).await;
+            service.ended.send_replace(true);
+        }
+    }
+    let farewell = async {
+        service.clients.close_all();
+        while running.join_next().await.is_some() {}
+    };
+    if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+        tracing::debug!("a client did not take its last messages");
+    }
+    Ok(())
+}
+
+async fn quit(engine: &EngineHandle) {
+    if let Err(error) = engine.call(Request::Quit).await {
+        tracing::debug!(%error, "the engine has ended before");
+    }
+}
+
+/// The signals that end the daemon.
+struct Signals {
+    all: [Signal; 3],
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            all: [
+                signal(SignalKind::terminate())?,
+                signal(SignalKind::interrupt())?,
+                signal(SignalKind::hangup())?,
+            ],
+        })
+    }
+
+    async fn next(&mut self) {
+        let [terminate, interrupt, hangup] = &mut self.all;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}
+
+/// What the options have set up so far.
+struct Setup<'a> {
+    engine: &'a EngineHandle,
+    daemonize: bool,
+    /// Opened, and whether a monitor uses it.
+    chardevs: Vec<(String, Option<monitors::Open>)>,
+    monitors: Vec<(monitors::Open, bool)>,
+}
+
+static MONITOR_MODE: Words = Words::of(&["control", "readline"]);
+static MONITOR: Object = Object::of(&[
+    optional("id", Type::Text),
+    optional("mode", Type::Word(&MONITOR_MODE)),
+    optional("pretty", Type::Bool),
+    required("chardev", Type::Text),
+]);
+
+impl Setup<'_> {
+    async fn carry_out(&mut self, steps: &[Step]) -> Result<(), String> {
+        for step in steps {
+            let done = self.step(step).await;
+            done.map_err(|text| format!("{}: {text}", step.shown()))?;
+        }
+        Ok(())
+    }
+
+    async fn step(&mut self, step: &Step) -> Result<(), String> {
+        let argument = step.argument.as_str();
+        match step.kind {
+            StepKind::Blockdev => self.blockdev(argument).await,
+            StepKind::Object => self.object(argument).await,
+            StepKind::Chardev => self.chardev(argument).await,
+            StepKind::Monitor => self.monitor(argument),
+            StepKind::Export | StepKind::NbdServer => {
+                Err("exports and NBD are not supported yet".to_owned())
+            }
+        }
+    }
+
+    async fn blockdev(&self, argument: &str) -> Result<(), String> {
+        no_help(argument)?;
+        let fields =
+            keyval::read(argument, Some("driver"), &OPTIONS).map_err(|error| error.text)?;
+        let spec = node_spec(fields).map_err(|error| error.text)?;
+        self.call(Request::BlockdevAdd(spec)).await
+    }
+
+    async fn object(&self, argument: &str) -> Result<(), String> {
+        no_help(argument)?;
+        let fields =
+            keyval::read(argument, Some("qom-type"), &OBJECT).map_err(|error| error.text)?;
+        self.call(Request::ObjectAdd(object_spec(fields))).await
+    }
+
+    async fn call(&self, request: Request) -> Result<(), String> {
+        self.engine
+            .call(request)
+            .await
+            .map(|_| ())
+            .map_err(|error| error.text)
+    }
+
+    async fn chardev(&mut self, argument: &str) -> Result<(), String> {
+        let chardev = chardev::parse(argument).map_err(|error| error.text)?;
+        if self.chardevs.iter().any(|(id, _)| *id == chardev.id) {
+            let id = chardev.id;
+            return Err(format!(
+                "attempt to add duplicate property '{id}' to object (type 'container')"
+            ));
+        }
+        if chardev.backend == Backend::Stdio {
+            if self.daemonize {
+                return Err("cannot use stdio with -daemonize".to_owned());
+            }
+            if self.uses_stdio() {
+                return Err("cannot use stdio by multiple character devices".to_owned());
+            }
+        }
+        let id = chardev.id.clone();
+        let open = monitors::open(chardev).await?;
+        self.chardevs.push((id, Some(open)));
+        Ok(())
+    }
+
+    fn uses_stdio(&self) -> bool {
+        let waiting = self.chardevs.iter().filter_map(|(_, open)| open.as_ref());
+        let used = self.monitors.iter().map(|(open, _)| open);
+        waiting.chain(used).any(monitors::Open::is_stdio)
+    }
+
+    fn monitor(&mut self, argument: &str) -> Result<(), String> {
+        no_help(argument)?;
+        let mut fields =
+            keyval::read(argument, Some("chardev"), &MONITOR).map_err(|error| error.text)?;
+        let id = fields.required_text("chardev");
+        let Some((_, open)) = self.chardevs.iter_mut().find(|(known, _)| *known == id) else {
+            return Err(format!("chardev \"{id}\" not found"));
+        };
+        if fields.text("mode").as_deref() == Some("readline") {
+            return Err("Only QMP is supported".to_owned());
+        }
+        let Some(open) = open.take() else {
+            return Err(format!("chardev '{id}' is already in use"));
+        };
+        self.monitors
+            .push((open, fields.flag("pretty").unwrap_or(false)));
+        Ok(())
+    }
+}
+
+fn no_help(argument: &str) -> Result<(), String> {
+    if argument == "help" || argument.ends_with(",help") {
+        return Err("Help is not available for this option".to_owned());
+    }
+    Ok(())
+}

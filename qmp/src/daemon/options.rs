@@ -1,0 +1,238 @@
+//! The daemon's options: a first pass over all of them, then what remains in its order.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use blockyard_engine::engine::{BackendChoice, EngineConfig};
+
+/// How the daemon was asked to start.
+#[derive(Debug)]
+pub struct Options {
+    /// What the engine is set up with.
+    pub engine: EngineConfig,
+    /// Go to the background once everything is set up.
+    pub daemonize: bool,
+    /// Where the process id goes.
+    pub pidfile: Option<PathBuf>,
+    /// Everything else, in order.
+    pub steps: Vec<Step>,
+}
+
+/// An option that is carried out in its turn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// What it does.
+    pub kind: StepKind,
+    /// Its argument as it was given.
+    pub argument: String,
+}
+
+/// What an option does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepKind {
+    /// Adds a node.
+    Blockdev,
+    /// Opens a way for clients.
+    Chardev,
+    /// Serves QMP on a chardev.
+    Monitor,
+    /// Creates an object.
+    Object,
+    /// QEMU's, and not here yet.
+    Export,
+    /// QEMU's, and not here yet.
+    NbdServer,
+}
+
+impl Step {
+    /// The option as error messages show it.
+    pub fn shown(&self) -> String {
+        let name = STEPS
+            .iter()
+            .find(|(_, kind)| *kind == self.kind)
+            .map_or("", |(name, _)| name);
+        format!("{name} {}", self.argument)
+    }
+}
+
+const STEPS: &[(&str, StepKind)] = &[
+    ("--blockdev", StepKind::Blockdev),
+    ("--chardev", StepKind::Chardev),
+    ("--monitor", StepKind::Monitor),
+    ("--object", StepKind::Object),
+    ("--export", StepKind::Export),
+    ("--nbd-server", StepKind::NbdServer),
+];
+
+/// What the first pass came to.
+#[derive(Debug)]
+pub enum Asked {
+    /// Start.
+    Start(Box<Options>),
+    /// Print how to use it.
+    Help,
+    /// Print the version.
+    Version,
+}
+
+/// Reads all options; nothing has been done when one is refused.
+///
+/// # Errors
+/// A message for the user, in QEMU's words where it has some.
+pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Asked, String> {
+    let mut options = Options {
+        engine: EngineConfig::default(),
+        daemonize: false,
+        pidfile: None,
+        steps: Vec::new(),
+    };
+    let mut arguments = arguments;
+    while let Some(argument) = arguments.next() {
+        let text = text(argument)?;
+        if !text.starts_with('-') || text == "-" {
+            return Err(format!("{text}: Unexpected argument"));
+        }
+        let (name, attached) = match text.split_once('=') {
+            Some((name, value)) if text.starts_with("--") => {
+                (name.to_owned(), Some(value.to_owned()))
+            }
+            _ => (text, None),
+        };
+        let mut value = || match attached.clone() {
+            Some(value) => Ok(value),
+            None => match arguments.next() {
+                Some(value) => self::text(value),
+                None => Err(format!("option '{name}' requires an argument")),
+            },
+        };
+        match name.as_str() {
+            "-h" | "--help" => return Ok(Asked::Help),
+            "-V" | "--version" => return Ok(Asked::Version),
+            "--daemonize" => options.daemonize = true,
+            "--pidfile" => options.pidfile = Some(PathBuf::from(value()?)),
+            // Accepted, so that scripts that trace QEMU still start; RUST_LOG does the work here.
+            "-T" | "--trace" => {
+                value()?;
+            }
+            "--data-threads" => {
+                let value = value()?;
+                options.engine.data_threads = match value.parse() {
+                    Ok(threads @ 1..=64) => threads,
+                    _ => return Err(format!("{name} {value}: a number from 1 to 64 is expected")),
+                };
+            }
+            "--io-backend" => {
+                let value = value()?;
+                options.engine.backend = match value.as_str() {
+                    "auto" => BackendChoice::Auto,
+                    "io_uring" => BackendChoice::Uring,
+                    "threads" => BackendChoice::Threads,
+                    _ => {
+                        return Err(format!(
+                            "{name} {value}: auto, io_uring or threads is expected"
+                        ));
+                    }
+                };
+            }
+            _ => match STEPS.iter().find(|(step, _)| *step == name) {
+                Some((_, kind)) => options.steps.push(Step {
+                    kind: *kind,
+                    argument: value()?,
+                }),
+                None => return Err(format!("unrecognized option '{name}'")),
+            },
+        }
+    }
+    Ok(Asked::Start(Box::new(options)))
+}
+
+fn text(argument: OsString) -> Result<String, String> {
+    argument
+        .into_string()
+        .map_err(|argument| format!("{}: this is not UTF-8", argument.to_string_lossy()))
+}
+
+/// What `--help` prints.
+pub const HELP: &str = "\
+Usage: blockyard daemon [OPTION]...
+
+Runs block jobs on disk images, driven over QMP. Takes the options of
+qemu-storage-daemon. They are carried out in their order, so an option can
+only name what stands before it.
+
+  --blockdev [driver=]DRIVER,node-name=NAME[,KEY=VALUE]... | JSON
+        open a node; the same as the command blockdev-add
+  --chardev socket,id=ID,path=PATH,server=on,wait=off
+  --chardev socket,id=ID,path=PATH[,reconnect-ms=N]
+  --chardev socket,id=ID,host=HOST,port=PORT,...
+  --chardev socket,id=ID,fd=N,...
+  --chardev stdio,id=ID
+        a way for QMP clients to get in (server=on: any number of them at
+        once), or to be reached (without server=on)
+  --monitor [chardev=]ID[,mode=control][,pretty=on|off]
+        speak QMP on a chardev
+  --object [qom-type=]iothread,id=ID | JSON
+        create an object; the same as the command object-add
+  --daemonize
+        go to the background once everything is set up
+  --pidfile PATH
+        write the process id to PATH once everything is set up
+  --data-threads N
+        threads that move data (default: one per core, four at most)
+  --io-backend auto|io_uring|threads
+        how files are read and written (default: auto, io_uring where it
+        is allowed)
+  -h, --help
+  -V, --version
+
+Log messages go to standard error; RUST_LOG=debug shows more of them.
+
+Example:
+  blockyard daemon \\
+      --blockdev file,node-name=disk,filename=disk.raw \\
+      --chardev socket,id=qmp,path=qmp.sock,server=on,wait=off \\
+      --monitor qmp
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(arguments: &[&str]) -> Result<Asked, String> {
+        parse(arguments.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn order_is_kept_and_first_pass_options_may_stand_anywhere() {
+        let Ok(Asked::Start(options)) = parsed(&[
+            "--blockdev",
+            "a",
+            "--pidfile=p",
+            "--monitor=m",
+            "--daemonize",
+            "--blockdev",
+            "b",
+        ]) else {
+            panic!("accepted")
+        };
+        let shown: Vec<_> = options.steps.iter().map(Step::shown).collect();
+        assert_eq!(shown, ["--blockdev a", "--monitor m", "--blockdev b"]);
+        assert_eq!(options.pidfile, Some(PathBuf::from("p")));
+        assert!(options.daemonize);
+    }
+
+    #[test]
+    fn refusals_are_those_of_the_reference() {
+        for (arguments, expected) in [
+            (&["--frob"][..], "unrecognized option '--frob'"),
+            (&["stray"], "stray: Unexpected argument"),
+            (&["--pidfile"], "option '--pidfile' requires an argument"),
+            (
+                &["--data-threads", "0"],
+                "--data-threads 0: a number from 1 to 64 is expected",
+            ),
+        ] {
+            assert_eq!(parsed(arguments).expect_err("refused"), expected);
+        }
+    }
+}

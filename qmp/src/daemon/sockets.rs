@@ -1,0 +1,286 @@
+//! Opens sockets: binds, connects, or takes over an inherited one.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use blockyard_engine::engine::inherited_descriptor;
+use rustix::net::sockopt::{socket_acceptconn, socket_domain};
+use rustix::net::{AddressFamily, SocketType};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
+
+use crate::daemon::chardev::Address;
+use crate::server::connection::{Input, Output};
+
+/// Clients that may queue up before they are accepted.
+const BACKLOG: u32 = 1024;
+/// Bytes of an abstract name that is padded to the whole address.
+const ABSTRACT_NAME_BYTES: usize = 107;
+
+/// A listening socket.
+#[derive(Debug)]
+pub enum Listener {
+    /// A UNIX socket, and its file if it has one.
+    Unix(UnixListener, Option<SocketFile>),
+    /// A TCP socket.
+    Tcp(TcpListener),
+}
+
+/// The two directions of a connection.
+pub type Halves = (Input, Output);
+
+/// The file of a listening socket; removed when this is dropped, unless it is another file by then.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let same = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|found| (found.dev(), found.ino()) == self.identity);
+        if same && let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::debug!(%error, path = %self.path.display(), "a socket stays behind");
+        }
+    }
+}
+
+impl Listener {
+    /// Listens at an address.
+    ///
+    /// # Errors
+    /// A text for the user, in QEMU's words where it has some.
+    pub async fn bind(address: &Address) -> Result<Self, String> {
+        match address {
+            Address::Path(path) => bind_path(Path::new(path))
+                .map_err(|error| format!("Failed to bind socket to {path}: {}", reason(&error))),
+            Address::Abstract { name, tight } => bind_abstract(name, *tight)
+                .map_err(|error| format!("Failed to bind socket to {name}: {}", reason(&error))),
+            Address::Host {
+                host,
+                port,
+                port_last,
+                ..
+            } => {
+                let port_last = *port_last;
+                let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+                for candidate in resolve(address).await? {
+                    for port in candidate.port()..=port_last.unwrap_or(candidate.port()) {
+                        match bind_tcp(SocketAddr::new(candidate.ip(), port)) {
+                            Ok(listener) => return Ok(Listener::Tcp(listener)),
+                            Err(error) => last = error,
+                        }
+                    }
+                }
+                Err(format!(
+                    "Failed to bind socket to {host}:{port}: {}",
+                    reason(&last)
+                ))
+            }
+            Address::Descriptor(number) => match take_over(*number)? {
+                Inherited::Listener(listener) => Ok(listener),
+                Inherited::Connection(_) => Err(format!(
+                    "File descriptor '{number}' is not a listening socket"
+                )),
+            },
+        }
+    }
+
+    /// Waits for the next client.
+    ///
+    /// # Errors
+    /// The kernel's.
+    ///
+    /// # Cancel safety
+    /// No client is lost.
+    pub async fn accept(&self) -> io::Result<Halves> {
+        match self {
+            Listener::Unix(listener, _) => listener
+                .accept()
+                .await
+                .map(|(stream, _)| halves_unix(stream)),
+            Listener::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                Ok(halves_tcp(stream))
+            }
+        }
+    }
+}
+
+/// Connects to an address.
+///
+/// # Errors
+/// A text for the user, in QEMU's words where it has some.
+pub async fn connect(address: &Address) -> Result<Halves, String> {
+    match address {
+        Address::Path(path) => match UnixStream::connect(path).await {
+            Ok(stream) => Ok(halves_unix(stream)),
+            Err(error) => Err(format!("Failed to connect to '{path}': {}", reason(&error))),
+        },
+        Address::Abstract { name, tight } => {
+            let connected = abstract_address(name, *tight)
+                .and_then(|address| std::os::unix::net::UnixStream::connect_addr(&address))
+                .and_then(|stream| {
+                    stream.set_nonblocking(true)?;
+                    UnixStream::from_std(stream)
+                });
+            match connected {
+                Ok(stream) => Ok(halves_unix(stream)),
+                Err(error) => Err(format!("Failed to connect to '{name}': {}", reason(&error))),
+            }
+        }
+        Address::Host { host, port, .. } => {
+            let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+            for candidate in resolve(address).await? {
+                match TcpStream::connect(candidate).await {
+                    Ok(stream) => return Ok(halves_tcp(stream)),
+                    Err(error) => last = error,
+                }
+            }
+            Err(format!(
+                "Failed to connect to '{host}:{port}': {}",
+                reason(&last)
+            ))
+        }
+        Address::Descriptor(number) => match take_over(*number)? {
+            Inherited::Connection(halves) => Ok(halves),
+            Inherited::Listener(_) => {
+                Err(format!("File descriptor '{number}' is a listening socket"))
+            }
+        },
+    }
+}
+
+/// The operating system's text, without its number.
+fn reason(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}
+
+fn bind_path(path: &Path) -> io::Result<Listener> {
+    // What a daemon that ended badly left behind. Anything but a socket is not ours to remove.
+    if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    let found = std::fs::symlink_metadata(path)?;
+    let file = SocketFile {
+        path: std::path::absolute(path)?,
+        identity: (found.dev(), found.ino()),
+    };
+    Ok(Listener::Unix(listener, Some(file)))
+}
+
+fn abstract_address(name: &str, tight: bool) -> io::Result<std::os::unix::net::SocketAddr> {
+    let mut bytes = name.as_bytes().to_vec();
+    if !tight && bytes.len() < ABSTRACT_NAME_BYTES {
+        bytes.resize(ABSTRACT_NAME_BYTES, 0);
+    }
+    std::os::unix::net::SocketAddr::from_abstract_name(bytes)
+}
+
+fn bind_abstract(name: &str, tight: bool) -> io::Result<Listener> {
+    let address = abstract_address(name, tight)?;
+    let listener = std::os::unix::net::UnixListener::bind_addr(&address)?;
+    listener.set_nonblocking(true)?;
+    Ok(Listener::Unix(UnixListener::from_std(listener)?, None))
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()
+    } else {
+        TcpSocket::new_v6()
+    }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+async fn resolve(address: &Address) -> Result<Vec<SocketAddr>, String> {
+    let Address::Host {
+        host,
+        port,
+        ipv4,
+        ipv6,
+        ..
+    } = address
+    else {
+        return Ok(Vec::new());
+    };
+    let named = if host.is_empty() { "::" } else { host.as_str() };
+    let found = tokio::net::lookup_host(format!(
+        "{}:{port}",
+        if named.contains(':') {
+            format!("[{named}]")
+        } else {
+            named.to_owned()
+        }
+    ))
+    .await
+    .map_err(|error| {
+        format!(
+            "address resolution failed for {host}:{port}: {}",
+            reason(&error)
+        )
+    })?;
+    let wanted = |address: &SocketAddr| if address.is_ipv4() { *ipv4 } else { *ipv6 };
+    Ok(found.filter(wanted).collect())
+}
+
+enum Inherited {
+    Listener(Listener),
+    Connection(Halves),
+}
+
+fn take_over(number: i32) -> Result<Inherited, String> {
+    let no_socket = || format!("File descriptor '{number}' is not a socket");
+    let descriptor = inherited_descriptor(number).map_err(|_| no_socket())?;
+    let stream = rustix::net::sockopt::socket_type(&descriptor) == Ok(SocketType::STREAM);
+    let listening = socket_acceptconn(&descriptor).map_err(|_| no_socket())?;
+    let family = socket_domain(&descriptor).map_err(|_| no_socket())?;
+    if !stream {
+        return Err(format!("File descriptor '{number}' is not a stream socket"));
+    }
+    adopt(descriptor, listening, family)
+        .map_err(|error| format!("File descriptor '{number}': {}", reason(&error)))
+}
+
+fn adopt(descriptor: OwnedFd, listening: bool, family: AddressFamily) -> io::Result<Inherited> {
+    rustix::io::ioctl_fionbio(&descriptor, true)?;
+    let unix = family == AddressFamily::UNIX;
+    Ok(match (listening, unix) {
+        (true, true) => Inherited::Listener(Listener::Unix(
+            UnixListener::from_std(descriptor.into())?,
+            None,
+        )),
+        (true, false) => {
+            Inherited::Listener(Listener::Tcp(TcpListener::from_std(descriptor.into())?))
+        }
+        (false, true) => {
+            Inherited::Connection(halves_unix(UnixStream::from_std(descriptor.into())?))
+        }
+        (false, false) => {
+            Inherited::Connection(halves_tcp(TcpStream::from_std(descriptor.into())?))
+        }
+    })
+}
+
+fn halves_unix(stream: UnixStream) -> Halves {
+    let (input, output) = stream.into_split();
+    (Box::new(input), Box::new(output))
+}
+
+fn halves_tcp(stream: TcpStream) -> Halves {
+    // Small replies must not wait for each other; without it they are only slower.
+    let _ = stream.set_nodelay(true);
+    let (input, output) = stream.into_split();
+    (Box::new(input), Box::new(output))
+}

@@ -1,0 +1,460 @@
+//! Checks a value against its type, in QEMU's order and words, before anything is done with it.
+//!
+//! The checked value is plain: strings of key=value options have become booleans and numbers, and numbers fit their type.
+
+use serde_json::{Map, Value};
+
+use crate::error::QmpError;
+use crate::schema::{Member, Object, Type, Words};
+
+/// Levels of nested objects and lists. Bounds the recursion here and in whatever reads the checked value.
+const DEPTH_MAX: usize = 128;
+
+/// Where values come from, which decides how scalars are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spelling {
+    /// JSON has types.
+    Json,
+    /// In key=value options every scalar is a string.
+    KeyValue,
+}
+
+/// Checks the members of an object.
+///
+/// # Errors
+/// The first member that is missing, of a wrong type or out of range; else a surplus one.
+pub fn check(
+    object: &Object,
+    members: Map<String, Value>,
+    spelling: Spelling,
+) -> Result<Map<String, Value>, QmpError> {
+    let root = Place {
+        parent: None,
+        step: Step::Root,
+        depth: 0,
+    };
+    check_object(object, members, spelling, &root)
+}
+
+enum Step<'a> {
+    Root,
+    Member(&'a str),
+    Element(usize),
+}
+
+/// Where a value stands; a name is only made of it when there is an error to tell.
+struct Place<'a> {
+    parent: Option<&'a Place<'a>>,
+    step: Step<'a>,
+    depth: usize,
+}
+
+impl<'a> Place<'a> {
+    fn below(&'a self, step: Step<'a>) -> Place<'a> {
+        Place {
+            parent: Some(self),
+            step,
+            depth: self.depth + 1,
+        }
+    }
+
+    /// `a.b[0].c`
+    fn path(&self) -> String {
+        let above = self.parent.map(Place::path).unwrap_or_default();
+        match self.step {
+            Step::Root => above,
+            Step::Element(index) => format!("{above}[{index}]"),
+            Step::Member(name) if above.is_empty() => name.to_owned(),
+            Step::Member(name) => format!("{above}.{name}"),
+        }
+    }
+
+    /// The last component, which some texts use instead of the whole.
+    fn name(&self) -> &str {
+        match self.step {
+            Step::Member(name) => name,
+            Step::Root | Step::Element(_) => "null",
+        }
+    }
+
+    fn wrong_type(&self, expected: &str) -> QmpError {
+        let path = self.path();
+        QmpError::generic(format!(
+            "Invalid parameter type for '{path}', expected: {expected}"
+        ))
+    }
+
+    fn expects(&self, what: &str) -> QmpError {
+        QmpError::generic(format!("Parameter '{}' expects {what}", self.path()))
+    }
+}
+
+fn check_object(
+    object: &Object,
+    mut members: Map<String, Value>,
+    spelling: Spelling,
+    place: &Place<'_>,
+) -> Result<Map<String, Value>, QmpError> {
+    if place.depth > DEPTH_MAX {
+        let text = format!("Parameters are nested more than {DEPTH_MAX} levels deep");
+        return Err(QmpError::generic(text));
+    }
+    let mut checked = Map::new();
+    check_members(object.members, &mut members, &mut checked, spelling, place)?;
+    if let Some(union) = &object.union {
+        let tag = checked.get(union.tag).and_then(Value::as_str);
+        let branch = union.branches.iter().find(|(case, _)| Some(*case) == tag);
+        if let Some((_, branch)) = branch {
+            check_members(branch.members, &mut members, &mut checked, spelling, place)?;
+        }
+    }
+    match members.keys().next() {
+        None => Ok(checked),
+        Some(name) => {
+            let path = place.below(Step::Member(name)).path();
+            Err(QmpError::generic(format!(
+                "Parameter '{path}' is unexpected"
+            )))
+        }
+    }
+}
+
+fn check_members(
+    wanted: &[Member],
+    members: &mut Map<String, Value>,
+    checked: &mut Map<String, Value>,
+    spelling: Spelling,
+    place: &Place<'_>,
+) -> Result<(), QmpError> {
+    for member in wanted {
+        let here = place.below(Step::Member(member.name));
+        match members.remove(member.name) {
+            Some(value) => {
+                let value = check_value(&member.kind, value, spelling, &here)?;
+                checked.insert(member.name.to_owned(), value);
+            }
+            None if member.optional => {}
+            None => {
+                let path = here.path();
+                return Err(QmpError::generic(format!("Parameter '{path}' is missing")));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_value(
+    kind: &Type,
+    value: Value,
+    spelling: Spelling,
+    place: &Place<'_>,
+) -> Result<Value, QmpError> {
+    match (kind, value) {
+        (Type::Any, value) => Ok(value),
+        (Type::Text, Value::String(text)) => Ok(Value::String(text)),
+        (Type::Text, _) => Err(place.wrong_type("string")),
+        (Type::Null, Value::Null) => Ok(Value::Null),
+        (Type::Null, _) => Err(place.wrong_type("null")),
+        (Type::Bool, Value::Bool(flag)) => Ok(Value::Bool(flag)),
+        (Type::Bool, Value::String(text)) if spelling == Spelling::KeyValue => {
+            match text.as_str() {
+                "on" | "yes" | "true" | "y" => Ok(Value::Bool(true)),
+                "off" | "no" | "false" | "n" => Ok(Value::Bool(false)),
+                _ => Err(place.expects("'on' or 'off'")),
+            }
+        }
+        (Type::Bool, _) => Err(place.wrong_type("boolean")),
+        (Type::Int | Type::Int32 | Type::Uint32 | Type::Uint64 | Type::Size, value) => {
+            check_number(kind, &value, spelling, place)
+        }
+        (Type::Word(words), Value::String(text)) => check_word(words, text, place),
+        (Type::Word(_), _) => Err(place.wrong_type("string")),
+        (Type::Object(object), Value::Object(members)) => {
+            check_object(object, members, spelling, place).map(Value::Object)
+        }
+        (Type::Object(_), _) => Err(place.wrong_type("object")),
+        (Type::Alternate(alternate), value) => {
+            let fitting = alternate.kinds.iter().find(|kind| fits(kind, &value));
+            match fitting {
+                Some(kind) => check_value(kind, value, spelling, place),
+                None => Err(place.wrong_type(alternate.name)),
+            }
+        }
+        (Type::List(kind), Value::Array(elements)) => elements
+            .into_iter()
+            .enumerate()
+            .map(|(index, element)| {
+                check_value(kind, element, spelling, &place.below(Step::Element(index)))
+            })
+            .collect(),
+        (Type::List(_), _) => Err(place.wrong_type("array")),
+    }
+}
+
+fn fits(kind: &Type, value: &Value) -> bool {
+    matches!(
+        (kind, value),
+        (Type::Text | Type::Word(_), Value::String(_))
+            | (Type::Object(_), Value::Object(_))
+            | (Type::Null, Value::Null)
+            | (Type::Bool, Value::Bool(_))
+    )
+}
+
+fn check_word(words: &Words, text: String, place: &Place<'_>) -> Result<Value, QmpError> {
+    if words.words.contains(&text.as_str()) {
+        return Ok(Value::String(text));
+    }
+    let name = place.name();
+    Err(QmpError::generic(format!(
+        "Parameter '{name}' does not accept value '{text}'"
+    )))
+}
+
+fn check_number(
+    kind: &Type,
+    value: &Value,
+    spelling: Spelling,
+    place: &Place<'_>,
+) -> Result<Value, QmpError> {
+    let signed = matches!(kind, Type::Int | Type::Int32);
+    let number = match value {
+        Value::Number(number) if signed => number.as_i64().map(i128::from),
+        Value::Number(number) => number
+            .as_u64()
+            .or_else(|| number.as_i64().map(i64::cast_unsigned))
+            .map(i128::from),
+        Value::String(text) if spelling == Spelling::KeyValue => {
+            let parsed = match kind {
+                Type::Size => parse_size(text),
+                _ => parse_integer(text, signed),
+            };
+            let Some(parsed) = parsed else {
+                return Err(match kind {
+                    Type::Size => size_fault(text, place),
+                    _ => place.expects("integer"),
+                });
+            };
+            Some(parsed)
+        }
+        _ => None,
+    };
+    match (kind, number) {
+        (Type::Int | Type::Int32, None) => Err(place.wrong_type("integer")),
+        (_, None) => Err(place.expects("uint64")),
+        (Type::Int32, Some(number)) if i32::try_from(number).is_err() => Err(QmpError::generic(
+            format!("Parameter '{}' expects int32_t", place.name()),
+        )),
+        (Type::Uint32, Some(number)) if u32::try_from(number).is_err() => Err(QmpError::generic(
+            format!("Parameter '{}' expects uint32_t", place.name()),
+        )),
+        (_, Some(number)) => Ok(match (i64::try_from(number), u64::try_from(number)) {
+            (Ok(number), _) => Value::from(number),
+            (_, Ok(number)) => Value::from(number),
+            _ => return Err(place.expects("integer")),
+        }),
+    }
+}
+
+/// Decimal, hexadecimal behind `0x`, octal behind `0`; an unsigned one may be negative and wraps.
+fn parse_integer(text: &str, signed: bool) -> Option<i128> {
+    let text = text.trim_start();
+    let (negative, digits) = match text.as_bytes().first()? {
+        b'-' => (true, &text[1..]),
+        b'+' => (false, &text[1..]),
+        _ => (false, text),
+    };
+    // `from_str_radix` would take a second sign.
+    if !digits.starts_with(|first: char| first.is_ascii_hexdigit()) {
+        return None;
+    }
+    let lower = digits.to_ascii_lowercase();
+    let number = match lower.strip_prefix("0x") {
+        Some(hex) if hex.starts_with(|first: char| first.is_ascii_hexdigit()) => {
+            u64::from_str_radix(hex, 16).ok()?
+        }
+        Some(_) => return None,
+        None if digits.len() > 1 && digits.starts_with('0') => {
+            u64::from_str_radix(digits, 8).ok()?
+        }
+        None => digits.parse().ok()?,
+    };
+    let number = if negative {
+        -i128::from(number)
+    } else {
+        i128::from(number)
+    };
+    if signed {
+        i64::try_from(number).ok().map(i128::from)
+    } else if number < 0 {
+        i64::try_from(number)
+            .ok()
+            .map(|number| i128::from(number.cast_unsigned()))
+    } else {
+        Some(number)
+    }
+}
+
+/// A number of bytes, possibly a fraction, with a suffix from `B` to `E`.
+fn parse_size(text: &str) -> Option<i128> {
+    let suffixes = ["b", "k", "m", "g", "t", "p", "e"];
+    let lower = text.to_ascii_lowercase();
+    if let Some(hex) = lower.strip_prefix("0x") {
+        return u64::from_str_radix(hex, 16).ok().map(i128::from);
+    }
+    let scale = suffixes.iter().position(|suffix| lower.ends_with(suffix));
+    let digits = if scale.is_some() {
+        &lower[..lower.len() - 1]
+    } else {
+        &lower
+    };
+    let unit = 1_i128 << (10 * scale.unwrap_or(0));
+    let (whole, fraction) = match digits.split_once('.') {
+        Some((whole, fraction)) => (whole, fraction),
+        None => (digits, ""),
+    };
+    let all_digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
+    if !all_digits(whole) || !all_digits(fraction) || whole.is_empty() || fraction.len() > 18 {
+        return None;
+    }
+    let whole: i128 = whole.parse().ok()?;
+    let mut bytes = whole.checked_mul(unit)?;
+    if !fraction.is_empty() {
+        if scale.unwrap_or(0) == 0 {
+            return None;
+        }
+        let parts: i128 = fraction.parse().ok()?;
+        bytes += parts * unit / 10_i128.pow(u32::try_from(fraction.len()).ok()?);
+    }
+    u64::try_from(bytes).ok().map(i128::from)
+}
+
+fn size_fault(text: &str, place: &Place<'_>) -> QmpError {
+    let name = place.path();
+    let reason = if text.starts_with('-') {
+        " (it is negative)"
+    } else {
+        ""
+    };
+    QmpError::generic(format!(
+        "Parameter '{name}' expects a size{reason}: a number of bytes, or one followed by k, M, G, T, P or E"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::schema::{Alternate, optional, required};
+
+    static KINDS: Words = Words::of(&["a", "b"]);
+    static INNER: Object = Object::of(&[required("n", Type::Uint32)]);
+    static REFERENCE: Alternate = Alternate {
+        name: "Reference",
+        kinds: &[Type::Object(&INNER), Type::Text],
+    };
+    static OUTER: Object = Object::union(
+        &[
+            required("kind", Type::Word(&KINDS)),
+            optional("flag", Type::Bool),
+            optional("size", Type::Size),
+            optional("list", Type::List(&Type::Object(&INNER))),
+            optional("node", Type::Alternate(&REFERENCE)),
+        ],
+        "kind",
+        &[("b", &INNER)],
+    );
+
+    fn outcome(value: Value, spelling: Spelling) -> Result<Value, String> {
+        let Value::Object(members) = value else {
+            panic!("an object")
+        };
+        check(&OUTER, members, spelling)
+            .map(Value::Object)
+            .map_err(|error| error.text)
+    }
+
+    #[test]
+    fn texts_are_those_of_the_reference() {
+        for (value, text) in [
+            (json!({}), "Parameter 'kind' is missing"),
+            (
+                json!({"kind": 1}),
+                "Invalid parameter type for 'kind', expected: string",
+            ),
+            (
+                json!({"kind": "c"}),
+                "Parameter 'kind' does not accept value 'c'",
+            ),
+            (json!({"kind": "b"}), "Parameter 'n' is missing"),
+            (json!({"kind": "a", "n": 1}), "Parameter 'n' is unexpected"),
+            (
+                json!({"kind": "b", "n": "x"}),
+                "Parameter 'n' expects uint64",
+            ),
+            (
+                json!({"kind": "b", "n": 1_u64 << 32}),
+                "Parameter 'n' expects uint32_t",
+            ),
+            (
+                json!({"kind": "a", "list": {}}),
+                "Invalid parameter type for 'list', expected: array",
+            ),
+            (
+                json!({"kind": "a", "list": [{"n": 1}, {}]}),
+                "Parameter 'list[1].n' is missing",
+            ),
+            (
+                json!({"kind": "a", "node": 1}),
+                "Invalid parameter type for 'node', expected: Reference",
+            ),
+            (
+                json!({"kind": "a", "node": {"n": 1, "m": 1}}),
+                "Parameter 'node.m' is unexpected",
+            ),
+            (
+                json!({"kind": "a", "flag": "on"}),
+                "Invalid parameter type for 'flag', expected: boolean",
+            ),
+        ] {
+            assert_eq!(
+                outcome(value.clone(), Spelling::Json),
+                Err(text.to_owned()),
+                "{value}"
+            );
+        }
+    }
+
+    #[test]
+    fn options_get_their_types() {
+        let value = json!({"kind": "b", "flag": "y", "size": "1.5k", "n": "0x10"});
+        assert_eq!(
+            outcome(value, Spelling::KeyValue),
+            Ok(json!({"kind": "b", "flag": true, "size": 1536, "n": 16}))
+        );
+        let value = json!({"kind": "a", "flag": "maybe"});
+        assert_eq!(
+            outcome(value, Spelling::KeyValue),
+            Err("Parameter 'flag' expects 'on' or 'off'".to_owned())
+        );
+    }
+
+    #[test]
+    fn integers_of_any_form() {
+        for (text, signed, number) in [
+            ("10", true, Some(10)),
+            ("010", true, Some(8)),
+            ("0x1F", true, Some(31)),
+            ("-5", true, Some(-5)),
+            ("-1", false, Some(i128::from(u64::MAX))),
+            ("8M", true, None),
+            ("--1", true, None),
+            ("", true, None),
+            ("0x", true, None),
+            ("9223372036854775808", true, None),
+        ] {
+            assert_eq!(parse_integer(text, signed), number, "{text}");
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Types of nodes and objects: how they are described, and how the graph is shown.
+
+use crate::schema::{Alternate, Object, Type, Words, optional, required};
+
+/// Drivers that nodes can have.
+pub static DRIVER: Words = Words::of(&[
+    "blkdebug",
+    "file",
+    "host_device",
+    "null-aio",
+    "null-co",
+    "raw",
+]);
+static DISCARD: Words = Words::of(&["ignore", "unmap"]);
+/// `BlockdevDetectZeroesOptions`.
+pub static DETECT_ZEROES: Words = Words::of(&["off", "on", "unmap"]);
+static ON_OFF_AUTO: Words = Words::of(&["auto", "on", "off"]);
+static AIO: Words = Words::of(&["threads", "native", "io_uring"]);
+/// `BlockPermission`.
+pub static PERMISSION: Words =
+    Words::of(&["consistent-read", "write", "write-unchanged", "resize"]);
+
+static CACHE: Object = Object::of(&[
+    optional("direct", Type::Bool),
+    optional("no-flush", Type::Bool),
+]);
+
+/// `BlockdevRef`.
+pub static REFERENCE: Alternate = Alternate {
+    name: "BlockdevRef",
+    kinds: &[Type::Object(&OPTIONS), Type::Text],
+};
+
+static FILE: Object = Object {
+    members: &[
+        required("filename", Type::Text),
+        optional("pr-manager", Type::Text),
+        optional("locking", Type::Word(&ON_OFF_AUTO)),
+        optional("aio", Type::Word(&AIO)),
+        optional("aio-max-batch", Type::Int),
+        optional("drop-cache", Type::Bool),
+        optional("x-check-cache-dropped", Type::Bool).unstable(),
+    ],
+    union: None,
+    features: &["dynamic-auto-read-only"],
+};
+static NULL: Object = Object::of(&[
+    optional("size", Type::Int),
+    optional("latency-ns", Type::Uint64),
+    optional("read-zeroes", Type::Bool),
+]);
+static RAW: Object = Object::of(&[
+    required("file", Type::Alternate(&REFERENCE)),
+    optional("offset", Type::Int),
+    optional("size", Type::Int),
+]);
+
+static BLKDEBUG_EVENT: Words = Words::of(&[
+    "l1_update",
+    "l1_grow_alloc_table",
+    "l1_grow_write_table",
+    "l1_grow_activate_table",
+    "l2_load",
+    "l2_update",
+    "l2_update_compressed",
+    "l2_alloc_cow_read",
+    "l2_alloc_write",
+    "read_aio",
+    "read_backing_aio",
+    "read_compressed",
+    "write_aio",
+    "write_compressed",
+    "vmstate_load",
+    "vmstate_save",
+    "cow_read",
+    "cow_write",
+    "reftable_load",
+    "reftable_grow",
+    "reftable_update",
+    "refblock_load",
+    "refblock_update",
+    "refblock_update_part",
+    "refblock_alloc",
+    "refblock_alloc_hookup",
+    "refblock_alloc_write",
+    "refblock_alloc_write_blocks",
+    "refblock_alloc_write_table",
+    "refblock_alloc_switch_table",
+    "cluster_alloc",
+    "cluster_alloc_bytes",
+    "cluster_free",
+    "flush_to_os",
+    "flush_to_disk",
+    "pwritev_rmw_head",
+    "pwritev_rmw_after_head",
+    "pwritev_rmw_tail",
+    "pwritev_rmw_after_tail",
+    "pwritev",
+    "pwritev_zero",
+    "pwritev_done",
+    "empty_image_prepare",
+    "l1_shrink_write_table",
+    "l1_shrink_free_l2_clusters",
+    "cor_write",
+    "cluster_alloc_space",
+    "none",
+]);
+static BLKDEBUG_IOTYPE: Words = Words::of(&[
+    "read",
+    "write",
+    "write-zeroes",
+    "discard",
+    "flush",
+    "block-status",
+]);
+static INJECT_ERROR: Object = Object::of(&[
+    required("event", Type::Word(&BLKDEBUG_EVENT)),
+    optional("state", Type::Int),
+    optional("iotype", Type::Word(&BLKDEBUG_IOTYPE)),
+    optional("errno", Type::Int),
+    optional("sector", Type::Int),
+    optional("once", Type::Bool),
+    optional("immediately", Type::Bool),
+]);
+static SET_STATE: Object = Object::of(&[
+    required("event", Type::Word(&BLKDEBUG_EVENT)),
+    optional("state", Type::Int),
+    required("new_state", Type::Int),
+]);
+static BLKDEBUG: Object = Object::of(&[
+    required("image", Type::Alternate(&REFERENCE)),
+    optional("config", Type::Text),
+    optional("align", Type::Int),
+    optional("max-transfer", Type::Int32),
+    optional("opt-write-zero", Type::Int32),
+    optional("max-write-zero", Type::Int32),
+    optional("opt-discard", Type::Int32),
+    optional("max-discard", Type::Int32),
+    optional("inject-error", Type::List(&Type::Object(&INJECT_ERROR))),
+    optional("set-state", Type::List(&Type::Object(&SET_STATE))),
+    optional("take-child-perms", Type::List(&Type::Word(&PERMISSION))),
+    optional("unshare-child-perms", Type::List(&Type::Word(&PERMISSION))),
+]);
+
+/// `BlockdevOptions`.
+pub static OPTIONS: Object = Object::union(
+    &[
+        required("driver", Type::Word(&DRIVER)),
+        optional("node-name", Type::Text),
+        optional("discard", Type::Word(&DISCARD)),
+        optional("cache", Type::Object(&CACHE)),
+        optional("active", Type::Bool),
+        optional("read-only", Type::Bool),
+        optional("auto-read-only", Type::Bool),
+        optional("force-share", Type::Bool),
+        optional("detect-zeroes", Type::Word(&DETECT_ZEROES)),
+    ],
+    "driver",
+    &[
+        ("blkdebug", &BLKDEBUG),
+        ("file", &FILE),
+        ("host_device", &FILE),
+        ("null-aio", &NULL),
+        ("null-co", &NULL),
+        ("raw", &RAW),
+    ],
+);
+
+/// Arguments of `blockdev-del`.
+pub static BY_NAME: Object = Object::of(&[required("node-name", Type::Text)]);
+/// Arguments of `block_resize`.
+pub static RESIZE: Object = Object::of(&[
+    optional("device", Type::Text),
+    optional("node-name", Type::Text),
+    required("size", Type::Int),
+]);
+/// Arguments of `query-named-block-nodes`.
+pub static QUERY: Object = Object::of(&[optional("flat", Type::Bool)]);
+
+static TEXT_OR_NULL: Alternate = Alternate {
+    name: "StrOrNull",
+    kinds: &[Type::Text, Type::Null],
+};
+/// Arguments of `x-blockdev-set-iothread`.
+pub static SET_IOTHREAD: Object = Object::of(&[
+    required("node-name", Type::Text),
+    required("iothread", Type::Alternate(&TEXT_OR_NULL)),
+    optional("force", Type::Bool),
+]);
+
+static OBJECT_TYPE: Words = Words::of(&["iothread"]);
+static IOTHREAD: Object = Object::of(&[
+    optional("aio-max-batch", Type::Int),
+    optional("thread-pool-min", Type::Int),
+    optional("thread-pool-max", Type::Int),
+    optional("poll-max-ns", Type::Int),
+    optional("poll-grow", Type::Int),
+    optional("poll-shrink", Type::Int),
+]);
+/// `ObjectOptions`.
+pub static OBJECT: Object = Object::union(
+    &[
+        required("qom-type", Type::Word(&OBJECT_TYPE)),
+        required("id", Type::Text),
+    ],
+    "qom-type",
+    &[("iothread", &IOTHREAD)],
+);
+/// Arguments of `object-del`.
+pub static OBJECT_BY_ID: Object = Object::of(&[required("id", Type::Text)]);
+
+static GRAPH_NODE_TYPE: Words = Words::of(&["block-backend", "block-job", "block-driver"]);
+static GRAPH_NODE: Object = Object::of(&[
+    required("id", Type::Uint64),
+    required("type", Type::Word(&GRAPH_NODE_TYPE)),
+    required("name", Type::Text),
+]);
+static GRAPH_EDGE: Object = Object::of(&[
+    required("parent", Type::Uint64),
+    required("child", Type::Uint64),
+    required("name", Type::Text),
+    required("perm", Type::List(&Type::Word(&PERMISSION))),
+    required("shared-perm", Type::List(&Type::Word(&PERMISSION))),
+]);
+/// `XDbgBlockGraph`.
+pub static GRAPH: Object = Object::of(&[
+    required("nodes", Type::List(&Type::Object(&GRAPH_NODE))),
+    required("edges", Type::List(&Type::Object(&GRAPH_EDGE))),
+]);
