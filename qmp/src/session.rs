@@ -127,7 +127,7 @@ impl Session {
         }
         match (execute, out_of_band) {
             (Some(_), Some(_)) => {
-                let text = "QMP input member 'exec-oob' clashes with 'execute'";
+                let text = "QMP input member 'execute' clashes with 'exec-oob'";
                 Err(QmpError::generic(text))
             }
             (None, None) => Err(QmpError::generic("QMP input lacks member 'execute'")),

@@ -170,6 +170,7 @@ impl Graph {
             cache_no_flush: resolved.cache_no_flush,
             monitor_owned: false,
             fixed_size: false,
+            windowed: false,
             force_share: resolved.force_share,
             thread,
             plan: NodePlan::Null(null_options(NullSpec::default(), true)?),
@@ -218,6 +219,7 @@ impl Graph {
             let length = self.facts(child).await?.length_bytes;
             let window = check_window(offset, size, length)?;
             record.fixed_size = size.is_some();
+            record.windowed = size.is_some() || offset.is_some_and(|offset| offset > 0);
             let plain = self
                 .records
                 .borrow()
@@ -424,13 +426,30 @@ fn raw_filename(plain: String, offset: Option<u64>, size: Option<u64>) -> String
     if offset.is_none() && size.is_none() {
         return plain;
     }
-    let mut members = vec!["\"driver\": \"raw\"".to_owned()];
-    members.extend(size.map(|size| format!("\"size\": {size}")));
+    // Members stand in the order in which clients see them elsewhere.
+    let mut members = Vec::new();
     members.extend(offset.map(|offset| format!("\"offset\": {offset}")));
+    members.push("\"driver\": \"raw\"".to_owned());
+    members.extend(size.map(|size| format!("\"size\": {size}")));
     members.push(format!(
-        "\"file\": {{\"driver\": \"file\", \"filename\": {plain:?}}}"
+        "\"file\": {{\"driver\": \"file\", \"filename\": {}}}",
+        quoted(&plain)
     ));
     format!("json:{{{}}}", members.join(", "))
+}
+
+/// A text between quotes, escaped as in JSON.
+fn quoted(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for character in text.chars() {
+        match character {
+            '"' | '\\' => quoted.extend(['\\', character]),
+            '\u{0}'..='\u{1f}' => quoted += &format!("\\u{:04X}", u32::from(character)),
+            _ => quoted.push(character),
+        }
+    }
+    quoted.push('"');
+    quoted
 }
 
 fn null_options(spec: NullSpec, read_only: bool) -> Result<NullOptions, EngineError> {

@@ -14,6 +14,8 @@ use crate::request::{
 
 /// Unit of a backup in bytes.
 const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
+/// Role of a node that a job, or its filter, writes to. Permissions on such an edge are fixed.
+pub(super) const TARGET_ROLE: &str = "target";
 
 /// The nodes of one job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -110,6 +112,7 @@ impl Graph {
         let filter = self
             .insert_filter(
                 source,
+                Some(target),
                 "copy-before-write",
                 spec.filter_node_name.as_deref(),
             )
@@ -125,7 +128,7 @@ impl Graph {
     async fn prepare_mirror(&self, spec: &MirrorSpec) -> Result<JobNodes, EngineError> {
         let source = self.look_up(&spec.device)?;
         let target = self.look_up(&spec.target)?;
-        let is_root = !self.records.borrow().has_node_parent(source);
+        let is_root = !self.records.borrow().has_node_or_job_parent(source);
         if !is_root {
             return Err(EngineError::generic("Need a root block node"));
         }
@@ -161,7 +164,7 @@ impl Graph {
             return Err(EngineError::generic("Can't mirror node into itself"));
         }
         let name = spec.filter_node_name.as_deref();
-        let filter = self.insert_filter(source, "mirror_top", name).await?;
+        let filter = self.insert_filter(source, None, "mirror_top", name).await?;
         Ok(JobNodes {
             source: Some(source),
             target: Some(target),
@@ -196,10 +199,12 @@ impl Graph {
         Ok(())
     }
 
-    /// Puts a job's filter above its source; the source's users move to it.
+    /// Puts a job's filter above its source; the source's users move to it. A filter that saves old data has the
+    /// target below it too.
     async fn insert_filter(
         &self,
         source: NodeId,
+        target: Option<NodeId>,
         driver: &'static str,
         name: Option<&str>,
     ) -> Result<NodeId, EngineError> {
@@ -222,6 +227,7 @@ impl Graph {
                 detect_zeroes: DetectZeroes::Off,
                 monitor_owned: false,
                 fixed_size: false,
+                windowed: false,
                 force_share: false,
                 plan: NodePlan::Filter { child: source },
                 locked: None,
@@ -245,6 +251,15 @@ impl Graph {
                     taken: Permissions::NONE,
                     shared: Permissions::EVERY,
                 });
+                edges.extend(target.map(|target| {
+                    edge(
+                        User::Node(id),
+                        target,
+                        TARGET_ROLE,
+                        Permissions::NONE.with(Permission::Write),
+                        Permissions::EVERY.without(Permission::Resize),
+                    )
+                }));
             });
             if let Err(error) = linked {
                 records.nodes.retain(|node| node.id != id);
@@ -313,25 +328,24 @@ impl Graph {
         let read = Permissions::NONE.with(Permission::ConsistentRead);
         let write = Permissions::NONE.with(Permission::Write);
         let keeps_length = Permissions::EVERY.without(Permission::Resize);
+        let above = nodes.filter.unwrap_or(source);
+        let job = |node, role, taken, shared| edge(User::Job(key), node, role, taken, shared);
+        let (none, every) = (Permissions::NONE, Permissions::EVERY);
         let edges = match job_type {
-            JobType::Backup => [
-                edge(
-                    User::Job(key),
-                    nodes.filter.unwrap_or(source),
-                    "main node",
-                    Permissions::NONE,
-                    Permissions::EVERY,
-                ),
-                edge(User::Backend(key), target, "target", write, keeps_length),
+            JobType::Backup => vec![
+                job(above, "main node", none, every),
+                job(target, TARGET_ROLE, none, every),
             ],
-            _ => [
-                edge(User::Job(key), source, "main node", read, keeps_length),
+            _ => vec![
+                job(above, "main node", read, keeps_length),
+                job(source, "source", none, keeps_length),
+                job(target, TARGET_ROLE, none, every),
                 edge(
                     User::Backend(key),
                     target,
                     "root",
                     write,
-                    Permissions::NONE.with(Permission::WriteUnchanged),
+                    none.with(Permission::WriteUnchanged),
                 ),
             ],
         };
@@ -340,8 +354,8 @@ impl Graph {
             return Err(error);
         }
         let blocked: &[NodeId] = match job_type {
-            JobType::Backup => &[target],
-            _ => &[source, target],
+            JobType::Backup => &[above, target],
+            _ => &[above, source, target],
         };
         records.blockers.extend(blocked.iter().map(|node| Blocker {
             node: *node,
@@ -414,10 +428,11 @@ impl Graph {
         moved.map_err(|error| JobError::text(error.text))
     }
 
-    /// A job's edges and filter go; its nodes stay blocked until it is dismissed.
+    /// A job's edges and filter go, and its nodes are free again.
     pub async fn detach_job(&self, key: JobKey, nodes: &JobNodes) {
         {
             let mut records = self.records.borrow_mut();
+            records.blockers.retain(|blocker| blocker.job != key);
             let detached = records.change_edges(|edges| {
                 edges.retain(|edge| {
                     !matches!(edge.user, User::Job(other) | User::Backend(other) if other == key)
@@ -432,10 +447,9 @@ impl Graph {
         }
     }
 
-    /// A dismissed job blocks nothing any more.
+    /// A dismissed job is not shown any more.
     pub fn release_job(&self, key: JobKey) {
         let mut records = self.records.borrow_mut();
-        records.blockers.retain(|blocker| blocker.job != key);
         records.jobs.retain(|job| job.key != key);
     }
 }

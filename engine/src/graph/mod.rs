@@ -18,13 +18,15 @@ use blockyard_storage::error::errno_text;
 
 use crate::data::{NodeId, ThreadId, ThreadSet};
 use crate::error::EngineError;
-use crate::graph::records::{Records, User};
+use crate::graph::permissions::Permissions;
+use crate::graph::records::{Edge, Records, User};
 use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
 use crate::node::build::{NodePlan, build};
-use crate::request::ObjectSpec;
+use crate::request::{ObjectSpec, Permission};
 
 pub use jobs::JobNodes;
+pub(crate) use names::is_identifier;
 
 /// The node graph.
 pub struct Graph {
@@ -64,7 +66,7 @@ impl Graph {
             };
             if records
                 .users(node.id)
-                .any(|edge| matches!(edge.user, User::Backend(_)))
+                .any(|edge| matches!(edge.user, User::Backend(_) | User::Command))
             {
                 return Err(EngineError::generic(format!("Node {name} is in use")));
             }
@@ -159,24 +161,36 @@ impl Graph {
             return Err(EngineError::generic("Parameter 'size' expects a >0 size"));
         };
         {
-            let records = self.records.borrow();
+            let mut records = self.records.borrow_mut();
             records.check_free(id)?;
-            let node = records.node(id).ok_or_else(|| not_found(device, name))?;
-            if size > NODE_LENGTH_MAX {
-                return Err(EngineError::generic(format!(
-                    "offset({size}) exceeds maximum({NODE_LENGTH_MAX})"
-                )));
+            records.change_edges(|edges| edges.push(resizer(id)))?;
+        }
+        let outcome = self.resize_held(id, size).await;
+        let mut records = self.records.borrow_mut();
+        let mine = resizer(id);
+        if let Some(place) = records.edges.iter().position(|edge| *edge == mine)
+            && let Err(error) = records.change_edges(|edges| {
+                edges.remove(place);
+            })
+        {
+            tracing::error!(%error, node = name, "a permission stays taken");
+        }
+        outcome
+    }
+
+    /// Changes the length of a node whose resizing has been permitted.
+    async fn resize_held(&self, id: NodeId, size: u64) -> Result<(), EngineError> {
+        if size > NODE_LENGTH_MAX {
+            return Err(EngineError::generic(format!(
+                "offset({size}) exceeds maximum({NODE_LENGTH_MAX})"
+            )));
+        }
+        if let Some(node) = self.records.borrow().node(id) {
+            if node.read_only {
+                return Err(EngineError::generic("Image is read-only"));
             }
             if node.fixed_size {
                 return Err(EngineError::generic("Cannot resize fixed-size raw disks"));
-            }
-            if node.read_only {
-                return Err(EngineError::generic("Block node is read-only"));
-            }
-            let shared = records.demands(id).1;
-            if !shared.has(crate::request::Permission::Resize) {
-                let text = format!("Node '{name}' is busy: its users rely on its length");
-                return Err(EngineError::generic(text));
             }
         }
         let thread = self.thread_of(id);
@@ -207,6 +221,9 @@ impl Graph {
     /// # Errors
     /// When the id is taken or the thread cannot be had.
     pub fn add_object(&self, spec: ObjectSpec) -> Result<(), EngineError> {
+        if !names::is_identifier(&spec.id) {
+            return Err(EngineError::generic("Parameter 'id' expects an identifier"));
+        }
         if self.threads.named(&spec.id).is_some() {
             return Err(EngineError::generic(format!(
                 "attempt to add duplicate property '{}' to object (type 'container')",
@@ -333,6 +350,17 @@ impl Graph {
         facts
             .await?
             .ok_or_else(|| EngineError::generic("Internal error: a node is lost (bug)"))
+    }
+}
+
+/// What a command takes while it changes a node's length.
+fn resizer(id: NodeId) -> Edge {
+    Edge {
+        user: User::Command,
+        child: id,
+        role: "root",
+        taken: Permissions::NONE.with(Permission::Resize),
+        shared: Permissions::EVERY,
     }
 }
 

@@ -11,12 +11,7 @@ use crate::limits::NODE_NAME_BYTES_MAX;
 /// # Errors
 /// In QEMU's words.
 pub(super) fn check(records: &Records, name: &str) -> Result<(), EngineError> {
-    let mut bytes = name.bytes();
-    let well_formed = bytes
-        .next()
-        .is_some_and(|first| first.is_ascii_alphabetic())
-        && bytes.all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'));
-    if !well_formed {
+    if !is_identifier(name) {
         return Err(EngineError::generic(format!("Invalid node-name: '{name}'")));
     }
     if name.len() > NODE_NAME_BYTES_MAX {
@@ -28,6 +23,15 @@ pub(super) fn check(records: &Records, name: &str) -> Result<(), EngineError> {
         )));
     }
     Ok(())
+}
+
+/// Whether a text is a letter followed by letters, digits, `-`, `.` and `_`: the form of every id.
+pub(crate) fn is_identifier(text: &str) -> bool {
+    let mut bytes = text.bytes();
+    bytes
+        .next()
+        .is_some_and(|first| first.is_ascii_alphabetic())
+        && bytes.all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'))
 }
 
 /// A name that no client could choose and none can predict.

@@ -5,6 +5,7 @@ use blockyard_ring::HostFile;
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
 use crate::graph::image_locks::{self, HeldLocks};
+use crate::graph::jobs::TARGET_ROLE;
 use crate::graph::permissions::{Permissions, names_of};
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
@@ -26,6 +27,8 @@ pub(super) struct NodeRecord {
     pub(super) monitor_owned: bool,
     /// Raw with its size given.
     pub(super) fixed_size: bool,
+    /// Raw on a part of its child: others must not move what it stands on.
+    pub(super) windowed: bool,
     pub(super) force_share: bool,
     pub(super) thread: ThreadId,
     pub(super) plan: NodePlan,
@@ -42,10 +45,12 @@ pub(super) enum User {
     Job(JobKey),
     /// A job's access for reading and writing.
     Backend(JobKey),
+    /// A command, while it runs.
+    Command,
 }
 
 /// One use of a node.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Edge {
     pub(super) user: User,
     pub(super) child: NodeId,
@@ -117,9 +122,10 @@ impl Records {
             .filter(move |edge| edge.user == User::Node(id))
     }
 
-    pub(super) fn has_node_parent(&self, id: NodeId) -> bool {
+    /// Whether something of the graph, or a job, is above a node.
+    pub(super) fn has_node_or_job_parent(&self, id: NodeId) -> bool {
         self.users(id)
-            .any(|edge| matches!(edge.user, User::Node(_)))
+            .any(|edge| matches!(edge.user, User::Node(_) | User::Job(_)))
     }
 
     /// Fails if a job keeps others off the node.
@@ -135,13 +141,13 @@ impl Records {
     }
 
     /// All nodes connected with this one, oldest first: what lives on one thread together. Children are older than
-    /// their parents.
+    /// their parents. A job's target is not of it: bringing the two together is what [`place`](super::Graph::place) does.
     pub(super) fn component(&self, id: NodeId) -> Vec<NodeId> {
         let mut found = vec![id];
         let mut next = 0;
         while let Some(node) = found.get(next).copied() {
             next += 1;
-            for edge in &self.edges {
+            for edge in self.edges.iter().filter(|edge| edge.role != TARGET_ROLE) {
                 let User::Node(parent) = edge.user else {
                     continue;
                 };
@@ -164,7 +170,7 @@ impl Records {
             .filter(|edge| nodes.contains(&edge.child))
             .filter_map(|edge| match edge.user {
                 User::Job(key) | User::Backend(key) => Some(key),
-                User::Node(_) => None,
+                User::Node(_) | User::Command => None,
             })
             .collect();
         jobs.sort();
@@ -198,16 +204,12 @@ impl Records {
             self.check_node(id)?;
             let (taken, shared) = self.demands(id);
             let Some(node) = self.node(id) else { continue };
-            let (driver, read_only, window, force_share) = (
-                node.driver,
-                node.read_only,
-                node.fixed_size,
-                node.force_share,
-            );
+            let (driver, read_only, window, force_share) =
+                (node.driver, node.read_only, node.windowed, node.force_share);
             for edge in self
                 .edges
                 .iter_mut()
-                .filter(|edge| edge.user == User::Node(id))
+                .filter(|edge| edge.user == User::Node(id) && edge.role != TARGET_ROLE)
             {
                 (edge.taken, edge.shared) =
                     child_permissions(driver, window, read_only, taken, shared);
@@ -241,7 +243,7 @@ impl Records {
             }
         }
         let (taken, _) = self.demands(id);
-        let writes = taken.has(Permission::Write) || taken.has(Permission::Resize);
+        let writes = taken.has(Permission::Write) || taken.has(Permission::WriteUnchanged);
         if node.read_only && writes {
             return Err(EngineError::generic("Block node is read-only"));
         }
@@ -271,7 +273,7 @@ impl Records {
     fn user_text(&self, user: User) -> String {
         match user {
             User::Node(id) => format!("node '{}'", self.name_of(id)),
-            User::Backend(_) => "an unnamed block device".to_owned(),
+            User::Backend(_) | User::Command => "an unnamed block device".to_owned(),
             User::Job(key) => match self.jobs.iter().find(|job| job.key == key) {
                 Some(job) => format!("{} job '{}'", job.job_type.name(), job.id),
                 None => "a block job".to_owned(),

@@ -11,6 +11,8 @@ use crate::reply::{
 
 /// Numbers of backends and jobs in the graph view start here, above those of nodes.
 const BACKEND_NUMBERS: u64 = 1 << 40;
+/// Number of the command that changes a length.
+const COMMAND_NUMBER: u64 = u64::MAX;
 const JOB_NUMBERS: u64 = 1 << 41;
 
 impl Graph {
@@ -116,8 +118,9 @@ impl Graph {
                 User::Node(id) => id.0,
                 User::Job(JobKey(key)) => JOB_NUMBERS + key,
                 User::Backend(JobKey(key)) => BACKEND_NUMBERS + key,
+                User::Command => COMMAND_NUMBER,
             };
-            if let User::Backend(_) = edge.user {
+            if let User::Backend(_) | User::Command = edge.user {
                 let (kind, name) = (GraphNodeKind::BlockBackend, String::new());
                 view.nodes.push(GraphNodeView {
                     id: parent,

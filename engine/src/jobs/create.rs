@@ -59,6 +59,8 @@ impl CreateFile {
     }
 
     async fn create(&mut self, cx: &JobContext) -> Result<(), Stop> {
+        // Whatever goes wrong before the room is known counts as one step.
+        cx.progress().set_remaining(1);
         let how = match self.options.preallocation {
             CreatePreallocation::Off => Preallocation::Off,
             CreatePreallocation::Falloc => Preallocation::Falloc,

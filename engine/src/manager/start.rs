@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use crate::data::ThreadId;
 use crate::error::EngineError;
-use crate::graph::JobNodes;
+use crate::graph::{JobNodes, is_identifier};
 use crate::job::context::{ErrorPolicies, JobContext, JobKey, JobShared, Report};
 use crate::job::status::{Status, Step};
 use crate::job::work::Stop;
@@ -107,7 +107,7 @@ impl Manager {
         group: GroupKey,
     ) -> Result<JobKey, EngineError> {
         let id = spec.id.clone().unwrap_or_default();
-        if !is_well_formed(&id) {
+        if !is_identifier(&id) {
             return Err(EngineError::generic(format!("Invalid job ID '{id}'")));
         }
         if self.jobs.borrow().by_id(&id).is_some() {
@@ -218,13 +218,4 @@ impl Manager {
             });
         }
     }
-}
-
-/// Whether an id begins with a letter and goes on with letters, digits, `-`, `.` and `_`.
-fn is_well_formed(id: &str) -> bool {
-    let mut bytes = id.bytes();
-    bytes
-        .next()
-        .is_some_and(|first| first.is_ascii_alphabetic())
-        && bytes.all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'))
 }

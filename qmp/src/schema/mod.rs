@@ -127,6 +127,12 @@ impl Member {
         self.features = &["unstable"];
         self
     }
+
+    /// The same member, marked as one that will go.
+    pub const fn deprecated(mut self) -> Self {
+        self.features = &["deprecated"];
+        self
+    }
 }
 
 impl Object {

@@ -46,7 +46,7 @@ static ENUM_MEMBER: Object = Object::of(&[
 ]);
 static ENUM: Object = Object::of(&[
     required("members", Type::List(&Type::Object(&ENUM_MEMBER))),
-    required("values", Type::List(&Type::Text)),
+    required("values", Type::List(&Type::Text)).deprecated(),
 ]);
 static ARRAY: Object = Object::of(&[required("element-type", Type::Text)]);
 static OBJECT_MEMBER: Object = Object::of(&[

@@ -90,17 +90,16 @@ impl Lexer {
 
     fn step(&mut self, byte: u8) -> Taken {
         use State::*;
-        let next = match (self.state, byte) {
-            (Recovery, b'{' | b'}' | b'[' | b']' | b':' | b',') => {
-                self.state = Start;
-                return Taken::Token(Token::Punctuation(byte));
-            }
-            (Recovery, byte) => {
-                if (byte < 0x20 && byte != b'\t') || byte >= 0xfe {
-                    self.state = Start;
-                }
+        if self.state == Recovery {
+            let resets = matches!(byte, b'{' | b'}' | b'[' | b']' | b':' | b',' | 0xfe..)
+                || (byte < 0x20 && byte != b'\t');
+            if !resets {
                 return Taken::Byte;
             }
+            // It is looked at again, and may be stray itself.
+            self.state = Start;
+        }
+        let next = match (self.state, byte) {
             (Start, b' ' | b'\t' | b'\r' | b'\n') => return Taken::Byte,
             (Start, b'{' | b'}' | b'[' | b']' | b':' | b',') => {
                 return Taken::Token(Token::Punctuation(byte));
@@ -119,7 +118,7 @@ impl Lexer {
             (Text(quote, _), 0x20..0xfe) => Some(Text(quote, false)),
             (Digits, b'0'..=b'9') => Some(Digits),
             (Zero | Digits, b'.') => Some(Point),
-            (Zero | Digits | Fraction, b'e' | b'E') => Some(Exponent),
+            (Digits | Fraction, b'e' | b'E') => Some(Exponent),
             (Point | Fraction, b'0'..=b'9') => Some(Fraction),
             (Exponent, b'+' | b'-') => Some(ExponentSign),
             (Exponent | ExponentSign | ExponentDigits, b'0'..=b'9') => Some(ExponentDigits),
@@ -147,13 +146,7 @@ impl Lexer {
     fn stray(&mut self, byte: u8) -> Taken {
         let mut token = std::mem::take(&mut self.token);
         token.push(byte);
-        // The byte that ends a recovery may be the stray one itself.
-        let ends = (byte < 0x20 && byte != b'\t') || byte >= 0xfe;
-        self.state = if ends && token.len() == 1 || byte >= 0xfe {
-            State::Start
-        } else {
-            State::Recovery
-        };
+        self.state = State::Recovery;
         Taken::Token(Token::Stray(token))
     }
 }

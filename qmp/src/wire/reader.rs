@@ -40,7 +40,9 @@ impl Reader {
             let length = match &token {
                 Token::Stray(bytes) => {
                     self.reset();
-                    let text = String::from_utf8_lossy(bytes).into_owned();
+                    // Its text ends at the first NUL, as everywhere in C.
+                    let shown = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+                    let text = String::from_utf8_lossy(shown);
                     return Some(Err(ReadError::parse(format!("stray '{text}'"))));
                 }
                 Token::TooLong => {
@@ -237,7 +239,7 @@ fn unescape(token: &[u8]) -> Result<String, ReadError> {
                 rest = characters.as_str();
             }
             None => {
-                let (character, after) = unicode(rest)?;
+                let (character, after) = unicode(rest, char::from(token[0]))?;
                 text.push(character);
                 rest = after;
             }
@@ -248,8 +250,8 @@ fn unescape(token: &[u8]) -> Result<String, ReadError> {
     Ok(text)
 }
 
-/// A `uXXXX` sequence, or a pair of them, at the front of `rest`.
-fn unicode(rest: &str) -> Result<(char, &str), ReadError> {
+/// A `uXXXX` sequence, or a pair of them, at the front of `rest`; errors also show the quote behind it.
+fn unicode(rest: &str, quote: char) -> Result<(char, &str), ReadError> {
     let unit = |text: &str| {
         let digits = text.strip_prefix('u').and_then(|text| text.get(..4))?;
         digits
@@ -259,7 +261,7 @@ fn unicode(rest: &str) -> Result<(char, &str), ReadError> {
         u32::from_str_radix(digits, 16).ok()
     };
     let bad = |length: usize| {
-        let shown: String = rest.chars().take(length).collect();
+        let shown: String = rest.chars().chain([quote]).take(length).collect();
         ReadError::parse(format!("\\{shown} is not a valid Unicode character"))
     };
     let first = unit(rest).ok_or_else(|| bad(5))?;

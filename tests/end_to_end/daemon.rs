@@ -1,0 +1,152 @@
+//! Daemons under test: started in a folder of their own, ended with the test.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::channel;
+
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::client::{Client, DEADLINE};
+use crate::tools;
+
+/// A running daemon and its folder.
+pub(crate) struct Daemon {
+    child: Option<Child>,
+    /// Its folder, which is also where it runs.
+    pub(crate) folder: TempDir,
+}
+
+impl Daemon {
+    /// Starts ours with a QMP socket in a new folder.
+    pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same with further options before the monitor.
+    pub(crate) fn start_with(options: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().expect("a folder"), options)
+    }
+
+    /// The same in a folder that is there already.
+    pub(crate) fn start_in(folder: TempDir, options: &[&str]) -> Self {
+        let mut command = Command::new(tools::blockyard());
+        command
+            .arg("daemon")
+            .args(options)
+            .args([
+                "--chardev",
+                "socket,id=qmp,path=qmp.sock,server=on,wait=off",
+            ])
+            .args(["--monitor", "qmp", "--pidfile", "pid"])
+            .current_dir(folder.path())
+            .stdin(Stdio::null());
+        let daemon = Self {
+            child: Some(command.spawn().expect("the daemon starts")),
+            folder,
+        };
+        // The first reply means that everything has been set up.
+        daemon.wait_for_socket();
+        daemon
+    }
+
+    /// Path of its QMP socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join("qmp.sock")
+    }
+
+    /// A path in its folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A client that has negotiated.
+    pub(crate) fn client(&self) -> Client {
+        Client::ready(&self.socket())
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().expect("running").id()
+    }
+
+    /// Ends it over QMP; it must end well.
+    pub(crate) fn quit(mut self) {
+        let mut client = self.client();
+        client.run("quit", json!({}));
+        client.end();
+        let status = self.wait();
+        assert!(status.success(), "{status}");
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        wait(self.child.take().expect("running"))
+    }
+
+    fn wait_for_socket(&self) {
+        wait_until(&self.folder.path().join("pid"));
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            // The test failed, or does not care.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Waits for the end of a process, with the deadline of everything.
+pub(crate) fn wait(mut child: Child) -> ExitStatus {
+    let (sender, ended) = channel();
+    let id = child.id();
+    std::thread::spawn(move || sender.send(child.wait()));
+    match ended.recv_timeout(DEADLINE) {
+        Ok(status) => status.expect("waited"),
+        Err(_) => panic!("process {id} did not end within {DEADLINE:?}"),
+    }
+}
+
+/// Waits until a file has appeared and is not empty.
+pub(crate) fn wait_until(path: &Path) {
+    wait_for_change(path, |path| {
+        std::fs::metadata(path).map_or(0, |found| found.len()) > 0
+    });
+}
+
+/// Waits until a file has appeared.
+pub(crate) fn wait_until_exists(path: &Path) {
+    wait_for_change(path, Path::exists);
+}
+
+/// Waits for changes of a file's folder until the file is as wanted.
+fn wait_for_change(path: &Path, done: impl Fn(&Path) -> bool) {
+    use rustix::fs::inotify;
+    let folder = path.parent().expect("a folder");
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC).expect("inotify");
+    let events =
+        inotify::WatchFlags::CREATE | inotify::WatchFlags::MODIFY | inotify::WatchFlags::MOVED_TO;
+    inotify::add_watch(&watch, folder, events).expect("watched");
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+    let started = std::time::Instant::now();
+    while !done(path) {
+        let left = DEADLINE.checked_sub(started.elapsed());
+        let left = left.unwrap_or_else(|| panic!("{} did not appear", path.display()));
+        let timeout = rustix::event::Timespec {
+            tv_sec: i64::try_from(left.as_secs()).expect("seconds"),
+            tv_nsec: 1,
+        };
+        let mut polled = [rustix::event::PollFd::new(
+            &watch,
+            rustix::event::PollFlags::IN,
+        )];
+        if rustix::event::poll(&mut polled, Some(&timeout)).expect("polled") > 0 {
+            inotify::Reader::new(&watch, &mut buffer)
+                .next()
+                .expect("an event");
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The built daemon, driven from outside: over sockets, by real clients, and side by side with qemu-storage-daemon.
+#![forbid(unsafe_code)]
+
+mod client;
+mod command_line;
+mod connections;
+mod daemon;
+mod flows;
+mod oracle;
+mod schema;
+mod script;
+mod tools;
+mod wire;
