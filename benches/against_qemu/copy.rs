@@ -65,7 +65,8 @@ fn prepare(options: &Options, scenario: Scenario) -> Result<Case, Failure> {
     let place = match scenario {
         Scenario::Disk => Place::directory(&options.disk, "a directory on a real disk")?,
         Scenario::Cache => Place::tmpfs(room_bytes)?,
-        Scenario::Sparse => Place::loop_over_tmpfs(&EXT4, 1 << 30)?,
+        // QEMU's backup reserves room for holes too.
+        Scenario::Sparse => Place::loop_over_tmpfs(&EXT4, size_bytes + (1 << 30))?,
         Scenario::Xfs => Place::loop_over_tmpfs(
             &["mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1"],
             room_bytes,
@@ -114,10 +115,11 @@ fn measure(options: &Options, case: &Case, job: JobKind) -> Result<CopyResult, F
     for round in 0..options.rounds {
         for (side, runs) in &mut result.runs {
             make_ready(case, round)?;
-            let run = match side {
+            let mut run = match side {
                 Side::Limit => copy_loop(options, case)?,
                 _ => daemon_job(options, case, *side, job)?,
             };
+            run.target_bytes = place::allocated_bytes(&case.target)?;
             if round == 0 || case.target_kind == Target::New {
                 compare(&case.source, &case.target)
                     .map_err(|error| error.about(&format!("{} {}", side.name(), job.name())))?;
@@ -257,6 +259,7 @@ fn copy_loop(options: &Options, case: &Case) -> Result<Run, Failure> {
         wall_seconds: number("wall_seconds"),
         cpu_seconds: number("cpu_seconds"),
         peak_bytes: figures["peak_kib"].as_u64().unwrap_or_default() << 10,
+        target_bytes: 0,
     })
 }
 

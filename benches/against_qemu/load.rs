@@ -100,7 +100,8 @@ impl Sequence {
 pub(crate) enum Pace {
     /// 32 MiB/s each, reading a file in memory.
     Limited,
-    /// As fast as they can, over a null device of 1 TiB.
+    /// As fast as they can, from one null device of 1 TiB to another whose requests take 1 ms (QEMU answers nobody
+    /// while it copies between null devices that take no time).
     FlatOut,
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -174,6 +175,13 @@ pub(crate) fn make_sparse(path: &Path, size_bytes: u64) -> Result<(), Failure> {
     let file = File::create(path).map_err(failure)?;
     file.set_len(size_bytes).map_err(failure)?;
     file.sync_all().map_err(failure)
+}
+
+/// Room a file takes on its file system.
+pub(crate) fn allocated_bytes(path: &Path) -> Result<u64, Failure> {
+    fs::metadata(path)
+        .map(|facts| facts.blocks() * 512)
+        .map_err(|error| Failure::at(path, &error))
 }
 
 /// Cheap pseudo-random data: one filled piece, of which every use changes one word per 512 bytes.

@@ -13,6 +13,8 @@ pub(crate) struct Run {
     pub(crate) cpu_seconds: f64,
     /// Most memory in use in between.
     pub(crate) peak_bytes: u64,
+    /// Room the target took afterwards.
+    pub(crate) target_bytes: u64,
 }
 
 /// All runs of one job in one scenario.
@@ -53,6 +55,7 @@ impl CopyResult {
                     "median-mib-per-second": self.bytes as f64 / wall / 1_048_576.0,
                     "median-cpu-seconds": self.median(*side, |run| run.cpu_seconds),
                     "peak-mib": peak_mib(runs),
+                    "target-mib": target_mib(runs),
                     "wall-seconds": runs.iter().map(|run| run.wall_seconds).collect::<Vec<_>>(),
                     "cpu-seconds": runs.iter().map(|run| run.cpu_seconds).collect::<Vec<_>>(),
                 })
@@ -73,7 +76,7 @@ impl CopyResult {
         };
         let size_mib = self.bytes >> 20;
         let mut text = format!(
-            "\n{} {} ({size_mib} MiB, {}, {cache})\n{:<10} {:>9} {:>10} {:>9} {:>9} {:>9}  {:>15}\n",
+            "\n{} {} ({size_mib} MiB, {}, {cache})\n{:<10} {:>9} {:>10} {:>9} {:>9} {:>9} {:>10}  {:>15}\n",
             self.scenario.name(),
             self.job.name(),
             self.place,
@@ -83,6 +86,7 @@ impl CopyResult {
             "CPU s",
             "CPU s/GiB",
             "peak MiB",
+            "target MiB",
             "wall min-max"
         );
         for (side, runs) in &self.runs {
@@ -98,11 +102,12 @@ impl CopyResult {
                 .fold(f64::INFINITY, f64::min);
             let most = runs.iter().map(|run| run.wall_seconds).fold(0.0, f64::max);
             text += &format!(
-                "{:<10} {wall:>9.4} {:>10.0} {cpu:>9.2} {:>9.3} {:>9.1}  {least:>7.4}-{most:.4}\n",
+                "{:<10} {wall:>9.4} {:>10.0} {cpu:>9.2} {:>9.3} {:>9.1} {:>10.0}  {least:>7.4}-{most:.4}\n",
                 side.name(),
                 size_mib as f64 / wall,
                 cpu / (self.bytes as f64 / f64::from(1u32 << 30)),
                 peak_mib(runs),
+                target_mib(runs),
             );
         }
         for base in [Side::Qemu, Side::Limit] {
@@ -126,6 +131,14 @@ impl CopyResult {
             base.name()
         ))
     }
+}
+
+fn target_mib(runs: &[Run]) -> f64 {
+    runs.iter()
+        .map(|run| run.target_bytes)
+        .max()
+        .unwrap_or_default() as f64
+        / 1_048_576.0
 }
 
 fn peak_mib(runs: &[Run]) -> f64 {
