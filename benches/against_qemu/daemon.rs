@@ -1,0 +1,166 @@
+//! Either daemon as a child process, and what it costs: CPU time and peak memory from /proc.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::Failure;
+use crate::cleanup::{Guard, Undo};
+use crate::client::Client;
+use crate::options::{Options, Side};
+
+/// A running daemon. Killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    child: Child,
+    sockets: Vec<PathBuf>,
+    directory: tempfile::TempDir,
+    guard: Guard,
+}
+
+impl Daemon {
+    /// Starts a daemon with this many QMP sockets and waits until the first answers.
+    ///
+    /// # Errors
+    /// It does not start or does not listen within ten seconds.
+    pub(crate) fn start(options: &Options, side: Side, sockets: usize) -> Result<Daemon, Failure> {
+        let directory =
+            tempfile::tempdir().map_err(|error| Failure::new(format!("scratch: {error}")))?;
+        let paths: Vec<PathBuf> = (0..sockets)
+            .map(|index| directory.path().join(format!("qmp-{index}")))
+            .collect();
+        let mut command = match side {
+            Side::Qemu => Command::new(&options.qemu),
+            Side::Blockyard | Side::Limit => {
+                let mut command = Command::new(&options.blockyard);
+                command.arg("daemon");
+                command
+            }
+        };
+        for (index, path) in paths.iter().enumerate() {
+            command.arg("--chardev").arg(format!(
+                "socket,id=c{index},path={},server=on,wait=off",
+                path.display()
+            ));
+            command
+                .arg("--monitor")
+                .arg(format!("chardev=c{index},id=m{index}"));
+        }
+        let log = fs::File::create(directory.path().join("log"))
+            .map_err(|error| Failure::new(error.to_string()))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        let child = command
+            .spawn()
+            .map_err(|error| Failure::new(format!("{command:?}: {error}")))?;
+        let guard = Guard::new(Undo::Process(child.id()));
+        let mut daemon = Daemon {
+            child,
+            sockets: paths,
+            directory,
+            guard,
+        };
+        daemon.await_sockets()?;
+        Ok(daemon)
+    }
+
+    fn await_sockets(&mut self) -> Result<(), Failure> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !self.sockets.iter().all(|path| path.exists()) {
+            let ended = self.child.try_wait().is_ok_and(|status| status.is_some());
+            if ended || Instant::now() > deadline {
+                let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+                return Err(Failure::new(format!(
+                    "the daemon does not listen: {}",
+                    log.trim()
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// The path of its first socket.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.sockets[0]
+    }
+
+    /// The path of a socket; numbers beyond the last begin again at the first.
+    pub(crate) fn socket_for(&self, client: usize) -> &Path {
+        &self.sockets[client % self.sockets.len()]
+    }
+
+    /// A client on the first socket.
+    pub(crate) fn client(&self) -> Result<Client, Failure> {
+        Client::connect(self.socket())
+    }
+
+    /// User and system time of all its threads so far, in seconds; the kernel's resolution is 10 ms.
+    pub(crate) fn cpu_seconds(&self) -> Result<f64, Failure> {
+        let path = PathBuf::from(format!("/proc/{}/stat", self.child.id()));
+        let text = fs::read_to_string(&path).map_err(|error| Failure::at(&path, &error))?;
+        // The name in parentheses may hold anything; utime and stime are fields 14 and 15, the state is field 3.
+        let after_name = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let fields: Vec<u64> = after_name
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse().ok())
+            .collect();
+        match fields[..] {
+            [user, system] => Ok((user + system) as f64 / ticks_per_second()),
+            _ => Err(Failure::new(format!(
+                "{}: cannot read '{text}'",
+                path.display()
+            ))),
+        }
+    }
+
+    /// Sets the peak back to what is in memory now.
+    pub(crate) fn reset_peak(&self) -> Result<(), Failure> {
+        let path = PathBuf::from(format!("/proc/{}/clear_refs", self.child.id()));
+        fs::write(&path, "5").map_err(|error| Failure::at(&path, &error))
+    }
+
+    /// Most memory in use since the peak was reset, in bytes.
+    pub(crate) fn peak_bytes(&self) -> Result<u64, Failure> {
+        self.status_bytes("VmHWM:")
+    }
+
+    /// Memory in use, in bytes.
+    pub(crate) fn resident_bytes(&self) -> Result<u64, Failure> {
+        self.status_bytes("VmRSS:")
+    }
+
+    fn status_bytes(&self, name: &str) -> Result<u64, Failure> {
+        let path = PathBuf::from(format!("/proc/{}/status", self.child.id()));
+        let text = fs::read_to_string(&path).map_err(|error| Failure::at(&path, &error))?;
+        text.lines()
+            .find_map(|line| {
+                line.strip_prefix(name)?
+                    .trim()
+                    .strip_suffix(" kB")?
+                    .parse::<u64>()
+                    .ok()
+            })
+            .map(|kib| kib << 10)
+            .ok_or_else(|| Failure::new(format!("{}: no {name}", path.display())))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        // Before its number can be given to another process.
+        self.guard.disarm();
+        let _ = self.child.wait();
+    }
+}
+
+/// USER_HZ is part of the kernel's interface: 100 on every architecture Linux runs such daemons on.
+fn ticks_per_second() -> f64 {
+    100.0
+}

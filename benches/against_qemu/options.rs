@@ -1,0 +1,142 @@
+//! What the bench can be asked for, and what is measured when it is asked for nothing.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+
+/// Runs the same jobs and the same QMP traffic on qemu-storage-daemon and on blockyard, interleaved, and prints
+/// medians and ratios.
+#[derive(Debug, Parser)]
+#[command(name = "against_qemu")]
+pub(crate) struct Options {
+    /// What to measure; everything if left out.
+    #[arg(long, value_delimiter = ',', value_enum)]
+    pub(crate) scenarios: Vec<Scenario>,
+    /// Which jobs the copy scenarios run.
+    #[arg(long, value_delimiter = ',', value_enum, default_values = ["backup", "mirror"])]
+    pub(crate) jobs: Vec<JobKind>,
+    /// Who takes part. `limit` is a plain io_uring copy loop.
+    #[arg(long, value_delimiter = ',', value_enum, default_values = ["qemu", "blockyard", "limit"])]
+    pub(crate) sides: Vec<Side>,
+    /// Runs of each side, taken in turn; the median counts.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) rounds: u32,
+    /// Size of the copied file in MiB, where the scenario does not say otherwise.
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(16..=65536))]
+    pub(crate) size_mib: u64,
+    /// How long each QMP scenario loads a daemon, in seconds.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub(crate) seconds: u64,
+    /// The `aio` option of both daemons' file nodes (threads, native or io_uring); their default if left out.
+    #[arg(long)]
+    pub(crate) aio: Option<String>,
+    /// Chunk of the copy loop in KiB.
+    #[arg(long, default_value_t = 1024)]
+    pub(crate) chunk_kib: u32,
+    /// Chunks in flight in the copy loop.
+    #[arg(long, default_value_t = 16)]
+    pub(crate) depth: u32,
+    /// Directory on a real disk for the disk scenario.
+    #[arg(long, default_value = env!("CARGO_TARGET_TMPDIR"))]
+    pub(crate) disk: PathBuf,
+    /// Program to measure as blockyard.
+    #[arg(long, default_value = env!("CARGO_BIN_EXE_blockyard"))]
+    pub(crate) blockyard: PathBuf,
+    /// Program to measure as QEMU.
+    #[arg(long, default_value = "qemu-storage-daemon")]
+    pub(crate) qemu: PathBuf,
+    /// One JSON object per result instead of tables.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Given by `cargo bench`.
+    #[arg(long, hide = true)]
+    pub(crate) bench: bool,
+}
+
+impl Options {
+    /// The scenarios to run, in the order of the list.
+    pub(crate) fn chosen(&self) -> Vec<Scenario> {
+        match self.scenarios.is_empty() {
+            true => Scenario::value_variants().to_vec(),
+            false => self.scenarios.clone(),
+        }
+    }
+}
+
+/// One set-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Scenario {
+    /// ext4 on a loop device with direct I/O over a written tmpfs file; direct I/O.
+    Ram,
+    /// A directory on a real disk; direct I/O.
+    Disk,
+    /// Written tmpfs files through the page cache.
+    Cache,
+    /// 8 GiB with 64 MiB of data spread over it, new sparse target; ext4 as in `ram`, direct I/O.
+    Sparse,
+    /// XFS with reflink on a loop device over a written tmpfs file, new target.
+    Xfs,
+    /// btrfs, else as `xfs`.
+    Btrfs,
+    /// 50 QMP clients while 16 paced jobs run: delay of replies.
+    Clients,
+    /// The same while the 16 jobs run as fast as they can.
+    ClientsFlatOut,
+    /// Malformed input from four clients: worst gap between answers of another one.
+    Malformed,
+    /// 1,000 connections.
+    Connections,
+    /// Random verbs on random jobs from four clients: worst gap between answers of another one.
+    Storm,
+    /// How fast QMP input is taken.
+    Input,
+}
+
+impl Scenario {
+    /// The name as the command line spells it.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value()
+            .map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+/// A kind of job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum JobKind {
+    /// `blockdev-backup`, sync=full.
+    Backup,
+    /// `blockdev-mirror`, sync=full, completed once ready.
+    Mirror,
+}
+
+impl JobKind {
+    /// The name as the command line spells it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            JobKind::Backup => "backup",
+            JobKind::Mirror => "mirror",
+        }
+    }
+}
+
+/// Who is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Side {
+    /// qemu-storage-daemon.
+    Qemu,
+    /// This project's daemon.
+    Blockyard,
+    /// A plain io_uring copy loop.
+    Limit,
+}
+
+impl Side {
+    /// The name as the tables show it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Side::Qemu => "qemu",
+            Side::Blockyard => "blockyard",
+            Side::Limit => "copy loop",
+        }
+    }
+}
