@@ -71,7 +71,11 @@ fn prepare(options: &Options, scenario: Scenario) -> Result<Case, Failure> {
             &["mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1"],
             room_bytes,
         )?,
-        Scenario::Btrfs => Place::loop_over_tmpfs(&["mkfs.btrfs", "-q", "-f", "-K"], room_bytes)?,
+        // It needs room of its own: metadata twice, and old extents until a transaction ends.
+        Scenario::Btrfs => Place::loop_over_tmpfs(
+            &["mkfs.btrfs", "-q", "-f", "-K"],
+            room_bytes + size_bytes + (1 << 30),
+        )?,
         _ => Place::loop_over_tmpfs(&EXT4, room_bytes)?,
     };
     let (source, target) = (place.path("source.img"), place.path("target.img"));
@@ -117,7 +121,8 @@ fn measure(options: &Options, case: &Case, job: JobKind) -> Result<CopyResult, F
             make_ready(case, round)?;
             let mut run = match side {
                 Side::Limit => copy_loop(options, case)?,
-                _ => daemon_job(options, case, *side, job)?,
+                _ => daemon_job(options, case, *side, job)
+                    .map_err(|error| error.about(&format!("{} {}", side.name(), job.name())))?,
             };
             run.target_bytes = place::allocated_bytes(&case.target)?;
             if round == 0 || case.target_kind == Target::New {

@@ -20,10 +20,11 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Starts a daemon with this many QMP sockets and waits until the first answers.
+    /// Starts a daemon with this many QMP sockets and waits until it is ready. That is when its pid file is there: QEMU
+    /// listens earlier, but greets twice, or not at all, whoever connects before its monitors are set up.
     ///
     /// # Errors
-    /// It does not start or does not listen within ten seconds.
+    /// It is not ready within ten seconds.
     pub(crate) fn start(options: &Options, side: Side, sockets: usize) -> Result<Daemon, Failure> {
         let directory =
             tempfile::tempdir().map_err(|error| Failure::new(format!("scratch: {error}")))?;
@@ -47,6 +48,8 @@ impl Daemon {
                 .arg("--monitor")
                 .arg(format!("chardev=c{index},id=m{index}"));
         }
+        let pidfile = directory.path().join("pid");
+        command.arg("--pidfile").arg(&pidfile);
         let log = fs::File::create(directory.path().join("log"))
             .map_err(|error| Failure::new(error.to_string()))?;
         command
@@ -63,18 +66,18 @@ impl Daemon {
             directory,
             guard,
         };
-        daemon.await_sockets()?;
+        daemon.await_ready(&pidfile)?;
         Ok(daemon)
     }
 
-    fn await_sockets(&mut self) -> Result<(), Failure> {
+    fn await_ready(&mut self, pidfile: &Path) -> Result<(), Failure> {
         let deadline = Instant::now() + Duration::from_secs(10);
-        while !self.sockets.iter().all(|path| path.exists()) {
+        while fs::read(pidfile).map_or(true, |text| !text.ends_with(b"\n")) {
             let ended = self.child.try_wait().is_ok_and(|status| status.is_some());
             if ended || Instant::now() > deadline {
                 let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
                 return Err(Failure::new(format!(
-                    "the daemon does not listen: {}",
+                    "the daemon does not start: {}",
                     log.trim()
                 )));
             }

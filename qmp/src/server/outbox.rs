@@ -7,13 +7,16 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::sync::Notify;
 
 /// Unread bytes at which no further request of this client is read.
 pub const UNREAD_BYTES_MAX: usize = 16 << 20;
 /// Unread bytes at which the client is cut off.
 const CUT_OFF_BYTES: usize = 2 * UNREAD_BYTES_MAX;
+
+/// Short messages leave together, up to this many bytes: a system call each would cost more than they do.
+const TOGETHER_BYTES_MAX: usize = 16 << 10;
 
 /// Messages on their way to one client.
 #[derive(Debug, Default)]
@@ -73,7 +76,8 @@ impl Outbox {
         self.taken.notify_waiters();
     }
 
-    /// The next message; `None`: the box is closed and empty. For one taker only.
+    /// The next message, together with what follows it if they are short; `None`: the box is closed and empty. For one
+    /// taker only.
     ///
     /// # Cancel safety
     /// Nothing is taken unless it is returned.
@@ -81,8 +85,8 @@ impl Outbox {
         loop {
             {
                 let mut state = self.state();
-                if let Some(message) = state.messages.pop_front() {
-                    return Some(message);
+                if let Some(messages) = state.take() {
+                    return Some(messages);
                 }
                 if state.closed {
                     return None;
@@ -140,6 +144,26 @@ impl Outbox {
 }
 
 impl State {
+    fn take(&mut self) -> Option<Bytes> {
+        let first = self.messages.pop_front()?;
+        let fits = |bytes: usize, next: &Bytes| bytes + next.len() <= TOGETHER_BYTES_MAX;
+        if !self
+            .messages
+            .front()
+            .is_some_and(|next| fits(first.len(), next))
+        {
+            return Some(first);
+        }
+        let mut together = BytesMut::from(first);
+        while let Some(next) = self
+            .messages
+            .pop_front_if(|next| fits(together.len(), next))
+        {
+            together.extend_from_slice(&next);
+        }
+        Some(together.freeze())
+    }
+
     fn abandon(&mut self) {
         self.messages.clear();
         self.unread_bytes = 0;
@@ -182,6 +206,26 @@ mod tests {
         outbox.push(message(1));
         assert!(outbox.next().await.is_none());
         assert!(!outbox.room().await);
+    }
+
+    #[tokio::test]
+    async fn short_messages_leave_together_and_in_order() {
+        let outbox = Outbox::default();
+        let numbered: Vec<Bytes> = (0..9).map(|n| Bytes::from(vec![n; 4 << 10])).collect();
+        for one in &numbered {
+            outbox.push(one.clone());
+        }
+        outbox.close();
+        let mut taken = Vec::new();
+        let mut times = 0;
+        while let Some(some) = outbox.next().await {
+            outbox.sent(&some);
+            taken.extend_from_slice(&some);
+            times += 1;
+        }
+        assert_eq!(times, 3);
+        assert_eq!(taken, numbered.concat());
+        assert_eq!(outbox.state().unread_bytes, 0);
     }
 
     #[tokio::test]

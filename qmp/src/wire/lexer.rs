@@ -3,19 +3,19 @@
 /// Longest token in bytes.
 const TOKEN_BYTES_MAX: usize = 64 << 20;
 
-/// One token.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What a token is; its bytes are [`Lexer::bytes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Token {
     /// `{ } [ ] : ,`
     Punctuation(u8),
     /// A string, still with its quotes and escapes.
-    Text(Vec<u8>),
+    Text,
     /// A number as it stands.
-    Number(Vec<u8>),
+    Number,
     /// A run of lower-case letters.
-    Word(Vec<u8>),
+    Word,
     /// What cannot be the start of anything: the bytes so far, the offending one last.
-    Stray(Vec<u8>),
+    Stray,
     /// A token longer than allowed.
     TooLong,
 }
@@ -39,11 +39,13 @@ enum State {
     Recovery,
 }
 
-/// The lexer; keeps a token that is not finished yet.
+/// The lexer; keeps the token it is in, or the last one.
 #[derive(Debug)]
 pub struct Lexer {
     state: State,
     token: Vec<u8>,
+    /// The token was handed out.
+    complete: bool,
 }
 
 impl Default for Lexer {
@@ -51,38 +53,52 @@ impl Default for Lexer {
         Self {
             state: State::Start,
             token: Vec::new(),
+            complete: false,
         }
     }
 }
 
 impl Lexer {
+    /// Bytes of the token that [`next`](Self::next) returned last; of punctuation: none.
+    pub fn bytes(&self) -> &[u8] {
+        &self.token
+    }
+
     /// Takes bytes from the front of `input` until a token is complete; `None`: all were taken and more are needed.
     pub fn next(&mut self, input: &mut &[u8]) -> Option<Token> {
+        if self.complete {
+            self.token.clear();
+            self.complete = false;
+        }
         while let Some((&byte, rest)) = input.split_first() {
-            match self.step(byte) {
-                Taken::Byte => *input = rest,
-                Taken::Token(token) => {
-                    *input = rest;
-                    return Some(token);
-                }
-                Taken::Before(token) => return Some(token),
+            let taken = self.step(byte);
+            if !matches!(taken, Taken::Before(_)) {
+                *input = rest;
             }
-            if let State::Text(quote, false) = self.state {
-                self.take_plain(input, quote);
+            if let Taken::Token(token) | Taken::Before(token) = taken {
+                self.complete = true;
+                return Some(token);
+            }
+            match self.state {
+                State::Text(quote, false) => self.take_while(input, |byte| {
+                    byte >= 0x20 && byte != quote && byte != b'\\' && byte < 0xfe
+                }),
+                State::Word => self.take_while(input, |byte| byte.is_ascii_lowercase()),
+                State::Digits => self.take_while(input, |byte| byte.is_ascii_digit()),
+                _ => {}
             }
             if self.token.len() > TOKEN_BYTES_MAX {
-                self.token.clear();
                 self.state = State::Start;
+                self.complete = true;
                 return Some(Token::TooLong);
             }
         }
         None
     }
 
-    /// Takes the plain part of a string at once.
-    fn take_plain(&mut self, input: &mut &[u8], quote: u8) {
-        let plain = |byte: &u8| *byte >= 0x20 && *byte != quote && *byte != b'\\' && *byte < 0xfe;
-        let length = input.iter().take_while(|byte| plain(byte)).count();
+    /// Takes a run of bytes that do not change the state at once.
+    fn take_while(&mut self, input: &mut &[u8], plain: impl Fn(u8) -> bool) {
+        let length = input.iter().take_while(|byte| plain(**byte)).count();
         let (text, rest) = input.split_at(length);
         self.token.extend_from_slice(text);
         *input = rest;
@@ -112,7 +128,7 @@ impl Lexer {
             (Text(quote, false), byte) if byte == quote => {
                 self.token.push(byte);
                 self.state = Start;
-                return Taken::Token(Token::Text(std::mem::take(&mut self.token)));
+                return Taken::Token(Token::Text);
             }
             (Text(quote, false), b'\\') => Some(Text(quote, true)),
             (Text(quote, _), 0x20..0xfe) => Some(Text(quote, false)),
@@ -138,16 +154,15 @@ impl Lexer {
         }
     }
 
-    fn complete(&mut self, make: fn(Vec<u8>) -> Token) -> Taken {
+    fn complete(&mut self, token: Token) -> Taken {
         self.state = State::Start;
-        Taken::Before(make(std::mem::take(&mut self.token)))
+        Taken::Before(token)
     }
 
     fn stray(&mut self, byte: u8) -> Taken {
-        let mut token = std::mem::take(&mut self.token);
-        token.push(byte);
+        self.token.push(byte);
         self.state = State::Recovery;
-        Taken::Token(Token::Stray(token))
+        Taken::Token(Token::Stray)
     }
 }
 

@@ -11,6 +11,9 @@ const TOKENS_MAX: usize = 2 << 20;
 /// Bytes of the tokens of one message.
 const BYTES_MAX: usize = 64 << 20;
 
+/// Room for tokens and for bytes that stays reserved between messages.
+const KEPT_MAX: usize = 16 << 10;
+
 /// A message that is not one, in QEMU's words.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -26,10 +29,12 @@ impl ReadError {
 #[derive(Debug, Default)]
 pub struct Reader {
     lexer: Lexer,
-    tokens: Vec<Token>,
+    /// Each token of the message, and where its bytes end in `text`; they begin where the one before it ended.
+    tokens: Vec<(Token, usize)>,
+    text: Vec<u8>,
     braces: usize,
     brackets: usize,
-    bytes: usize,
+    punctuation: usize,
 }
 
 impl Reader {
@@ -37,10 +42,11 @@ impl Reader {
     pub fn next(&mut self, input: &mut &[u8]) -> Option<Result<Value, ReadError>> {
         loop {
             let token = self.lexer.next(input)?;
-            let length = match &token {
-                Token::Stray(bytes) => {
+            match token {
+                Token::Stray => {
                     self.reset();
                     // Its text ends at the first NUL, as everywhere in C.
+                    let bytes = self.lexer.bytes();
                     let shown = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
                     let text = String::from_utf8_lossy(shown);
                     return Some(Err(ReadError::parse(format!("stray '{text}'"))));
@@ -49,49 +55,51 @@ impl Reader {
                     self.reset();
                     return Some(Err(ReadError("JSON token size limit exceeded".to_owned())));
                 }
-                Token::Punctuation(byte) => {
-                    match byte {
-                        b'{' => self.braces += 1,
-                        b'[' => self.brackets += 1,
-                        b'}' if self.braces == 0 => return Some(self.unbalanced()),
-                        b'}' => self.braces -= 1,
-                        b']' if self.brackets == 0 => return Some(self.unbalanced()),
-                        b']' => self.brackets -= 1,
-                        _ => {}
-                    }
-                    1
-                }
-                Token::Text(bytes) | Token::Number(bytes) | Token::Word(bytes) => bytes.len(),
-            };
-            self.bytes += length;
-            self.tokens.push(token);
+                Token::Punctuation(b'{') => self.braces += 1,
+                Token::Punctuation(b'[') => self.brackets += 1,
+                Token::Punctuation(b'}') if self.braces == 0 => return Some(self.unbalanced()),
+                Token::Punctuation(b'}') => self.braces -= 1,
+                Token::Punctuation(b']') if self.brackets == 0 => return Some(self.unbalanced()),
+                Token::Punctuation(b']') => self.brackets -= 1,
+                Token::Punctuation(_) | Token::Text | Token::Number | Token::Word => {}
+            }
+            self.punctuation += usize::from(matches!(token, Token::Punctuation(_)));
+            self.text.extend_from_slice(self.lexer.bytes());
+            self.tokens.push((token, self.text.len()));
             if let Some(limit) = self.exceeded() {
                 self.reset();
                 return Some(Err(ReadError(format!("JSON {limit} limit exceeded"))));
             }
             if self.braces == 0 && self.brackets == 0 {
-                let tokens = std::mem::take(&mut self.tokens);
+                let value = self.parse();
                 self.reset();
-                return Some(parse(tokens));
+                return Some(value);
             }
         }
     }
 
     fn unbalanced(&mut self) -> Result<Value, ReadError> {
-        let inside = !self.tokens.is_empty();
-        let tokens = std::mem::take(&mut self.tokens);
+        let value = match self.tokens.is_empty() {
+            true => Ok(Value::Null),
+            false => self.parse(),
+        };
         self.reset();
-        if inside {
-            parse(tokens).and(Err(ReadError::parse("expecting value")))
-        } else {
-            Err(ReadError::parse("expecting value"))
-        }
+        value.and(Err(ReadError::parse("expecting value")))
+    }
+
+    fn parse(&self) -> Result<Value, ReadError> {
+        let mut parser = Parser {
+            tokens: self.tokens.iter().peekable(),
+            text: &self.text,
+            taken: 0,
+        };
+        parser.value()
     }
 
     fn exceeded(&self) -> Option<&'static str> {
         if self.braces + self.brackets > NESTING_MAX {
             Some("nesting depth")
-        } else if self.bytes > BYTES_MAX {
+        } else if self.text.len() + self.punctuation > BYTES_MAX {
             Some("token size")
         } else if self.tokens.len() > TOKENS_MAX {
             Some("token count")
@@ -102,7 +110,11 @@ impl Reader {
 
     fn reset(&mut self) {
         self.tokens.clear();
-        (self.braces, self.brackets, self.bytes) = (0, 0, 0);
+        self.text.clear();
+        // What one long message needed is not kept for ever.
+        self.tokens.shrink_to(KEPT_MAX);
+        self.text.shrink_to(KEPT_MAX);
+        (self.braces, self.brackets, self.punctuation) = (0, 0, 0);
     }
 }
 
@@ -120,58 +132,73 @@ pub fn read_text(text: &str) -> Result<Value, ReadError> {
     }
 }
 
-fn parse(tokens: Vec<Token>) -> Result<Value, ReadError> {
-    let mut parser = Parser {
-        tokens: tokens.into_iter().peekable(),
-    };
-    parser.value()
+struct Parser<'a> {
+    tokens: std::iter::Peekable<std::slice::Iter<'a, (Token, usize)>>,
+    text: &'a [u8],
+    /// Bytes of `text` that belong to tokens taken so far.
+    taken: usize,
 }
 
-struct Parser {
-    tokens: std::iter::Peekable<std::vec::IntoIter<Token>>,
-}
+impl<'a> Parser<'a> {
+    fn next(&mut self) -> Option<(Token, &'a [u8])> {
+        let &(token, end) = self.tokens.next()?;
+        let bytes = &self.text[self.taken..end];
+        self.taken = end;
+        Some((token, bytes))
+    }
 
-impl Parser {
+    fn next_punctuation(&mut self) -> Option<u8> {
+        match self.next()? {
+            (Token::Punctuation(byte), _) => Some(byte),
+            _ => None,
+        }
+    }
+
+    /// Takes the next token if it is this one.
+    fn next_if(&mut self, byte: u8) -> bool {
+        let wanted = Token::Punctuation(byte);
+        self.tokens.next_if(|(token, _)| *token == wanted).is_some()
+    }
+
     /// Nesting was bounded before, so this recursion is too.
     fn value(&mut self) -> Result<Value, ReadError> {
-        match self.tokens.next() {
-            Some(Token::Punctuation(b'{')) => self.object(),
-            Some(Token::Punctuation(b'[')) => self.list(),
-            Some(Token::Text(bytes)) => Ok(Value::String(unescape(&bytes)?)),
-            Some(Token::Number(bytes)) => Ok(number(&bytes)),
-            Some(Token::Word(bytes)) => match bytes.as_slice() {
-                b"true" => Ok(Value::Bool(true)),
-                b"false" => Ok(Value::Bool(false)),
-                b"null" => Ok(Value::Null),
-                other => {
-                    let word = String::from_utf8_lossy(other);
-                    Err(ReadError::parse(format!("invalid keyword '{word}'")))
-                }
-            },
+        match self.next() {
+            Some((Token::Punctuation(b'{'), _)) => self.object(),
+            Some((Token::Punctuation(b'['), _)) => self.list(),
+            Some((Token::Text, bytes)) => Ok(Value::String(unescape(bytes)?)),
+            Some((Token::Number, bytes)) => Ok(number(bytes)),
+            Some((Token::Word, b"true")) => Ok(Value::Bool(true)),
+            Some((Token::Word, b"false")) => Ok(Value::Bool(false)),
+            Some((Token::Word, b"null")) => Ok(Value::Null),
+            Some((Token::Word, other)) => {
+                let word = String::from_utf8_lossy(other);
+                Err(ReadError::parse(format!("invalid keyword '{word}'")))
+            }
             _ => Err(ReadError::parse("expecting value")),
         }
     }
 
     fn object(&mut self) -> Result<Value, ReadError> {
-        let mut members = Map::new();
-        if self.tokens.next_if_eq(&Token::Punctuation(b'}')).is_some() {
-            return Ok(Value::Object(members));
+        if self.next_if(b'}') {
+            return Ok(Value::Object(Map::new()));
         }
+        // Most objects have a few members; growing step by step would hash each of them again.
+        let mut members = Map::with_capacity(4);
         loop {
             let key = match self.value()? {
                 Value::String(key) => key,
                 _ => return Err(ReadError::parse("key is not a string in object")),
             };
-            if self.tokens.next() != Some(Token::Punctuation(b':')) {
+            if self.next_punctuation() != Some(b':') {
                 return Err(ReadError::parse("missing : in object pair"));
             }
             let value = self.value()?;
             if members.insert(key, value).is_some() {
                 return Err(ReadError::parse("duplicate key"));
             }
-            match self.tokens.next() {
-                Some(Token::Punctuation(b',')) => {}
-                Some(Token::Punctuation(b'}')) => return Ok(Value::Object(members)),
+            match self.next_punctuation() {
+                Some(b',') => {}
+                Some(b'}') => return Ok(Value::Object(members)),
                 _ => return Err(ReadError::parse("expected separator in dict")),
             }
         }
@@ -179,14 +206,14 @@ impl Parser {
 
     fn list(&mut self) -> Result<Value, ReadError> {
         let mut elements = Vec::new();
-        if self.tokens.next_if_eq(&Token::Punctuation(b']')).is_some() {
+        if self.next_if(b']') {
             return Ok(Value::Array(elements));
         }
         loop {
             elements.push(self.value()?);
-            match self.tokens.next() {
-                Some(Token::Punctuation(b',')) => {}
-                Some(Token::Punctuation(b']')) => return Ok(Value::Array(elements)),
+            match self.next_punctuation() {
+                Some(b',') => {}
+                Some(b']') => return Ok(Value::Array(elements)),
                 _ => return Err(ReadError::parse("expected separator in list")),
             }
         }
