@@ -108,6 +108,15 @@ impl JobError {
         }
     }
 
+    /// Where a request failed: node and bytes.
+    pub fn place(&self) -> Option<String> {
+        let node = self.node.as_ref()?;
+        Some(match self.range {
+            Some(range) => format!("node '{node}', {range}"),
+            None => format!("node '{node}'"),
+        })
+    }
+
     /// An error whose text is the operating system's.
     pub fn errno(errno: i32) -> Self {
         Self {

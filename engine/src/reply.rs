@@ -1,5 +1,6 @@
 //! [`Reply`]: the answers to requests and the views that queries return, as plain data.
 
+use crate::job::latency::LatencyView;
 use crate::job::status::Status;
 use crate::job::verb::JobType;
 use crate::request::{DetectZeroes, Permission};
@@ -34,6 +35,10 @@ pub struct JobView {
     pub total_progress: u64,
     /// Why it failed.
     pub error: Option<String>,
+    /// On which node and bytes it failed, where it was a request that failed. Not on the wire.
+    pub failed_at: Option<String>,
+    /// How long its requests took. Not on the wire.
+    pub latency: LatencyView,
 }
 
 /// What errors have done to a block job so far.

@@ -16,6 +16,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use crate::clock::{Clock, Moment};
 use crate::error::{JobError, NodeError};
 use crate::job::error_policy::{ErrorAction, OnError, Side, decide};
+use crate::job::latency::Latency;
 use crate::job::progress::Progress;
 use crate::job::speed::RateLimit;
 use crate::job::work::Stop;
@@ -39,6 +40,8 @@ pub enum CancelMode {
 pub struct JobShared {
     /// Bytes done and expected.
     pub progress: Progress,
+    /// How long its requests take.
+    pub latency: Latency,
     pause: AtomicBool,
     cancel: AtomicU8,
     complete: AtomicBool,
@@ -238,6 +241,11 @@ impl JobContext {
     /// Bytes done and expected.
     pub fn progress(&self) -> &Progress {
         &self.shared.progress
+    }
+
+    /// How long its requests take.
+    pub fn latency(&self) -> &Latency {
+        &self.shared.latency
     }
 
     /// Orders as of now.

@@ -2,6 +2,7 @@
 
 pub mod context;
 pub mod error_policy;
+pub mod latency;
 pub mod progress;
 pub mod speed;
 pub mod status;

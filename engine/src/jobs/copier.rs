@@ -181,6 +181,7 @@ impl Copier {
                 Ok(()) => {
                     self.ignored_in_a_row = 0;
                     cx.progress().done(ended.step.range.length());
+                    cx.latency().count(ended.took);
                     self.adapt(ended.took);
                     if failed.is_none() {
                         failed = self.remember(cx).await.err();

@@ -94,6 +94,8 @@ impl JobRecord {
             current_progress: self.shared.progress.current_bytes(),
             total_progress: self.shared.progress.total_bytes(),
             error: self.error.as_ref().map(|error| error.text.clone()),
+            failed_at: self.error.as_ref().and_then(JobError::place),
+            latency: self.shared.latency.view(),
         }
     }
 
