@@ -4,8 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 
-use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags, fstat, open, statx};
 
 /// How to open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,7 +32,7 @@ pub enum FileKind {
     Other,
 }
 
-/// An open file of the host. Clones share the descriptor, and with it the image locks.
+/// An open file of the host. Clones share the descriptor, and with it the image locks and the memory of a failed flush.
 #[derive(Clone, Debug)]
 pub struct HostFile {
     file: Arc<OwnedFd>,
@@ -39,6 +40,8 @@ pub struct HostFile {
     direct: bool,
     write: bool,
     request_alignment: u32,
+    /// The errno of the flush that failed; 0: none did.
+    failed_sync: Arc<AtomicI32>,
 }
 
 impl HostFile {
@@ -81,14 +84,25 @@ impl HostFile {
             direct: mode.direct,
             write: mode.write,
             request_alignment: 1,
+            failed_sync: Arc::default(),
         };
         if mode.direct && matches!(kind, FileKind::Regular | FileKind::BlockDevice) {
-            opened.request_alignment = opened.probe_alignment();
+            let told = opened.told_alignment();
+            opened.request_alignment = told.unwrap_or_else(|| opened.probe_alignment());
         }
         Ok(opened)
     }
 
-    /// The smallest transfer that direct I/O takes: tried out, because no call tells for every file system.
+    /// The smallest transfer that direct I/O takes, where kernel (6.1) and file system tell.
+    fn told_alignment(&self) -> Option<u32> {
+        let facts = statx(&*self.file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+        let told = StatxFlags::from_bits_retain(facts.stx_mask).contains(StatxFlags::DIOALIGN);
+        let alignment = facts.stx_dio_offset_align;
+        (told && alignment.is_power_of_two()).then_some(alignment)
+    }
+
+    /// The smallest transfer that direct I/O takes, tried out. Reads of holes may pass with less than writes need, so
+    /// this is only for where nobody tells.
     fn probe_alignment(&self) -> u32 {
         let mut buffer = blockyard_storage::Buffer::zeroed(4096);
         for alignment in [512_u32, 1024, 2048, 4096] {
@@ -149,6 +163,19 @@ impl HostFile {
     pub fn identity(&self) -> io::Result<(u64, u64)> {
         let stat = fstat(&*self.file)?;
         Ok((stat.st_dev, stat.st_ino))
+    }
+
+    /// The errno of the flush that failed on this open file, if one did: nothing written through it can be trusted to
+    /// be durable any more, whoever uses it next.
+    pub fn failed_sync(&self) -> Option<i32> {
+        Some(self.failed_sync.load(Ordering::Acquire)).filter(|errno| *errno != 0)
+    }
+
+    /// Remembers that a flush failed. The first errno stays.
+    pub(crate) fn remember_failed_sync(&self, errno: i32) {
+        let _ = self
+            .failed_sync
+            .compare_exchange(0, errno, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// The descriptor.

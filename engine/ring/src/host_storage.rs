@@ -3,7 +3,6 @@
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use blockyard_storage::error::{EBADF, EINVAL, EIO, ENOSPC};
@@ -25,8 +24,6 @@ pub(crate) struct HostStorage {
     file: HostFile,
     read_only: bool,
     length_bytes: Cell<u64>,
-    /// The errno of the flush that failed, if one did.
-    poison: Rc<Cell<Option<i32>>>,
     abilities: Arc<Abilities>,
     workers: Workers,
     ring: Option<RingFile>,
@@ -44,7 +41,6 @@ impl HostStorage {
         Self {
             read_only: read_only || !file.is_writable(),
             length_bytes: Cell::new(length),
-            poison: Rc::default(),
             abilities: Arc::default(),
             file,
             workers,
@@ -61,7 +57,7 @@ impl HostStorage {
         if self.read_only {
             return Some(EBADF);
         }
-        if let Some(errno) = self.poison.get() {
+        if let Some(errno) = self.file.failed_sync() {
             return Some(errno);
         }
         (self.fixed_length() && range.end() > self.length_bytes.get()).then_some(ENOSPC)
@@ -242,7 +238,7 @@ impl Storage for HostStorage {
 
     fn sync(&self) -> LocalFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
-            if let Some(errno) = self.poison.get() {
+            if let Some(errno) = self.file.failed_sync() {
                 return Err(StorageError::whole(Operation::Sync, errno));
             }
             if self.read_only {
@@ -255,7 +251,7 @@ impl Storage for HostStorage {
                 .await
                 .unwrap_or(Err(EIO));
             outcome.map_err(|errno| {
-                self.poison.set(Some(errno));
+                self.file.remember_failed_sync(errno);
                 StorageError::whole(Operation::Sync, errno)
             })
         })

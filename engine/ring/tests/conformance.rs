@@ -5,38 +5,14 @@ use std::cell::Cell;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
-use blockyard_ring::{
-    BackendChoice, BackendKind, HostFile, OpenMode, Reactor, ReactorConfig, RemoteWaker,
-};
+use blockyard_ring::{BackendChoice, BackendKind, HostFile, OpenMode, Reactor, ReactorConfig};
 use blockyard_storage::buffer::BufferPool;
-use blockyard_storage::{LocalFuture, Storage, conformance};
+use blockyard_storage::{Storage, conformance};
 
-struct Bell(RemoteWaker);
-
-impl Wake for Bell {
-    fn wake(self: Arc<Self>) {
-        self.0.wake();
-    }
-}
-
-/// Runs a future on the reactor, waiting only in its turns.
-fn block_on(reactor: &Reactor, mut future: LocalFuture<'_, ()>) {
-    let remote = reactor.waker();
-    let waker = Waker::from(Arc::new(Bell(remote.clone())));
-    let mut cx = Context::from_waker(&waker);
-    loop {
-        remote.take_woken();
-        if future.as_mut().poll(&mut cx) == Poll::Ready(()) {
-            return;
-        }
-        reactor
-            .turn(Some(Duration::from_secs(20)))
-            .expect("the reactor goes on");
-    }
-}
+mod support;
+use support::block_on;
 
 fn reactor(backend: BackendChoice) -> Reactor {
     let pool = BufferPool::new(8 << 20);

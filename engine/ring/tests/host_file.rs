@@ -1,0 +1,109 @@
+//! What an open file of the host knows of itself, and what stays with it when it changes its reactor.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use blockyard_ring::{BackendChoice, HostFile, OpenMode, Reactor, ReactorConfig};
+use blockyard_storage::Buffer;
+use blockyard_storage::buffer::BufferPool;
+
+mod support;
+use support::block_on;
+
+fn reactor() -> Reactor {
+    let config = ReactorConfig {
+        backend: BackendChoice::Auto,
+        ..ReactorConfig::new(BufferPool::new(1 << 20))
+    };
+    Reactor::open(config).expect("a reactor")
+}
+
+/// A device that takes every byte and refuses every flush.
+#[test]
+fn a_failed_flush_stays_with_the_file_on_every_reactor() {
+    let mode = OpenMode {
+        write: true,
+        ..OpenMode::default()
+    };
+    let file = HostFile::open(Path::new("/dev/null"), mode).expect("opened");
+    let first = reactor();
+    let storage = first.file(file.clone(), false);
+    let mut errno = 0;
+    block_on(&first, async {
+        errno = storage.sync().await.expect_err("no flush here").errno;
+    });
+    drop((storage, first));
+    let second = reactor();
+    let storage = second.file(file, false);
+    block_on(&second, async {
+        let written = storage.write(0, Buffer::zeroed(4096)).await;
+        assert_eq!(written.outcome.expect_err("poisoned").errno, errno);
+    });
+}
+
+/// A file system on a disk with sectors of 4 KiB; taken apart when dropped.
+struct LargeSectors {
+    device: String,
+    folder: tempfile::TempDir,
+}
+
+impl LargeSectors {
+    fn mount() -> Option<Self> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let image = folder.path().join("disk");
+        let file = std::fs::File::create(&image).expect("made");
+        file.set_len(64 << 20).expect("sized");
+        let attached = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", "4096"])
+            .arg(&image)
+            .output();
+        let device = match attached {
+            Ok(output) if output.status.success() => {
+                String::from_utf8_lossy(&output.stdout).trim().to_owned()
+            }
+            _ => return None,
+        };
+        let mounted = Self { device, folder };
+        std::fs::create_dir(mounted.path("")).expect("made");
+        let works = |command: &mut Command| command.output().is_ok_and(|out| out.status.success());
+        let ready = works(Command::new("mkfs.ext4").arg("-qF").arg(&mounted.device))
+            && works(
+                Command::new("mount")
+                    .arg(&mounted.device)
+                    .arg(mounted.path("")),
+            );
+        ready.then_some(mounted)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join("mounted").join(name)
+    }
+}
+
+impl Drop for LargeSectors {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.path("")).output();
+        let _ = Command::new("losetup").arg("-d").arg(&self.device).output();
+    }
+}
+
+/// Reads of a hole pass at any alignment there; writes do not.
+#[test]
+fn the_alignment_of_a_hole_is_that_of_its_disk() {
+    let Some(disk) = LargeSectors::mount() else {
+        eprintln!("SKIPPED: needs root, loop devices and the packages mount and e2fsprogs");
+        return;
+    };
+    let mode = OpenMode {
+        write: true,
+        direct: true,
+        create: true,
+    };
+    for (name, length_bytes) in [("empty", 0), ("hole", 1 << 20)] {
+        let path = disk.path(name);
+        let made = std::fs::File::create(&path).expect("made");
+        made.set_len(length_bytes).expect("sized");
+        let file = HostFile::open(&path, mode).expect("opened");
+        assert_eq!(file.request_alignment(), 4096, "{name}");
+    }
+}
