@@ -6,7 +6,7 @@ use blockyard_engine::engine::EngineHandle;
 use blockyard_engine::request::Request;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 
 use crate::error::QmpError;
 use crate::replies;
@@ -48,9 +48,6 @@ impl Service {
 pub type Input = Box<dyn AsyncRead + Send + Unpin>;
 /// Where a client's bytes go.
 pub type Output = Box<dyn AsyncWrite + Send + Unpin>;
-
-/// A command whose turn will come, and who waits for its end.
-type Turn = (Message, Option<oneshot::Sender<()>>);
 
 /// Serves one client until it leaves, is cut off, or the daemon ends; its queue has been written by then.
 ///
@@ -101,7 +98,7 @@ impl Connection {
     }
 
     /// Reads messages until the client leaves or the daemon ends.
-    async fn read(self, mut input: Input, turns: mpsc::Sender<Turn>) {
+    async fn read(self, mut input: Input, turns: mpsc::Sender<Message>) {
         let mut reader = Reader::default();
         let mut buffer = vec![0; READ_BYTES];
         loop {
@@ -133,8 +130,9 @@ impl Connection {
         }
     }
 
-    /// Answers a message that overtakes, queues any other; `false`: there is no use in reading on.
-    async fn pass_on(&self, message: Message, turns: &mpsc::Sender<Turn>) -> bool {
+    /// Answers a message that overtakes, queues any other if the client lets us read ahead, and carries it out here and
+    /// now if not; `false`: there is no use in reading on.
+    async fn pass_on(&self, message: Message, turns: &mpsc::Sender<Message>) -> bool {
         if message.overtakes() {
             let step = self.session().take(message);
             if let Step::Reply(reply) = step {
@@ -144,21 +142,15 @@ impl Connection {
         }
         let reads_ahead = self.session().reads_ahead();
         if reads_ahead {
-            return turns.send((message, None)).await.is_ok();
+            return turns.send(message).await.is_ok();
         }
-        let (done, ended) = oneshot::channel();
-        turns.send((message, Some(done))).await.is_ok() && ended.await.is_ok()
+        !self.take(message).await
     }
 
-    /// Carries commands out, one at a time.
-    async fn run(self, mut queue: mpsc::Receiver<Turn>) {
-        while let Some((message, done)) = queue.recv().await {
-            let ended = self.take(message).await;
-            if let Some(done) = done {
-                // The reader may have left.
-                let _ = done.send(());
-            }
-            if ended {
+    /// Carries queued commands out, one at a time.
+    async fn run(self, mut queue: mpsc::Receiver<Message>) {
+        while let Some(message) = queue.recv().await {
+            if self.take(message).await {
                 return;
             }
         }
