@@ -86,7 +86,7 @@ impl Copier {
     /// A copier of the whole of `source` onto `target`, which is as long.
     pub(crate) fn new(source: Rc<dyn Node>, target: Rc<dyn Node>, options: CopyOptions) -> Self {
         let length = source.facts().length_bytes;
-        let plan = Plan::new(ByteRange::new(0, length), target.facts().zeroes_cheaply);
+        let plan = Plan::new(ByteRange::new(0, length));
         Self {
             source,
             target,
@@ -183,6 +183,7 @@ impl Copier {
                     cx.progress().done(ended.step.range.length());
                     cx.latency().count(ended.took);
                     self.adapt(ended.took);
+                    self.plan.took(ended.step.kind, ended.took);
                     if failed.is_none() {
                         failed = self.remember(cx).await.err();
                     }

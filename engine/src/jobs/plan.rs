@@ -2,6 +2,7 @@
 //! follows the window and its time follows the data, never the size of the disk.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use blockyard_storage::ByteRange;
 
@@ -9,14 +10,20 @@ use crate::error::NodeError;
 use crate::limits::STATUS_EXTENTS_MAX;
 use crate::node::{Node, StatusExtent};
 
-/// Longest range zeroed at once where the target has a cheap way.
+/// Longest range zeroed at once.
 const ZERO_MAX_BYTES: u64 = 1 << 30;
-
-/// Longest range zeroed at once where zeroes have to be written.
-const ZERO_WRITTEN_MAX_BYTES: u64 = 4 << 20;
 
 /// Longest range shared at once.
 const SHARE_MAX_BYTES: u64 = 256 << 20;
+
+/// Longest range zeroed or shared at once before it is known how long that takes.
+const STRIDE_START_BYTES: u64 = 4 << 20;
+
+/// No range is cut shorter than this for being slow.
+const STRIDE_MIN_BYTES: u64 = 1 << 20;
+
+/// How long one range may take to be zeroed or shared: pause and cancel wait for it.
+const STRIDE_TIME: Duration = Duration::from_millis(50);
 
 /// What is done with a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,30 +53,63 @@ enum Sharing {
     Refused,
 }
 
+/// Length of the next range of one kind, found out by how long the last ones took.
+#[derive(Clone, Copy, Debug)]
+struct Stride {
+    now_bytes: u64,
+    max_bytes: u64,
+}
+
+impl Stride {
+    fn up_to(max_bytes: u64) -> Self {
+        Self {
+            now_bytes: STRIDE_START_BYTES,
+            max_bytes,
+        }
+    }
+
+    fn adapt(&mut self, took: Duration) {
+        self.now_bytes = if took > STRIDE_TIME {
+            (self.now_bytes / 2).max(STRIDE_MIN_BYTES)
+        } else if took < STRIDE_TIME / 4 {
+            (self.now_bytes * 2).min(self.max_bytes)
+        } else {
+            self.now_bytes
+        };
+    }
+}
+
 /// The rest of a copy.
 pub(crate) struct Plan {
     rest: ByteRange,
     /// Planned after `rest`: what was left of the disk when a range came back.
     later: Vec<ByteRange>,
     known: VecDeque<StatusExtent>,
-    zero_max_bytes: u64,
+    zero_stride: Stride,
+    share_stride: Stride,
     sharing: Sharing,
 }
 
 impl Plan {
     /// A plan for `range`.
-    pub(crate) fn new(range: ByteRange, zeroes_cheaply: bool) -> Self {
-        let zero_max_bytes = if zeroes_cheaply {
-            ZERO_MAX_BYTES
-        } else {
-            ZERO_WRITTEN_MAX_BYTES
-        };
+    pub(crate) fn new(range: ByteRange) -> Self {
         Self {
             rest: range,
             later: Vec::new(),
             known: VecDeque::new(),
-            zero_max_bytes,
+            zero_stride: Stride::up_to(ZERO_MAX_BYTES),
+            share_stride: Stride::up_to(SHARE_MAX_BYTES),
             sharing: Sharing::Untried,
+        }
+    }
+
+    /// Learns how long a step took: zeroing may be a change of metadata or the writing of every byte, sharing may have to
+    /// write back the whole source first, and nobody can tell beforehand.
+    pub(crate) fn took(&mut self, kind: StepKind, took: Duration) {
+        match kind {
+            StepKind::Copy => {}
+            StepKind::Zero => self.zero_stride.adapt(took),
+            StepKind::Share => self.share_stride.adapt(took),
         }
     }
 
@@ -116,7 +156,7 @@ impl Plan {
             return Ok(None);
         }
         if self.sharing != Sharing::Refused {
-            let (range, after) = self.rest.split_at(chunk(SHARE_MAX_BYTES));
+            let (range, after) = self.rest.split_at(chunk(self.share_stride.now_bytes));
             if self.can_share(range, source, target).await {
                 self.rest = after;
                 return Ok(Some(Step {
@@ -146,8 +186,8 @@ impl Plan {
             return Ok(None);
         };
         let (kind, longest) = match extent.zero {
-            true if zeroes_are_free => (StepKind::Zero, self.zero_max_bytes),
-            true => (StepKind::Zero, chunk(self.zero_max_bytes)),
+            true if zeroes_are_free => (StepKind::Zero, self.zero_stride.now_bytes),
+            true => (StepKind::Zero, chunk(self.zero_stride.now_bytes)),
             false => (StepKind::Copy, chunk(copy_max_bytes)),
         };
         let run = ByteRange::between(self.rest.offset(), extent.range.end().min(self.rest.end()));
@@ -172,5 +212,24 @@ impl Plan {
             None => Sharing::Refused,
         };
         self.sharing == Sharing::Works
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strides_grow_where_they_are_cheap_and_shrink_where_they_are_not() {
+        let mut plan = Plan::new(ByteRange::new(0, u64::MAX));
+        for _ in 0..8 {
+            plan.took(StepKind::Zero, Duration::from_millis(1));
+            plan.took(StepKind::Share, Duration::from_secs(1));
+            plan.took(StepKind::Copy, Duration::from_secs(1));
+        }
+        assert_eq!(plan.zero_stride.now_bytes, ZERO_MAX_BYTES);
+        assert_eq!(plan.share_stride.now_bytes, STRIDE_MIN_BYTES);
+        plan.took(StepKind::Zero, STRIDE_TIME / 2);
+        assert_eq!(plan.zero_stride.now_bytes, ZERO_MAX_BYTES);
     }
 }
