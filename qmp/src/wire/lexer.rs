@@ -39,11 +39,13 @@ enum State {
     Recovery,
 }
 
-/// The lexer; keeps the token it is in, or the last one.
+/// The lexer; keeps the bytes of all tokens since the last [`forget`](Lexer::forget), one behind the other.
 #[derive(Debug)]
 pub struct Lexer {
     state: State,
-    token: Vec<u8>,
+    text: Vec<u8>,
+    /// Where the token begins that is being read, or was handed out last.
+    begin: usize,
     /// The token was handed out.
     complete: bool,
 }
@@ -52,7 +54,8 @@ impl Default for Lexer {
     fn default() -> Self {
         Self {
             state: State::Start,
-            token: Vec::new(),
+            text: Vec::new(),
+            begin: 0,
             complete: false,
         }
     }
@@ -61,13 +64,25 @@ impl Default for Lexer {
 impl Lexer {
     /// Bytes of the token that [`next`](Self::next) returned last; of punctuation: none.
     pub fn bytes(&self) -> &[u8] {
-        &self.token
+        &self.text[self.begin..]
+    }
+
+    /// Bytes of all tokens since the last [`forget`](Self::forget).
+    pub fn text(&self) -> &[u8] {
+        &self.text
+    }
+
+    /// Forgets the tokens that were handed out, and gives room for more than `kept_max` bytes back.
+    pub fn forget(&mut self, kept_max: usize) {
+        self.text.clear();
+        self.text.shrink_to(kept_max);
+        self.begin = 0;
     }
 
     /// Takes bytes from the front of `input` until a token is complete; `None`: all were taken and more are needed.
     pub fn next(&mut self, input: &mut &[u8]) -> Option<Token> {
         if self.complete {
-            self.token.clear();
+            self.begin = self.text.len();
             self.complete = false;
         }
         while let Some((&byte, rest)) = input.split_first() {
@@ -87,7 +102,7 @@ impl Lexer {
                 State::Digits => self.take_while(input, |byte| byte.is_ascii_digit()),
                 _ => {}
             }
-            if self.token.len() > TOKEN_BYTES_MAX {
+            if self.bytes().len() > TOKEN_BYTES_MAX {
                 self.state = State::Start;
                 self.complete = true;
                 return Some(Token::TooLong);
@@ -100,7 +115,7 @@ impl Lexer {
     fn take_while(&mut self, input: &mut &[u8], plain: impl Fn(u8) -> bool) {
         let length = input.iter().take_while(|byte| plain(**byte)).count();
         let (text, rest) = input.split_at(length);
-        self.token.extend_from_slice(text);
+        self.text.extend_from_slice(text);
         *input = rest;
     }
 
@@ -126,7 +141,7 @@ impl Lexer {
             (Start | Minus, b'1'..=b'9') => Some(Digits),
             (Start | Word, b'a'..=b'z') => Some(Word),
             (Text(quote, false), byte) if byte == quote => {
-                self.token.push(byte);
+                self.text.push(byte);
                 self.state = Start;
                 return Taken::Token(Token::Text);
             }
@@ -141,7 +156,7 @@ impl Lexer {
             _ => None,
         };
         if let Some(next) = next {
-            self.token.push(byte);
+            self.text.push(byte);
             self.state = next;
             return Taken::Byte;
         }
@@ -160,7 +175,7 @@ impl Lexer {
     }
 
     fn stray(&mut self, byte: u8) -> Taken {
-        self.token.push(byte);
+        self.text.push(byte);
         self.state = State::Recovery;
         Taken::Token(Token::Stray)
     }

@@ -11,6 +11,9 @@ const TOKENS_MAX: usize = 2 << 20;
 /// Bytes of the tokens of one message.
 const BYTES_MAX: usize = 64 << 20;
 
+/// Where tokens end is kept in 32 bits.
+const _: () = assert!(2 * BYTES_MAX < u32::MAX as usize);
+
 /// Room for tokens and for bytes that stays reserved between messages.
 const KEPT_MAX: usize = 16 << 10;
 
@@ -29,9 +32,9 @@ impl ReadError {
 #[derive(Debug, Default)]
 pub struct Reader {
     lexer: Lexer,
-    /// Each token of the message, and where its bytes end in `text`; they begin where the one before it ended.
-    tokens: Vec<(Token, usize)>,
-    text: Vec<u8>,
+    /// Each token of the message, and where its bytes end in the lexer's text; they begin where the one before it
+    /// ended. Half the room of a `usize`, and a message of small members is mostly tokens.
+    tokens: Vec<(Token, u32)>,
     braces: usize,
     brackets: usize,
     punctuation: usize,
@@ -44,12 +47,13 @@ impl Reader {
             let token = self.lexer.next(input)?;
             match token {
                 Token::Stray => {
-                    self.reset();
                     // Its text ends at the first NUL, as everywhere in C.
                     let bytes = self.lexer.bytes();
                     let shown = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
                     let text = String::from_utf8_lossy(shown);
-                    return Some(Err(ReadError::parse(format!("stray '{text}'"))));
+                    let error = ReadError::parse(format!("stray '{text}'"));
+                    self.reset();
+                    return Some(Err(error));
                 }
                 Token::TooLong => {
                     self.reset();
@@ -64,8 +68,8 @@ impl Reader {
                 Token::Punctuation(_) | Token::Text | Token::Number | Token::Word => {}
             }
             self.punctuation += usize::from(matches!(token, Token::Punctuation(_)));
-            self.text.extend_from_slice(self.lexer.bytes());
-            self.tokens.push((token, self.text.len()));
+            let end = u32::try_from(self.lexer.text().len()).unwrap_or(u32::MAX);
+            self.tokens.push((token, end));
             if let Some(limit) = self.exceeded() {
                 self.reset();
                 return Some(Err(ReadError(format!("JSON {limit} limit exceeded"))));
@@ -90,7 +94,7 @@ impl Reader {
     fn parse(&self) -> Result<Value, ReadError> {
         let mut parser = Parser {
             tokens: self.tokens.iter().peekable(),
-            text: &self.text,
+            text: self.lexer.text(),
             taken: 0,
         };
         parser.value()
@@ -99,7 +103,7 @@ impl Reader {
     fn exceeded(&self) -> Option<&'static str> {
         if self.braces + self.brackets > NESTING_MAX {
             Some("nesting depth")
-        } else if self.text.len() + self.punctuation > BYTES_MAX {
+        } else if self.lexer.text().len() + self.punctuation > BYTES_MAX {
             Some("token size")
         } else if self.tokens.len() > TOKENS_MAX {
             Some("token count")
@@ -109,11 +113,10 @@ impl Reader {
     }
 
     fn reset(&mut self) {
-        self.tokens.clear();
-        self.text.clear();
         // What one long message needed is not kept for ever.
+        self.tokens.clear();
         self.tokens.shrink_to(KEPT_MAX);
-        self.text.shrink_to(KEPT_MAX);
+        self.lexer.forget(KEPT_MAX);
         (self.braces, self.brackets, self.punctuation) = (0, 0, 0);
     }
 }
@@ -133,7 +136,7 @@ pub fn read_text(text: &str) -> Result<Value, ReadError> {
 }
 
 struct Parser<'a> {
-    tokens: std::iter::Peekable<std::slice::Iter<'a, (Token, usize)>>,
+    tokens: std::iter::Peekable<std::slice::Iter<'a, (Token, u32)>>,
     text: &'a [u8],
     /// Bytes of `text` that belong to tokens taken so far.
     taken: usize,
@@ -142,6 +145,7 @@ struct Parser<'a> {
 impl<'a> Parser<'a> {
     fn next(&mut self) -> Option<(Token, &'a [u8])> {
         let &(token, end) = self.tokens.next()?;
+        let end = usize::try_from(end).unwrap_or(usize::MAX);
         let bytes = &self.text[self.taken..end];
         self.taken = end;
         Some((token, bytes))
