@@ -13,7 +13,8 @@ use crate::storage::{Extent, LocalFuture, Storage, Transfer};
 /// Unit in which room is taken.
 const BLOCK_BYTES: u64 = 4096;
 
-/// A storage in memory.
+/// A storage in memory. A clone has its own copy of the bytes.
+#[derive(Clone)]
 pub struct MemoryStorage {
     length_bytes: Cell<u64>,
     blocks: RefCell<BTreeMap<u64, Box<[u8]>>>,
