@@ -2,9 +2,10 @@
 //!
 //! Whole-block requests pass straight through. Others are widened: reads through a bounce buffer, writes by
 //! read-modify-write of the edges. A write waits for overlapping writes in flight, so that an edge that is read, changed and
-//! written back never undoes a neighbour's write.
+//! written back never undoes a neighbour's write. A widened write that passes the end of the file grows it too far; it has
+//! the whole tail of the file for itself until that is cut off again, and nobody is told of the length between.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -25,6 +26,8 @@ pub struct Aligned {
     inner: Rc<dyn Storage>,
     alignment: u64,
     writes: WritesInFlight,
+    /// The length in bytes that callers know, while a widened write has made the file longer.
+    shown_length: Cell<Option<u64>>,
 }
 
 impl Aligned {
@@ -38,7 +41,49 @@ impl Aligned {
             inner,
             alignment,
             writes: WritesInFlight::default(),
+            shown_length: Cell::new(None),
         })
+    }
+
+    /// Length in bytes as callers know it.
+    fn length(&self) -> u64 {
+        let shown = self.shown_length.get();
+        shown.unwrap_or_else(|| self.inner.facts().length_bytes)
+    }
+
+    /// Length in bytes after a write of `range`: lengths that writes make are whole sectors.
+    fn length_with(&self, range: ByteRange) -> u64 {
+        let end = match range.is_aligned(self.alignment) {
+            true => range.end(),
+            false => range.align_outward(SECTOR_BYTES).end(),
+        };
+        self.length().max(end)
+    }
+
+    /// A change up to `end` has ended well.
+    fn grown_to(&self, end: u64) {
+        let shown = self.shown_length.get();
+        self.shown_length.set(shown.map(|shown| shown.max(end)));
+    }
+
+    /// What a change of `range` has to have for itself: its blocks, and all behind them if it makes the file too long.
+    fn reach(&self, range: ByteRange) -> ByteRange {
+        let outer = range.align_outward(self.alignment);
+        if outer.end() > self.length_with(range) && !self.inner.facts().fixed_length {
+            return ByteRange::between(outer.offset(), u64::MAX);
+        }
+        outer
+    }
+
+    /// Waits until a change of `range` may go ahead.
+    async fn turn(&self, range: ByteRange) -> Turn<'_> {
+        loop {
+            let turn = self.writes.enter(self.reach(range)).await;
+            // The length may have changed meanwhile.
+            if turn.range.contains(&self.reach(range)) {
+                return turn;
+            }
+        }
     }
 
     async fn read_widened(&self, range: ByteRange, mut into: Buffer) -> Transfer {
@@ -57,14 +102,13 @@ impl Aligned {
         }
     }
 
-    /// Reads the blocks around `range`, lets `change` at the bytes of `range`, writes them back.
+    /// Reads the blocks around `range`, lets `change` at the bytes of `range`, writes them back. The caller has the turn.
     async fn modify(
         &self,
         range: ByteRange,
         change: impl FnOnce(&mut [u8]),
     ) -> Result<(), StorageError> {
         let outer = range.align_outward(self.alignment);
-        let old_length = self.inner.facts().length_bytes;
         let mut bounce = Buffer::zeroed(to_usize(outer.length()));
         for edge in self.edges(range, outer) {
             let block = Buffer::zeroed(to_usize(edge.length()));
@@ -75,13 +119,15 @@ impl Aligned {
         }
         let skip = to_usize(range.offset() - outer.offset());
         change(&mut bounce.as_mut_slice()[skip..skip + to_usize(range.length())]);
-        self.inner.write(outer.offset(), bounce).await.outcome?;
-        // The widened write may have grown the file further than the caller's bytes do.
-        let wanted = old_length.max(range.align_outward(SECTOR_BYTES).end());
-        let facts = self.inner.facts();
-        if facts.length_bytes > wanted && !facts.fixed_length {
-            self.inner.resize(wanted).await?;
+        let wanted = self.length_with(range);
+        if outer.end() <= wanted || self.inner.facts().fixed_length {
+            return self.inner.write(outer.offset(), bounce).await.outcome;
         }
+        // Also a failed write may have made the file longer: until all is well the old length is the one to show.
+        self.shown_length.set(Some(self.length()));
+        self.inner.write(outer.offset(), bounce).await.outcome?;
+        self.inner.resize(wanted).await?;
+        self.shown_length.set(None);
         Ok(())
     }
 
@@ -104,6 +150,7 @@ impl Storage for Aligned {
     fn facts(&self) -> StorageFacts {
         StorageFacts {
             request_alignment: 1,
+            length_bytes: self.length(),
             ..self.inner.facts()
         }
     }
@@ -119,9 +166,13 @@ impl Storage for Aligned {
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, Transfer> {
         Box::pin(async move {
             let range = ByteRange::new(offset, from.len() as u64);
-            let _turn = self.writes.enter(range.align_outward(self.alignment)).await;
+            let _turn = self.turn(range).await;
             if range.is_aligned(self.alignment) {
-                return self.inner.write(offset, from).await;
+                let transfer = self.inner.write(offset, from).await;
+                if transfer.outcome.is_ok() {
+                    self.grown_to(range.end());
+                }
+                return transfer;
             }
             let outcome = self
                 .modify(range, |bytes| bytes.copy_from_slice(from.as_slice()))
@@ -135,12 +186,13 @@ impl Storage for Aligned {
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
-            let _turn = self.writes.enter(range.align_outward(self.alignment)).await;
+            let _turn = self.turn(range).await;
             let middle = range.align_inward(self.alignment);
             if middle.is_empty() {
                 return self.modify(range, |bytes| bytes.fill(0)).await;
             }
             self.inner.zero(middle, mode).await?;
+            self.grown_to(middle.end());
             for edge in [
                 ByteRange::between(range.offset(), middle.offset()),
                 ByteRange::between(middle.end(), range.end()),
@@ -173,7 +225,14 @@ impl Storage for Aligned {
     }
 
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), StorageError>> {
-        self.inner.resize(length_bytes)
+        Box::pin(async move {
+            // Whatever is cut off or added belongs to nobody else meanwhile.
+            let from = length_bytes.min(self.length());
+            let _turn = self.turn(ByteRange::between(from, u64::MAX)).await;
+            self.inner.resize(length_bytes).await?;
+            self.shown_length.set(None);
+            Ok(())
+        })
     }
 
     fn preallocate(
@@ -189,7 +248,10 @@ impl Storage for Aligned {
                     crate::error::EINVAL,
                 ));
             }
-            self.inner.preallocate(range, how).await
+            let _turn = self.turn(range).await;
+            self.inner.preallocate(range, how).await?;
+            self.grown_to(range.end());
+            Ok(())
         })
     }
 
@@ -207,7 +269,12 @@ impl Storage for Aligned {
         from: u64,
         to: ByteRange,
     ) -> LocalFuture<'_, Result<(), StorageError>> {
-        self.inner.share(source, from, to)
+        Box::pin(async move {
+            let _turn = self.turn(to).await;
+            self.inner.share(source, from, to).await?;
+            self.grown_to(to.end());
+            Ok(())
+        })
     }
 }
 
