@@ -9,7 +9,7 @@ use blockyard_storage::{ByteRange, LocalFuture};
 use crate::error::JobError;
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
-use crate::jobs::copier::{Copier, CopyOptions};
+use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
 use crate::request::{BackupSpec, SyncMode};
@@ -67,6 +67,7 @@ impl Backup {
             may_unmap: false,
             zeroes_are_free: false,
             one_error_a_round: true,
+            remember_bytes: REMEMBER_BYTES,
         };
         Copier::new(self.source.clone(), self.target.clone(), options)
             .run(cx)

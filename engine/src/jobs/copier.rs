@@ -31,8 +31,8 @@ const IGNORE_DELAY: Duration = Duration::from_millis(10);
 /// Longest wait after an ignored error.
 const IGNORE_DELAY_MAX: Duration = Duration::from_secs(1);
 
-/// Bytes between two durable points.
-const REMEMBER_BYTES: u64 = 1 << 30;
+/// Bytes between two durable points, if nothing else is wanted.
+pub(crate) const REMEMBER_BYTES: u64 = 1 << 30;
 
 /// How one job copies.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +49,8 @@ pub(crate) struct CopyOptions {
     pub(crate) zeroes_are_free: bool,
     /// Several failures of one round count as one.
     pub(crate) one_error_a_round: bool,
+    /// Bytes between two durable points.
+    pub(crate) remember_bytes: u64,
 }
 
 /// How one range ended.
@@ -298,7 +300,7 @@ impl Copier {
     /// Makes a durable point when enough was copied since the last one.
     async fn remember(&mut self, cx: &JobContext) -> Result<(), Stop> {
         let low_water = self.low_water();
-        if low_water < self.remembered_bytes + REMEMBER_BYTES {
+        if low_water < self.remembered_bytes + self.options.remember_bytes {
             return Ok(());
         }
         if self.target.flush().await.is_err() {

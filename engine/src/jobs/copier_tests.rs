@@ -2,123 +2,29 @@
 //! flight when it stops, and the speed that was asked for.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
-use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
-use blockyard_storage::buffer::BufferPool;
+use blockyard_simulator::Seed;
 use blockyard_storage::error::EOPNOTSUPP;
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
 use futures_util::future::{Either, select};
 use tokio::sync::mpsc;
 
-use super::copier::{Copier, CopyOptions};
+use super::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use super::test_support::{Running, VirtualClock, answer};
 use crate::clock::{Clock, Moment};
 use crate::error::NodeError;
-use crate::job::context::{CancelMode, ErrorPolicies, JobContext, JobKey, JobShared, Report};
-use crate::job::error_policy::{ErrorAction, OnError};
+use crate::job::context::{CancelMode, ErrorPolicies, JobKey, JobShared, Report};
+use crate::job::error_policy::OnError;
 use crate::job::work::Stop;
 use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
-use crate::request::CopyMode;
 
 const EIO: i32 = 5;
 const CLUSTER: u64 = 64 << 10;
-
-/// Time that passes only when nothing else is left to do.
-#[derive(Clone, Default)]
-struct VirtualClock(Rc<VirtualTime>);
-
-#[derive(Default)]
-struct VirtualTime {
-    now: Cell<Moment>,
-    timers: RefCell<BTreeMap<(Moment, u64), Waker>>,
-    next_id: Cell<u64>,
-}
-
-struct Timer {
-    time: Rc<VirtualTime>,
-    key: (Moment, u64),
-}
-
-impl Future for Timer {
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        if self.time.now.get() >= self.key.0 {
-            return Poll::Ready(());
-        }
-        let mut timers = self.time.timers.borrow_mut();
-        timers.insert(self.key, cx.waker().clone());
-        Poll::Pending
-    }
-}
-
-impl Drop for Timer {
-    fn drop(&mut self) {
-        self.time.timers.borrow_mut().remove(&self.key);
-    }
-}
-
-impl Clock for VirtualClock {
-    fn now(&self) -> Moment {
-        self.0.now.get()
-    }
-
-    fn sleep_until(&self, moment: Moment) -> LocalFuture<'static, ()> {
-        let id = self.0.next_id.get();
-        self.0.next_id.set(id + 1);
-        Box::pin(Timer {
-            time: self.0.clone(),
-            key: (moment, id),
-        })
-    }
-}
-
-struct Flag(AtomicBool);
-
-impl Wake for Flag {
-    fn wake(self: Arc<Self>) {
-        self.0.store(true, Ordering::Release);
-    }
-}
-
-/// Runs to the end; a task that waits for nothing fails the test.
-fn block_on<T>(clock: &VirtualClock, future: impl Future<Output = T>) -> T {
-    let flag = Arc::new(Flag(AtomicBool::new(true)));
-    let waker = Waker::from(flag.clone());
-    let mut future = pin!(future);
-    loop {
-        while flag.0.swap(false, Ordering::AcqRel) {
-            if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
-                return value;
-            }
-        }
-        let first = clock.0.timers.borrow_mut().pop_first();
-        let ((moment, _), timer) = first.expect("waits for something that can happen");
-        clock.0.now.set(moment);
-        timer.wake();
-    }
-}
-
-/// Small and repeatable.
-struct Dice(Cell<u64>);
-
-impl Dice {
-    fn below(&self, limit: u64) -> u64 {
-        let mut x = self.0.get();
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        self.0.set(x);
-        (x >> 11) % limit
-    }
-}
 
 /// Bytes in memory that fail and take their time as told. Without `bytes` it only counts.
 struct MemoryNode {
@@ -129,7 +35,7 @@ struct MemoryNode {
     /// What all requests together move in a second; 0: any amount.
     bytes_per_second: u64,
     free_at: Cell<Moment>,
-    dice: Dice,
+    dice: Seed,
     /// One request in so many fails; 0: none.
     fails_one_in: u64,
     faults: Cell<u64>,
@@ -149,7 +55,7 @@ impl MemoryNode {
             latency: Duration::from_millis(3),
             bytes_per_second: 0,
             free_at: Cell::default(),
-            dice: Dice(Cell::new(seed | 1)),
+            dice: Seed::new(seed),
             fails_one_in: 0,
             faults: Cell::new(0),
             in_flight: Cell::new(0),
@@ -179,7 +85,7 @@ impl MemoryNode {
         }
         self.clock.sleep_until(moment).await;
         self.in_flight.set(self.in_flight.get() - 1);
-        if self.fails_one_in != 0 && self.dice.below(self.fails_one_in) == 0 {
+        if self.dice.one_in(self.fails_one_in) {
             self.faults.set(self.faults.get() + 1);
             return Err(self.error(operation, range, EIO));
         }
@@ -374,23 +280,17 @@ impl Case {
                 may_unmap: false,
                 zeroes_are_free: false,
                 one_error_a_round: false,
+                remember_bytes: REMEMBER_BYTES,
             },
         }
     }
 
     fn run(&self) -> Outcome {
-        let shared = Arc::new(JobShared::new(self.speed, CopyMode::Background));
-        let (reports, heard) = mpsc::unbounded_channel();
-        let clock = Rc::new(self.clock.clone());
-        let pool = BufferPool::new(16 << 20);
-        let cx = JobContext::new(
-            JobKey(1),
-            shared.clone(),
+        let Running {
+            cx,
+            orders,
             reports,
-            clock,
-            pool,
-            self.policies,
-        );
+        } = Running::new(&self.clock, self.speed, self.policies);
         let mut copier = Copier::new(self.source.clone(), self.target.clone(), self.options);
         let mut outcome = Outcome {
             result: Ok(()),
@@ -398,8 +298,8 @@ impl Case {
             parked_after: None,
         };
         let seen = RefCell::new(&mut outcome);
-        let manager = self.manage(&shared, heard, &seen);
-        let result = block_on(&self.clock, async {
+        let manager = self.manage(&orders, reports, &seen);
+        let result = self.clock.block_on(async {
             match select(pin!(copier.run(&cx)), pin!(manager)).await {
                 Either::Left((result, _)) => result,
                 Either::Right(((), _)) => unreachable!("the manager ends last"),
@@ -414,7 +314,7 @@ impl Case {
     async fn manage(
         &self,
         shared: &JobShared,
-        mut heard: mpsc::UnboundedReceiver<(JobKey, Report)>,
+        heard: mpsc::UnboundedReceiver<(JobKey, Report)>,
         seen: &RefCell<&mut Outcome>,
     ) {
         let ordering = async {
@@ -431,31 +331,17 @@ impl Case {
             }
             std::future::pending::<()>().await;
         };
-        let answering = async {
-            while let Some((_, report)) = heard.recv().await {
-                match report {
-                    Report::IoError { action, heard, .. } => {
-                        seen.borrow_mut().errors += 1;
-                        if action == ErrorAction::Stop {
-                            shared.order_pause(true);
-                        }
-                        let _ = heard.send(());
-                    }
-                    Report::Parked => {
-                        assert_eq!(self.source.in_flight.get() + self.target.in_flight.get(), 0);
-                        if let Order::Pause(after) = self.order {
-                            let now = self.clock.now().since_start();
-                            seen.borrow_mut().parked_after = Some(now.saturating_sub(after));
-                        }
-                        shared.order_pause(false);
-                    }
-                    Report::Remember { recorded, .. } => {
-                        let _ = recorded.send(Ok(()));
-                    }
-                    Report::Unparked | Report::Converged { .. } | Report::Ended(_) => {}
+        let answering = answer(shared, heard, |report| match report {
+            Report::IoError { .. } => seen.borrow_mut().errors += 1,
+            Report::Parked => {
+                assert_eq!(self.source.in_flight.get() + self.target.in_flight.get(), 0);
+                if let Order::Pause(after) = self.order {
+                    let now = self.clock.now().since_start();
+                    seen.borrow_mut().parked_after = Some(now.saturating_sub(after));
                 }
             }
-        };
+            _ => {}
+        });
         select(pin!(ordering), pin!(answering)).await;
     }
 
@@ -472,7 +358,7 @@ impl Case {
 }
 
 /// Data, zeroes and a tail that fills no cluster.
-fn random_bytes(dice: &Dice, clusters_max: u64) -> Vec<u8> {
+fn random_bytes(dice: &Seed, clusters_max: u64) -> Vec<u8> {
     let length = (dice.below(clusters_max) * CLUSTER + dice.below(128) * 512) as usize;
     let mut bytes = vec![0; length];
     for cluster in bytes.chunks_mut(CLUSTER as usize) {
@@ -484,12 +370,12 @@ fn random_bytes(dice: &Dice, clusters_max: u64) -> Vec<u8> {
 }
 
 fn random_case(seed: u64) -> Case {
-    let dice = Dice(Cell::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1));
+    let dice = Seed::new(seed);
     let clock = VirtualClock::default();
     let bytes = random_bytes(&dice, 48);
     let garbage = vec![0x55; bytes.len()];
-    let source = MemoryNode::new(&clock, bytes, dice.below(u64::MAX));
-    let target = MemoryNode::new(&clock, garbage, dice.below(u64::MAX));
+    let source = MemoryNode::new(&clock, bytes, dice.any());
+    let target = MemoryNode::new(&clock, garbage, dice.any());
     let mut case = Case::new(&clock, source, target);
     case.options.window_max = 1 + dice.below(8) as usize;
     case.options.chunk_max_bytes = CLUSTER << dice.below(5);

@@ -16,8 +16,8 @@ use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
 use crate::request::CreatePreallocation;
 
-/// Room reserved at once, in bytes.
-const PIECE_BYTES: u64 = 64 << 20;
+/// Room reserved at once in bytes, if nothing else is wanted.
+pub(crate) const PIECE_BYTES: u64 = 64 << 20;
 
 /// Longest hint the file systems take, in bytes.
 const EXTENT_SIZE_HINT_MAX: u64 = u32::MAX as u64;
@@ -33,6 +33,8 @@ pub(crate) struct CreateFileOptions {
     pub(crate) preallocation: CreatePreallocation,
     /// Hint for the file system's extents in bytes.
     pub(crate) extent_size_hint: Option<u64>,
+    /// Room reserved at once in bytes, a power of two: as often the job can be paused and cancelled.
+    pub(crate) piece_bytes: u64,
 }
 
 /// The work of creating a file.
@@ -111,7 +113,8 @@ impl CreateFile {
         storage: &dyn Storage,
         how: Preallocation,
     ) -> Result<(), Stop> {
-        for piece in ByteRange::new(0, self.options.size_bytes).pieces(PIECE_BYTES) {
+        let all = ByteRange::new(0, self.options.size_bytes);
+        for piece in all.pieces(self.options.piece_bytes) {
             cx.checkpoint().await?;
             let reserved = storage.preallocate(piece, how).await;
             reserved.map_err(|error| {

@@ -12,7 +12,7 @@ use blockyard_storage::LocalFuture;
 use crate::error::JobError;
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
-use crate::jobs::copier::{Copier, CopyOptions};
+use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
 use crate::request::{CopyMode, MirrorSpec, SyncMode};
@@ -63,6 +63,7 @@ impl Mirror {
             // As QEMU's: zero requests cost nothing where the target unmaps.
             zeroes_are_free: self.target.facts().unmaps,
             one_error_a_round: false,
+            remember_bytes: REMEMBER_BYTES,
         };
         Copier::new(self.source.clone(), self.target.clone(), options)
     }

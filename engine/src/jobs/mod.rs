@@ -7,6 +7,10 @@ mod copier_tests;
 mod create;
 mod mirror;
 mod plan;
+#[cfg(test)]
+mod simulated;
+#[cfg(test)]
+mod test_support;
 
 use std::rc::Rc;
 
@@ -54,6 +58,7 @@ pub fn work(
                 size_bytes: *size,
                 preallocation: preallocation.unwrap_or(CreatePreallocation::Off),
                 extent_size_hint: *extent_size_hint,
+                piece_bytes: create::PIECE_BYTES,
             };
             Box::new(create::CreateFile::new(options, context))
         }
