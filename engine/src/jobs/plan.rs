@@ -232,4 +232,15 @@ mod tests {
         plan.took(StepKind::Zero, STRIDE_TIME / 2);
         assert_eq!(plan.zero_stride.now_bytes, ZERO_MAX_BYTES);
     }
+
+    #[test]
+    fn the_position_is_below_everything_that_came_back() {
+        let mut plan = Plan::new(ByteRange::new(0, 1 << 20));
+        plan.rest = ByteRange::between(300_000, 1 << 20);
+        plan.give_back_unshared(ByteRange::new(100_000, 50_000));
+        assert_eq!(plan.position(), 100_000);
+        plan.give_back_unshared(ByteRange::new(200_000, 50_000));
+        assert_eq!(plan.position(), 100_000);
+        assert!(!plan.is_done());
+    }
 }

@@ -97,6 +97,7 @@ fn what_is_widened_at_the_end_is_cut_again_whatever_is_added_behind_it() {
         let pieces = [(8192, 600, 2), (12_288, 4096, 3)];
         assert!(disk.bytes() == overwritten(8704, &pieces), "seed {seed}");
 
+        world.add_fault(Fault::slow(seed % 5).of(Operation::Resize));
         let jobs = vec![
             write(storage, 20_000, 10, 4),
             Box::pin(storage.resize(1 << 20)),
@@ -136,6 +137,39 @@ fn a_failed_write_that_is_tried_again_leaves_the_length_as_asked() {
                 assert!(disk.bytes() == wanted, "seed {seed}, {operation:?}");
             }
         }
+    }
+}
+
+#[test]
+fn a_write_that_waits_for_the_file_to_shrink_finds_its_new_end() {
+    for seed in 0..50 {
+        let world = World::new(seed);
+        let (disk, storage) = ones(&world, 16_384);
+        let storage = &*storage;
+        let jobs = vec![
+            Box::pin(storage.resize(5120)),
+            write(storage, 8292, 100, 2),
+            write(storage, 12_288, 4096, 3),
+        ];
+        assert_eq!(all(&world, jobs), [Ok(()), Ok(()), Ok(())]);
+        let wanted = overwritten(5120, &[(8292, 100, 2), (12_288, 4096, 3)]);
+        assert!(disk.bytes() == wanted, "seed {seed}");
+    }
+}
+
+#[test]
+fn what_is_added_after_a_failed_write_counts() {
+    for operation in [Operation::Write, Operation::Resize] {
+        let world = World::new(2);
+        let (disk, storage) = ones(&world, 5120);
+        let storage = &*storage;
+        world.add_fault(Fault::fails(EIO).of(operation));
+        assert!(all(&world, vec![write(storage, 5000, 200, 2)])[0].is_err());
+        assert_eq!(all(&world, vec![write(storage, 8192, 4096, 3)]), [Ok(())]);
+        assert_eq!(storage.facts().length_bytes, 12_288);
+        assert_eq!(all(&world, vec![write(storage, 5000, 200, 2)]), [Ok(())]);
+        let wanted = overwritten(5120, &[(5000, 200, 2), (8192, 4096, 3)]);
+        assert!(disk.bytes() == wanted, "{operation:?}");
     }
 }
 
