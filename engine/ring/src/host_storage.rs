@@ -244,16 +244,17 @@ impl Storage for HostStorage {
             if self.read_only {
                 return Ok(());
             }
-            let file = self.file.descriptor().clone();
-            let outcome = self
-                .workers
-                .run(move || file_calls::sync(&file))
-                .await
-                .unwrap_or(Err(EIO));
-            outcome.map_err(|errno| {
-                self.file.remember_failed_sync(errno);
-                StorageError::whole(Operation::Sync, errno)
-            })
+            let file = self.file.clone();
+            // The worker remembers: whoever asked may be gone by then, and the kernel tells a failure only once.
+            let sync = move || {
+                file_calls::sync(file.descriptor())
+                    .inspect_err(|errno| file.remember_failed_sync(*errno))
+            };
+            let outcome = self.workers.run(sync).await.unwrap_or_else(|| {
+                self.file.remember_failed_sync(EIO);
+                Err(EIO)
+            });
+            outcome.map_err(|errno| StorageError::whole(Operation::Sync, errno))
         })
     }
 

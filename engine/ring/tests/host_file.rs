@@ -1,11 +1,13 @@
 //! What an open file of the host knows of itself, and what stays with it when it changes its reactor.
 
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::task::Poll;
 
 use blockyard_ring::{BackendChoice, HostFile, OpenMode, Reactor, ReactorConfig};
-use blockyard_storage::Buffer;
 use blockyard_storage::buffer::BufferPool;
+use blockyard_storage::{Buffer, ByteRange};
 
 mod support;
 use support::block_on;
@@ -38,6 +40,30 @@ fn a_failed_flush_stays_with_the_file_on_every_reactor() {
     block_on(&second, async {
         let written = storage.write(0, Buffer::zeroed(4096)).await;
         assert_eq!(written.outcome.expect_err("poisoned").errno, errno);
+    });
+}
+
+#[test]
+fn a_failed_flush_that_nobody_waits_for_stays_too() {
+    let mode = OpenMode {
+        write: true,
+        ..OpenMode::default()
+    };
+    let file = HostFile::open(Path::new("/dev/null"), mode).expect("opened");
+    let config = ReactorConfig {
+        workers_max: 1,
+        ..ReactorConfig::new(BufferPool::new(1 << 20))
+    };
+    let reactor = Reactor::open(config).expect("a reactor");
+    let storage = reactor.file(file.clone(), false);
+    block_on(&reactor, async {
+        let mut abandoned = storage.sync();
+        poll_fn(|cx| Poll::Ready(abandoned.as_mut().poll(cx).is_ready())).await;
+        drop(abandoned);
+        // The only worker does one thing after the other.
+        let range = ByteRange::new(0, 4096);
+        storage.allocation(range, 1).await.expect("mapped");
+        assert!(file.failed_sync().is_some(), "whoever comes next is told");
     });
 }
 
