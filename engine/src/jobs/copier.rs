@@ -141,7 +141,8 @@ impl Copier {
                 continue;
             }
             let mut wait_until = None;
-            while !stopping && window.len() < self.window_now {
+            // Planning takes its time: an order may come meanwhile.
+            while !stopping && !cx.must_stop() && window.len() < self.window_now {
                 wait_until = self.held_until(cx);
                 if wait_until.is_some() {
                     break;

@@ -1,6 +1,7 @@
 //! Pause, resume and cancel at every step while requests fail: nothing is in flight when a job has parked or ended (every
 //! run is judged for that), and what was paused goes on to the right end.
 
+use blockyard_simulator::trace::Happened;
 use blockyard_simulator::{Fault, Seed, each_seed};
 use blockyard_storage::Operation;
 use blockyard_storage::error::{EIO, ENOSPC};
@@ -23,6 +24,8 @@ struct OrderAfter {
     given: bool,
     /// The job has parked since.
     parked: bool,
+    /// Reads of the source issued until then.
+    reads: usize,
 }
 
 impl OrderAfter {
@@ -32,14 +35,36 @@ impl OrderAfter {
             order,
             given: false,
             parked: false,
+            reads: 0,
         }
     }
+
+    /// Only what was being planned when the order came is still carried out.
+    fn assert_obeyed(&self, yard: &Yard) {
+        let since = reads_of_source(yard) - self.reads;
+        assert!(
+            since <= 1,
+            "{since} reads since {:?} was ordered",
+            self.order
+        );
+    }
+}
+
+fn reads_of_source(yard: &Yard) -> usize {
+    let trace = yard.world.trace();
+    let reads = trace.entries().filter(|entry| {
+        entry.happened == Happened::Issued
+            && entry.operation == Operation::Read
+            && entry.disk == "source"
+    });
+    reads.count()
 }
 
 impl Watch for OrderAfter {
     fn idle(&mut self, yard: &Yard, orders: &JobShared) -> bool {
         if !self.given && yard.world.steps() >= self.steps {
             self.given = true;
+            self.reads = reads_of_source(yard);
             match self.order {
                 Order::Pause => orders.order_pause(true),
                 Order::Cancel(mode) => orders.order_cancel(mode),
@@ -48,8 +73,13 @@ impl Watch for OrderAfter {
         true
     }
 
-    fn parked(&mut self) {
-        self.parked |= self.given;
+    fn parked(&mut self, yard: &Yard) {
+        if self.given && !self.parked {
+            self.parked = true;
+            if self.order == Order::Pause {
+                self.assert_obeyed(yard);
+            }
+        }
     }
 }
 
@@ -82,6 +112,7 @@ fn an_order_at_every_step_while_requests_fail() {
                         Ok(()) => {}
                         Err(Stop::Cancelled) => {
                             assert_eq!(order, Order::Cancel(CancelMode::Force), "{what}");
+                            watch.assert_obeyed(&yard);
                             cancelled += 1;
                         }
                         Err(Stop::Failed(_)) => panic!("{what}"),

@@ -68,6 +68,10 @@ pub(super) struct Setup {
     pub(super) odd_length: bool,
     /// The backup discards its source at the end.
     pub(super) discards_source: bool,
+    /// The target turns written zeroes into zero requests.
+    pub(super) detects_zeroes: bool,
+    /// What the client says of a mirror's bytes in flight; 0: nothing.
+    pub(super) buf_size: i64,
     /// Limit in bytes per second; 0: none.
     pub(super) speed: i64,
 }
@@ -84,6 +88,8 @@ impl Setup {
             unmaps: false,
             odd_length: false,
             discards_source: false,
+            detects_zeroes: false,
+            buf_size: 0,
             speed: 0,
         }
     }
@@ -98,6 +104,8 @@ impl Setup {
             unmaps: dice.one_in(2),
             odd_length: dice.one_in(2),
             discards_source: dice.one_in(4),
+            detects_zeroes: dice.one_in(3),
+            buf_size: *dice.pick(&[0, 0, 1, 20_000]),
             speed: *dice.pick(&[0, 0, 1 << 20]),
             ..Self::new(seed, *dice.pick(&KINDS), *dice.pick(&POLICIES))
         }
@@ -149,7 +157,9 @@ pub(super) trait Watch {
     }
 
     /// The job has parked.
-    fn parked(&mut self) {}
+    fn parked(&mut self, yard: &Yard) {
+        let _ = yard;
+    }
 
     /// The job says what is durable.
     fn remembered(&mut self, yard: &Yard, cursor: &Cursor) {
@@ -243,7 +253,11 @@ impl Yard {
             ..FileOptions::default()
         };
         let file = Rc::new(FileNode::new(name.to_owned(), disk.open(), options));
-        let zeroes = DetectZeroes::Off;
+        let zeroes = match self.setup.detects_zeroes {
+            true if unmaps => DetectZeroes::Unmap,
+            true => DetectZeroes::On,
+            false => DetectZeroes::Off,
+        };
         Rc::new(RawNode::new(
             format!("raw-{name}"),
             file,
@@ -318,7 +332,7 @@ impl Yard {
                     sync: SyncMode::Full,
                     speed,
                     granularity: None,
-                    buf_size: None,
+                    buf_size: Some(self.setup.buf_size),
                     on_source_error: policy,
                     on_target_error: policy,
                     filter_node_name: None,
@@ -359,7 +373,7 @@ impl Yard {
                 }
                 Report::Parked => {
                     told.parked += 1;
-                    watch.borrow_mut().parked();
+                    watch.borrow_mut().parked(self);
                     assert_eq!(self.world.in_flight(), 0, "parked with something in flight");
                 }
                 Report::Converged { .. } => self.assert_copied(),
