@@ -14,4 +14,7 @@ pub mod replies;
 pub mod schema;
 pub mod server;
 pub mod session;
+pub mod signals;
+pub mod size;
+pub mod terminal;
 pub mod wire;

@@ -1,4 +1,4 @@
-//! The program's commands, and what they share: where messages go and what the exit code means.
+//! The program: which of its commands runs, and where log messages go.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -7,10 +7,10 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 use crate::daemon;
+use crate::terminal::{self, Command};
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
-    log_to_standard_error();
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
     let name = arguments.first().map(Path::new).and_then(Path::file_name);
     let name = name
@@ -19,19 +19,25 @@ pub fn main() -> ExitCode {
         .into_owned();
     // A link of that name can stand wherever the original is started.
     if name == "qemu-storage-daemon" {
+        log_to_standard_error("warn");
         return daemon::run(&name, &[], arguments.split_off(1));
     }
-    if arguments.get(1).is_some_and(|command| command == "daemon") {
-        let leading = [arguments[1].clone()];
-        return daemon::run(&name, &leading, arguments.split_off(2));
+    let command = match terminal::read(arguments) {
+        Ok(command) => command,
+        Err(exit) => return exit.into(),
+    };
+    // What a job meets, the other commands tell themselves.
+    log_to_standard_error(match command {
+        Command::Daemon { .. } => "warn",
+    });
+    match command {
+        Command::Daemon { options } => daemon::run(&name, &["daemon".into()], options),
     }
-    eprintln!("{name}: a command is expected: daemon");
-    ExitCode::FAILURE
 }
 
-/// Warnings and worse, unless `RUST_LOG` says otherwise.
-fn log_to_standard_error() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+/// Messages of this level and worse, unless `RUST_LOG` says otherwise.
+fn log_to_standard_error(level: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -14,7 +14,6 @@ use std::time::Duration;
 
 use blockyard_engine::engine::{Engine, EngineHandle};
 use blockyard_engine::request::Request;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -27,6 +26,8 @@ use crate::schema::nodes::{OBJECT, OPTIONS};
 use crate::schema::{Object, Type, Words, optional, required};
 use crate::server::clients::Clients;
 use crate::server::connection::Service;
+use crate::signals::Signals;
+use crate::terminal::VERSION;
 
 /// Threads that read commands and write replies. More than one, so that a client whose message takes long to read holds
 /// nobody up.
@@ -45,10 +46,7 @@ pub fn run(program: &str, leading: &[OsString], arguments: Vec<OsString>) -> Exi
             return ExitCode::SUCCESS;
         }
         Ok(Asked::Version) => {
-            println!(
-                "blockyard {}, compatible with qemu-storage-daemon 10.0",
-                env!("CARGO_PKG_VERSION")
-            );
+            println!("blockyard {VERSION}");
             return ExitCode::SUCCESS;
         }
         Err(text) => return refuse(program, &text),
@@ -168,32 +166,6 @@ async fn serve(
 async fn quit(engine: &EngineHandle) {
     if let Err(error) = engine.call(Request::Quit).await {
         tracing::debug!(%error, "the engine has ended before");
-    }
-}
-
-/// The signals that end the daemon.
-struct Signals {
-    all: [Signal; 3],
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            all: [
-                signal(SignalKind::terminate())?,
-                signal(SignalKind::interrupt())?,
-                signal(SignalKind::hangup())?,
-            ],
-        })
-    }
-
-    async fn next(&mut self) {
-        let [terminate, interrupt, hangup] = &mut self.all;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = hangup.recv() => {}
-        }
     }
 }
 

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::error::QmpError;
 use crate::schema::{Member, Object, Type, Words};
+use crate::size;
 
 /// Levels of nested objects and lists. Bounds the recursion here and in whatever reads the checked value.
 const DEPTH_MAX: usize = 128;
@@ -226,7 +227,7 @@ fn check_number(
             .map(i128::from),
         Value::String(text) if spelling == Spelling::KeyValue => {
             let parsed = match kind {
-                Type::Size => parse_size(text),
+                Type::Size => size::parse(text).map(i128::from),
                 _ => parse_integer(text, signed),
             };
             let Some(parsed) = parsed else {
@@ -293,40 +294,6 @@ fn parse_integer(text: &str, signed: bool) -> Option<i128> {
     } else {
         Some(number)
     }
-}
-
-/// A number of bytes, possibly a fraction, with a suffix from `B` to `E`.
-fn parse_size(text: &str) -> Option<i128> {
-    let suffixes = ["b", "k", "m", "g", "t", "p", "e"];
-    let lower = text.to_ascii_lowercase();
-    if let Some(hex) = lower.strip_prefix("0x") {
-        return u64::from_str_radix(hex, 16).ok().map(i128::from);
-    }
-    let scale = suffixes.iter().position(|suffix| lower.ends_with(suffix));
-    let digits = if scale.is_some() {
-        &lower[..lower.len() - 1]
-    } else {
-        &lower
-    };
-    let unit = 1_i128 << (10 * scale.unwrap_or(0));
-    let (whole, fraction) = match digits.split_once('.') {
-        Some((whole, fraction)) => (whole, fraction),
-        None => (digits, ""),
-    };
-    let all_digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
-    if !all_digits(whole) || !all_digits(fraction) || whole.is_empty() || fraction.len() > 18 {
-        return None;
-    }
-    let whole: i128 = whole.parse().ok()?;
-    let mut bytes = whole.checked_mul(unit)?;
-    if !fraction.is_empty() {
-        if scale.unwrap_or(0) == 0 {
-            return None;
-        }
-        let parts: i128 = fraction.parse().ok()?;
-        bytes += parts * unit / 10_i128.pow(u32::try_from(fraction.len()).ok()?);
-    }
-    u64::try_from(bytes).ok().map(i128::from)
 }
 
 fn size_fault(text: &str, place: &Place<'_>) -> QmpError {
