@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 use crate::daemon;
-use crate::terminal::{self, Command};
+use crate::terminal::copy::arguments::CopyKind;
+use crate::terminal::{self, Command, copy};
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
@@ -29,9 +30,12 @@ pub fn main() -> ExitCode {
     // What a job meets, the other commands tell themselves.
     log_to_standard_error(match command {
         Command::Daemon { .. } => "warn",
+        Command::Backup(_) | Command::Mirror(_) => "error",
     });
     match command {
         Command::Daemon { options } => daemon::run(&name, &["daemon".into()], options),
+        Command::Backup(arguments) => copy::run(CopyKind::Backup, &arguments).into(),
+        Command::Mirror(arguments) => copy::run(CopyKind::Mirror, &arguments).into(),
     }
 }
 

@@ -246,14 +246,11 @@ impl Shown {
     /// A line for a log, if one is due.
     fn line(&mut self, figures: &Figures<'_>, now: Instant) -> Option<String> {
         let percent = percent(figures);
-        let due = match self.said {
-            None => true,
-            Some((when, before)) => {
-                let silence = now.duration_since(when);
-                silence >= LINE_SILENCE
-                    || (silence >= LINE_SPACING && percent.abs_diff(before) >= LINE_PERCENT)
-            }
-        };
+        // What is over within a second needs no line but its result.
+        let (when, before) = *self.said.get_or_insert((now, percent));
+        let silence = now.duration_since(when);
+        let due = silence >= LINE_SILENCE
+            || (silence >= LINE_SPACING && percent.abs_diff(before) >= LINE_PERCENT);
         due.then(|| {
             self.said = Some((now, percent));
             format!("{}: {percent} %, {}", figures.id, self.words(figures))
@@ -302,6 +299,8 @@ impl Shown {
             words += &format!(", {}/s", size::shown(rate as u64));
         }
         if let Some(left) = self.time_left(figures) {
+            // Nobody can know it better than to the second.
+            let left = Duration::from_secs(left.as_secs_f64().ceil() as u64);
             words += &format!(", {} left", duration_shown(left));
         }
         words
@@ -385,12 +384,12 @@ fn percent(figures: &Figures<'_>) -> u64 {
     }
 }
 
-/// `0.25 s`, `12 s`, `3 min 20 s`, `2 h 5 min`.
+/// `0.25 s`, `8 s`, `12 s`, `3 min 20 s`, `2 h 5 min`.
 pub fn duration_shown(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
-        0..10 => format!("{:.2} s", duration.as_secs_f64()),
-        10..60 => format!("{seconds} s"),
+        0..10 if duration.subsec_nanos() > 0 => format!("{:.2} s", duration.as_secs_f64()),
+        0..60 => format!("{seconds} s"),
         60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
         _ => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
     }
@@ -441,26 +440,25 @@ mod tests {
         // 2 MiB/s: 1 % in 5 s.
         let slow = (0..200).map(|tenth| (tenth * 100, figures(tenth / 5, "running")));
         let lines = feed(&mut shown(), Shown::line, slow);
-        assert_eq!(lines.len(), 4);
-        assert_eq!(lines[0], "backup: 0 %, 0 B of 1000.0 MiB");
+        assert_eq!(lines.len(), 3);
         assert_eq!(
-            lines[2],
+            lines[1],
             "backup: 2 %, 20.0 MiB of 1000.0 MiB, 2.0 MiB/s, 8 min 10 s left"
         );
         // Everything in two seconds is no more than a line a second.
         let fast = (0..=20).map(|tenth| (tenth * 100, figures(tenth * 50, "running")));
         let lines = feed(&mut shown(), Shown::line, fast);
         assert_eq!(
-            lines[1..],
+            lines,
             [
-                "backup: 50 %, 500.0 MiB of 1000.0 MiB, 500.0 MiB/s, 1.00 s left",
-                "backup: 100 %, 1000.0 MiB of 1000.0 MiB, 500.0 MiB/s, 0.00 s left"
+                "backup: 50 %, 500.0 MiB of 1000.0 MiB, 500.0 MiB/s, 1 s left",
+                "backup: 100 %, 1000.0 MiB of 1000.0 MiB, 500.0 MiB/s, 0 s left"
             ]
         );
         let paused = feed(
             &mut shown(),
             Shown::line,
-            std::iter::once((0, figures(10, "paused"))),
+            [(0, figures(10, "paused")), (5000, figures(10, "paused"))].into_iter(),
         );
         assert_eq!(paused, ["backup: 1 %, 10.0 MiB of 1000.0 MiB, paused"]);
     }

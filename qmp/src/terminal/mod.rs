@@ -1,6 +1,8 @@
 //! The commands for people and scripts: what they are asked, how they show progress, how they end.
 
+pub(crate) mod copy;
 pub mod display;
+pub(crate) mod embedded;
 pub mod exit;
 pub mod rate;
 
@@ -9,6 +11,7 @@ use std::ffi::OsString;
 use clap::{Parser, Subcommand};
 
 use crate::daemon::options::HELP;
+use crate::terminal::copy::arguments::CopyArguments;
 use crate::terminal::exit::{Exit, after_help};
 
 /// What `--version` prints behind the program's name.
@@ -17,7 +20,20 @@ pub const VERSION: &str = concat!(
     ", compatible with qemu-storage-daemon 10.0"
 );
 
-const EXAMPLES: &str = "  blockyard daemon --help";
+const EXAMPLES: &str = "  \
+  blockyard backup disk.raw backup.raw
+  blockyard mirror --verify disk.raw /mnt/other/disk.raw
+  blockyard daemon --help";
+
+const BACKUP_EXAMPLES: &str = "  \
+  blockyard backup disk.raw backup.raw
+  blockyard backup --verify --speed 100M disk.raw /mnt/backup/disk.raw
+  blockyard backup --force /dev/vg/snapshot backup.raw
+  blockyard backup --json disk.raw backup.raw";
+
+const MIRROR_EXAMPLES: &str = "  \
+  blockyard mirror disk.raw /mnt/new/disk.raw
+  blockyard mirror --force disk.raw /dev/vg/disk";
 
 /// Runs backup, mirror and other block jobs on disk images
 #[derive(Debug, Parser)]
@@ -30,6 +46,21 @@ struct Arguments {
 /// One command and its arguments.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Copy an image or block device to keep the copy
+    ///
+    /// Copies SRC to DST, which becomes the same byte for byte, holes included, and is durable at the end. SRC must not be in
+    /// use by somebody who writes to it. `backup` and `mirror` make the same copy; where DST held something and becomes
+    /// zeroes, `backup` keeps the room on DST and `mirror` gives it back. Use `backup` for a copy to keep.
+    #[command(after_help = after_help(BACKUP_EXAMPLES))]
+    Backup(CopyArguments),
+    /// Copy an image or block device to use the copy in its place
+    ///
+    /// Copies SRC to DST, which becomes the same byte for byte, holes included, and is durable at the end. SRC must not be in
+    /// use by somebody who writes to it. `mirror` and `backup` make the same copy; where DST held something and becomes
+    /// zeroes, `mirror` gives the room on DST back and `backup` keeps it. Use `mirror` to move a disk; it completes as soon
+    /// as both sides are equal, because here nobody writes to SRC meanwhile.
+    #[command(after_help = after_help(MIRROR_EXAMPLES))]
+    Mirror(CopyArguments),
     /// Serve QMP; takes the options of qemu-storage-daemon
     #[command(disable_help_flag = true, override_help = HELP)]
     Daemon {

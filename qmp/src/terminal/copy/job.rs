@@ -1,0 +1,198 @@
+//! One copy on the embedded engine: nodes, room, job, the target's last bytes. What `backup`, `mirror` and `bench` share.
+
+use std::time::{Duration, Instant};
+
+use blockyard_engine::error::EngineError;
+use blockyard_engine::job::error_policy::OnError;
+use blockyard_engine::reply::JobView;
+use blockyard_engine::request::{CreatePreallocation, CreateSpec, DetectZeroes, Discard, WorkSpec};
+use serde_json::Value;
+
+use crate::terminal::copy::arguments::{CopyKind, SOURCE, TARGET};
+use crate::terminal::copy::ends::{Source, Target, shown};
+use crate::terminal::display::{Fact, Outcome};
+use crate::terminal::embedded::{Embedded, NodeFile};
+
+/// The error of a job that was cancelled.
+const CANCELED: &str = "Operation canceled";
+
+/// Name of the job that gives the target its length and room.
+const CREATE: &str = "create";
+
+/// How to copy.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CopyOptions {
+    pub(crate) kind: CopyKind,
+    /// Bytes per second at most; 0: no limit.
+    pub(crate) speed: i64,
+    pub(crate) on_error: OnError,
+    pub(crate) preallocation: CreatePreallocation,
+    pub(crate) detect_zeroes: DetectZeroes,
+}
+
+/// What a copy came to.
+pub(crate) struct Copied {
+    pub(crate) outcome: Outcome,
+    pub(crate) bytes: u64,
+    /// How long the job took until its result was durable; `None`: it did not get that far.
+    pub(crate) took: Option<Duration>,
+    /// The job as it was at its end; `None`: it did not begin, and has written nothing.
+    pub(crate) job: Option<JobView>,
+    pub(crate) facts: Vec<Fact>,
+}
+
+impl Copied {
+    /// A copy that ended before its job.
+    pub(crate) fn refused(text: impl Into<String>) -> Self {
+        Self {
+            outcome: Outcome::failed(text),
+            bytes: 0,
+            took: None,
+            job: None,
+            facts: Vec::new(),
+        }
+    }
+
+    /// Adds what there is to tell besides.
+    pub(crate) fn tell(&mut self, key: &'static str, value: impl Into<Value>, text: String) {
+        let value = value.into();
+        self.facts.push(Fact { key, value, text });
+    }
+}
+
+/// Opens the source's node and takes its locks. Returns whether the page cache is bypassed.
+///
+/// # Errors
+/// For the user: what is in the way.
+pub(crate) async fn add_source(embedded: &Embedded, source: &Source) -> Result<bool, String> {
+    let node = NodeFile {
+        name: SOURCE,
+        path: source.path.clone(),
+        is_device: source.is_device,
+        read_only: true,
+        size_bytes: source.size_bytes(),
+        discard: Discard::Ignore,
+        detect_zeroes: DetectZeroes::Off,
+    };
+    let added = embedded.add_node(&node).await;
+    added.map_err(|error| format!("cannot use {}: {error}", shown(&source.path)))
+}
+
+/// Gives the target its length and room, and opens its node. A file is empty then. Returns whether the page cache is
+/// bypassed.
+///
+/// # Errors
+/// What the copy came to already.
+pub(crate) async fn add_target(
+    embedded: &mut Embedded,
+    options: &CopyOptions,
+    source: &Source,
+    target: &Target,
+) -> Result<bool, Copied> {
+    let cannot = |error: EngineError| {
+        Copied::refused(format!("cannot use {}: {error}", shown(&target.path)))
+    };
+    if !target.is_device {
+        if !target.is_new {
+            check_unused(embedded, target).await.map_err(cannot)?;
+        }
+        let work = WorkSpec::Create(CreateSpec::File {
+            filename: target.path.clone(),
+            size: source.length_bytes,
+            preallocation: Some(options.preallocation),
+            nocow: false,
+            extent_size_hint: None,
+        });
+        let takes_long = options.preallocation != CreatePreallocation::Off;
+        let job = embedded.run_job(CREATE, work, takes_long).await;
+        let job = job.map_err(|error| Copied::refused(error.text))?;
+        if job.error.is_some() {
+            let outcome = outcome_of(embedded, &job, source, target);
+            return Err(Copied {
+                outcome,
+                ..Copied::refused("")
+            });
+        }
+    }
+    let node = NodeFile {
+        name: TARGET,
+        path: target.path.clone(),
+        is_device: target.is_device,
+        read_only: false,
+        size_bytes: source.size_bytes(),
+        // Ranges that become zeroes may give their room back, unless it was reserved on purpose.
+        discard: match options.preallocation {
+            CreatePreallocation::Off => Discard::Unmap,
+            _ => Discard::Ignore,
+        },
+        detect_zeroes: options.detect_zeroes,
+    };
+    embedded.add_node(&node).await.map_err(cannot)
+}
+
+/// Copies the source's node to the target's. On success the target is as long as the source, and durable.
+pub(crate) async fn copy_across(
+    embedded: &mut Embedded,
+    options: &CopyOptions,
+    source: &Source,
+    target: &Target,
+) -> Copied {
+    let work = options.kind.work(options.speed, options.on_error);
+    let started = Instant::now();
+    let job = match embedded.run_job(options.kind.name(), work, true).await {
+        Ok(job) => job,
+        Err(error) => return Copied::refused(error.text),
+    };
+    let mut copied = Copied {
+        outcome: outcome_of(embedded, &job, source, target),
+        bytes: job.current_progress,
+        took: None,
+        job: Some(job),
+        facts: Vec::new(),
+    };
+    if copied.outcome == Outcome::Completed {
+        match target.finish(source.length_bytes) {
+            Ok(()) => copied.took = Some(started.elapsed()),
+            Err(text) => copied.outcome = Outcome::failed(text),
+        }
+        // A job counts in units of its own.
+        copied.bytes = source.length_bytes;
+    }
+    copied
+}
+
+/// Whether somebody else uses the target, asked before it is emptied: creating a file in use is refused only if its user
+/// shares it with no writer, while copying onto it is refused in any case.
+async fn check_unused(embedded: &Embedded, target: &Target) -> Result<(), EngineError> {
+    let node = NodeFile {
+        name: TARGET,
+        path: target.path.clone(),
+        is_device: false,
+        read_only: false,
+        size_bytes: 0,
+        discard: Discard::Ignore,
+        detect_zeroes: DetectZeroes::Off,
+    };
+    embedded.add_node(&node).await?;
+    embedded.delete_node(TARGET).await
+}
+
+/// How a job ended. Nodes are told by the names of their files.
+fn outcome_of(embedded: &Embedded, job: &JobView, source: &Source, target: &Target) -> Outcome {
+    let Some(error) = job.error.clone() else {
+        return Outcome::Completed;
+    };
+    if embedded.interrupt.is_asked() && error == CANCELED {
+        return Outcome::Cancelled;
+    }
+    let failed_at = job.failed_at.as_ref().map(|place| {
+        let is_source = place.starts_with(&format!("node '{SOURCE}"));
+        let path = if is_source {
+            &source.path
+        } else {
+            &target.path
+        };
+        format!("{}, {place}", shown(path))
+    });
+    Outcome::Failed { error, failed_at }
+}

@@ -1,0 +1,336 @@
+//! [`Embedded`]: an engine inside the command itself, whose jobs are shown while they run and cancelled by signals.
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use blockyard_engine::engine::{BackendChoice, Engine, EngineConfig, EngineHandle};
+use blockyard_engine::error::EngineError;
+use blockyard_engine::event::{Event, EventKind};
+use blockyard_engine::job::status::Status;
+use blockyard_engine::job::verb::VerbCall;
+use blockyard_engine::reply::{JobView, Reply};
+use blockyard_engine::request::{
+    CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, JobSpec, NodeRef, NodeSpec,
+    Request, VerbFamily, WorkSpec,
+};
+use clap::{Args, ValueEnum};
+use tokio::sync::{mpsc, watch};
+
+use crate::signals::Signals;
+use crate::terminal::display::{Display, Figures};
+use crate::terminal::exit::Exit;
+
+/// How often a running job is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// How the engine works.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct EngineArguments {
+    /// How files are read and written: past the page cache where the file system can (auto), only past it (none), or
+    /// through it (writeback)
+    // Past it by default: a copy is read once, and would push out what others need, then wait for all of it to be
+    // written at the end anyway.
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = Cache::Auto)]
+    pub(crate) cache: Cache,
+    /// What carries requests to the kernel; auto: io_uring where it is allowed
+    #[arg(long, alias = "backend", value_enum, value_name = "KIND", default_value_t = IoBackend::Auto)]
+    pub(crate) io_backend: IoBackend,
+}
+
+/// Whether the page cache is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Cache {
+    Auto,
+    None,
+    Writeback,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum IoBackend {
+    Auto,
+    #[value(name = "io_uring")]
+    IoUring,
+    Threads,
+}
+
+/// A file or device to open as a node.
+#[derive(Clone, Debug)]
+pub(crate) struct NodeFile {
+    pub(crate) name: &'static str,
+    pub(crate) path: PathBuf,
+    pub(crate) is_device: bool,
+    pub(crate) read_only: bool,
+    /// How much of it is used, in whole sectors.
+    pub(crate) size_bytes: u64,
+    pub(crate) discard: Discard,
+    pub(crate) detect_zeroes: DetectZeroes,
+}
+
+/// Whether a signal has asked to end. The second one ends the process at once.
+#[derive(Clone)]
+pub(crate) struct Interrupt {
+    asked: watch::Receiver<bool>,
+}
+
+impl Interrupt {
+    /// Begins to listen, on a runtime.
+    fn listen() -> std::io::Result<Self> {
+        let mut signals = Signals::new()?;
+        let (ask, asked) = watch::channel(false);
+        tokio::spawn(async move {
+            signals.next().await;
+            ask.send_replace(true);
+            signals.next().await;
+            eprintln!("blockyard: ended at once by the second signal, without cleaning up");
+            std::process::exit(i32::from(Exit::Cancelled.code()));
+        });
+        Ok(Self { asked })
+    }
+
+    /// Whether it has been asked.
+    pub(crate) fn is_asked(&self) -> bool {
+        *self.asked.borrow()
+    }
+
+    /// Ends once it has been asked.
+    async fn wait(&mut self) {
+        if self.asked.wait_for(|asked| *asked).await.is_err() {
+            // Nobody listens any more, so nobody will ask.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// A running engine, and what its jobs are shown on.
+pub(crate) struct Embedded {
+    engine: EngineHandle,
+    events: mpsc::UnboundedReceiver<Event>,
+    /// Where jobs are shown.
+    pub(crate) display: Display,
+    /// Whether to end early.
+    pub(crate) interrupt: Interrupt,
+    cache: Cache,
+}
+
+/// Runs `work` with an engine of its own, which has ended when this returns.
+///
+/// # Errors
+/// When engine, runtime or signals cannot be had; `work` has not begun then.
+pub(crate) fn with_engine<T, F: Future<Output = (T, Display)>>(
+    arguments: EngineArguments,
+    display: Display,
+    work: impl FnOnce(Embedded) -> F,
+) -> Result<(T, Display), (String, Display)> {
+    let config = EngineConfig {
+        // Source and target of a job live on one thread, and there is one job at a time.
+        data_threads: 1,
+        backend: match arguments.io_backend {
+            IoBackend::Auto => BackendChoice::Auto,
+            IoBackend::IoUring => BackendChoice::Uring,
+            IoBackend::Threads => BackendChoice::Threads,
+        },
+        ..EngineConfig::default()
+    };
+    // The worker takes the signals, also while the work computes.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build();
+    let started = runtime
+        .map_err(|error| format!("cannot start: {error}"))
+        .and_then(|runtime| {
+            let guard = runtime.enter();
+            let interrupt = Interrupt::listen().map_err(|error| format!("signals: {error}"))?;
+            drop(guard);
+            let engine = Engine::start(config).map_err(|error| error.text)?;
+            Ok((runtime, interrupt, engine))
+        });
+    let (runtime, interrupt, engine) = match started {
+        Ok(started) => started,
+        Err(text) => return Err((text, display)),
+    };
+    let handle = engine.handle();
+    let (heard, events) = mpsc::unbounded_channel();
+    handle.subscribe(Box::new(move |event| {
+        let _ = heard.send(event.clone());
+    }));
+    let embedded = Embedded {
+        engine: handle.clone(),
+        events,
+        display,
+        interrupt,
+        cache: arguments.cache,
+    };
+    let outcome = runtime.block_on(async {
+        let outcome = work(embedded).await;
+        // It says no more than that the engine has ended before.
+        let _ = handle.call(Request::Quit).await;
+        outcome
+    });
+    drop(handle);
+    engine.join();
+    Ok(outcome)
+}
+
+impl Embedded {
+    /// Opens a node and takes its image locks. Returns whether the page cache is bypassed.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn add_node(&self, file: &NodeFile) -> Result<bool, EngineError> {
+        if self.cache != Cache::Writeback {
+            match self.add_node_as(file, true).await {
+                Ok(()) => return Ok(true),
+                Err(error) if self.cache == Cache::None => return Err(error),
+                // If that was not the reason, the next attempt tells it again.
+                Err(error) => tracing::debug!(%error, "no direct I/O, the page cache is used"),
+            }
+        }
+        self.add_node_as(file, false).await.map(|()| false)
+    }
+
+    async fn add_node_as(&self, file: &NodeFile, direct: bool) -> Result<(), EngineError> {
+        let common = CommonOptions {
+            read_only: Some(file.read_only),
+            discard: Some(file.discard),
+            cache_direct: Some(direct),
+            ..CommonOptions::default()
+        };
+        let spec = FileSpec {
+            filename: file.path.clone(),
+            ..FileSpec::default()
+        };
+        let below = NodeSpec {
+            node_name: Some(format!("{}-file", file.name)),
+            common,
+            driver: if file.is_device {
+                DriverSpec::HostDevice(spec)
+            } else {
+                DriverSpec::File(spec)
+            },
+        };
+        self.call(Request::BlockdevAdd(NodeSpec {
+            node_name: Some(file.name.to_owned()),
+            common: CommonOptions {
+                detect_zeroes: Some(file.detect_zeroes),
+                ..common
+            },
+            // A window, though of the whole image, takes the image locks here and now and keeps them until the node
+            // goes: from before the target is touched until after it has been verified.
+            driver: DriverSpec::Raw {
+                file: NodeRef::Inline(Box::new(below)),
+                offset: None,
+                size: Some(file.size_bytes),
+            },
+        }))
+        .await
+        .map(drop)
+    }
+
+    /// Closes a node.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn delete_node(&self, name: &str) -> Result<(), EngineError> {
+        let node_name = name.to_owned();
+        self.call(Request::BlockdevDel { node_name })
+            .await
+            .map(drop)
+    }
+
+    /// Runs a job to its end, on the display if it is `shown`; a mirror is completed once it has converged. A signal cancels it; its end is
+    /// waited for all the same. Returns the job as it was at its end.
+    ///
+    /// # Errors
+    /// When the job is refused.
+    pub(crate) async fn run_job(
+        &mut self,
+        id: &str,
+        work: WorkSpec,
+        shown: bool,
+    ) -> Result<JobView, EngineError> {
+        // What was heard so far is about jobs that are over, perhaps of the same name.
+        while self.events.try_recv().is_ok() {}
+        self.call(Request::StartJob(JobSpec {
+            id: Some(id.to_owned()),
+            auto_finalize: true,
+            // What it came to is asked for first.
+            auto_dismiss: false,
+            work,
+        }))
+        .await?;
+        self.until_concluded(id, shown).await;
+        let view = self.job(id).await;
+        self.display.forget(id);
+        // A job that was cancelled before it began is gone already.
+        let _ = self.verb(id, VerbCall::Dismiss).await;
+        view.ok_or_else(|| EngineError::generic("Operation canceled"))
+    }
+
+    async fn until_concluded(&mut self, id: &str, shown: bool) {
+        let mut cancelled = false;
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        loop {
+            tokio::select! {
+                event = self.events.recv() => {
+                    let Some(event) = event else {
+                        return;
+                    };
+                    let status = self.heard(id, &event.kind).await;
+                    if let Some(Status::Concluded | Status::Null) = status {
+                        return;
+                    }
+                }
+                () = self.interrupt.wait(), if !cancelled => {
+                    cancelled = true;
+                    self.display.note("cancelling (once more ends at once, without cleaning up)");
+                    // It is refused when the job has just ended.
+                    let _ = self.verb(id, VerbCall::Cancel { force: true }).await;
+                }
+                _ = look.tick(), if shown => if let Some(job) = self.job(id).await {
+                    let figures = Figures {
+                        id,
+                        status: job.status.name(),
+                        current_bytes: job.current_progress,
+                        total_bytes: job.total_progress,
+                    };
+                    self.display.progress(&figures, Instant::now());
+                },
+            }
+        }
+    }
+
+    /// Acts on an event of the job; returns its new status, if it has one.
+    async fn heard(&self, id: &str, event: &EventKind) -> Option<Status> {
+        match event {
+            EventKind::JobStatusChange { id: of, status } if of == id => Some(*status),
+            EventKind::BlockJobReady(figures) if figures.id == id => {
+                // It is refused when a signal has just cancelled the job.
+                let _ = self.verb(id, VerbCall::Complete).await;
+                None
+            }
+            _ => None,
+        }
+    }
+
+    async fn verb(&self, id: &str, verb: VerbCall) -> Result<Reply, EngineError> {
+        self.call(Request::JobVerb {
+            family: VerbFamily::Job,
+            id: id.to_owned(),
+            verb,
+        })
+        .await
+    }
+
+    async fn job(&self, id: &str) -> Option<JobView> {
+        match self.call(Request::QueryJobs).await {
+            Ok(Reply::Jobs(jobs)) => jobs.into_iter().find(|job| job.id == id),
+            _ => None,
+        }
+    }
+
+    async fn call(&self, request: Request) -> Result<Reply, EngineError> {
+        self.engine.call(request).await
+    }
+}
