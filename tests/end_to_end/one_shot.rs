@@ -323,6 +323,19 @@ fn a_target_that_was_replaced_meanwhile_is_not_removed() {
         "{last}"
     );
     assert!(place.read("target") == theirs);
+
+    // Nor is it taken for the copy.
+    place.data("source", 6 * MIB);
+    let running = Running::start(&place, &["backup", "--force", "source", "target"]);
+    fs::remove_file(place.path("target")).expect("removed");
+    let theirs = place.data("target", 100);
+    let (code, last) = running.end();
+    assert_eq!(code, 1, "{last}");
+    assert_eq!(
+        last["error"], "'target' was replaced while it was written",
+        "{last}"
+    );
+    assert!(place.read("target") == theirs);
 }
 
 #[test]
@@ -483,4 +496,25 @@ fn block_devices_are_copied_both_ways() {
         &["backup", "--force", &large.path, &large.path],
         "are the same device",
     );
+}
+
+#[test]
+fn holes_overwrite_what_a_device_held() {
+    if !can_mount() {
+        return;
+    }
+    let place = Place::new();
+    let source = File::create(place.path("holes")).expect("made");
+    source.set_len(8 * MIB).expect("grown");
+    source.write_all_at(&[7; 8192], 3 * MIB).expect("written");
+    for (kind, gives_back) in [("backup", false), ("mirror", true)] {
+        fs::write(place.path("disk"), vec![0xee; 8 * MIB as usize]).expect("written");
+        let Some(device) = Loop::over(&place.path("disk")) else {
+            return;
+        };
+        place.succeed(&[kind, "--force", "--verify", "holes", &device.path]);
+        assert!(place.read("disk") == place.read("holes"), "{kind}");
+        let room = fs::metadata(place.path("disk")).expect("there").blocks() * 512;
+        assert_eq!(room < 4 * MIB, gives_back, "{kind}: {room}");
+    }
 }

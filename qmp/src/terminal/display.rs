@@ -30,7 +30,7 @@ pub struct DisplayArguments {
     /// Print progress and result as JSON, one object a line, to standard output
     #[arg(long)]
     pub json: bool,
-    /// Print errors only (and JSON, if that was asked for: then only the result)
+    /// Print errors only; a result that was asked for (--json, bench) still comes
     #[arg(long, short)]
     pub quiet: bool,
 }
@@ -182,6 +182,17 @@ impl Display {
             }
             Style::Quiet { .. } => {}
         }
+    }
+
+    /// Shows where work that is no job is now.
+    pub fn phase(&mut self, id: &str, current_bytes: u64, total_bytes: u64) {
+        let figures = Figures {
+            id,
+            status: "running",
+            current_bytes,
+            total_bytes,
+        };
+        self.progress(&figures, Instant::now());
     }
 
     /// Takes a job off the display without a word.

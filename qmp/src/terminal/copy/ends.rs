@@ -261,7 +261,7 @@ impl Target {
     /// Gives a file its length to the byte, which nodes cannot. File and name are durable when this returns.
     ///
     /// # Errors
-    /// For the user: what is in the way.
+    /// For the user: what is in the way; also when the name belongs to another file by now.
     pub(crate) fn finish(&self, length_bytes: u64) -> Result<(), String> {
         if self.is_device {
             return Ok(());
@@ -273,6 +273,13 @@ impl Target {
             self.file.sync_all()?;
             File::open(folder_of(&self.path))?.sync_all()
         };
+        let named = fs::metadata(&self.path).ok();
+        if named.is_none_or(|facts| Identity::of(&facts) != self.identity) {
+            return Err(format!(
+                "{} was replaced while it was written",
+                shown(&self.path)
+            ));
+        }
         cut().map_err(|error| format!("cannot finish {}: {}", shown(&self.path), reason(&error)))
     }
 

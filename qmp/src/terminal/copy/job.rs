@@ -58,6 +58,28 @@ impl Copied {
         let value = value.into();
         self.facts.push(Fact { key, value, text });
     }
+
+    /// Removes what this command made: a target that is no copy is worse than none. What was there before stays.
+    pub(crate) fn clean_up(&mut self, target: &Target, keep: bool) {
+        let path = shown(&target.path);
+        let changed = if target.is_device {
+            self.job.is_some()
+        } else {
+            target.has_changed()
+        };
+        let (removed, text) = if keep && target.is_new {
+            (false, format!("{path} is kept and incomplete"))
+        } else {
+            match target.remove() {
+                Ok(true) => (true, format!("{path} was removed")),
+                Ok(false) if target.is_new => (false, format!("{path} is gone")),
+                Ok(false) if !changed => (false, format!("{path} is unchanged")),
+                Ok(false) => (false, format!("{path} stays and is incomplete")),
+                Err(text) => (false, text),
+            }
+        };
+        self.tell("target-removed", removed, text);
+    }
 }
 
 /// Opens the source's node and takes its locks. Returns whether the page cache is bypassed.

@@ -19,7 +19,7 @@ use crate::terminal::copy::arguments::{CopyArguments, CopyKind, Preallocation};
 use crate::terminal::copy::ends::{Source, Target, reason, shown};
 use crate::terminal::copy::job::{Copied, CopyOptions, add_source, add_target, copy_across};
 use crate::terminal::copy::verify::{Compared, compare};
-use crate::terminal::display::{Display, Ended, Fact, Figures, Outcome};
+use crate::terminal::display::{Display, Ended, Fact, Outcome};
 use crate::terminal::embedded::{Embedded, with_engine};
 use crate::terminal::exit::Exit;
 
@@ -80,7 +80,7 @@ async fn copy(embedded: &mut Embedded, kind: CopyKind, arguments: &CopyArguments
     )
     .await;
     if copied.outcome != Outcome::Completed {
-        clean_up(&mut copied, arguments, &target);
+        copied.clean_up(&target, arguments.keep_partial);
     }
     copied
 }
@@ -138,28 +138,6 @@ fn look_at_source(arguments: &CopyArguments) -> Result<Source, String> {
     Ok(source)
 }
 
-/// A target that is no copy is worse than none, but only what was not there before is ours to remove.
-fn clean_up(copied: &mut Copied, arguments: &CopyArguments, target: &Target) {
-    let path = shown(&target.path);
-    let changed = if target.is_device {
-        copied.job.is_some()
-    } else {
-        target.has_changed()
-    };
-    let (removed, text) = if arguments.keep_partial && target.is_new {
-        (false, format!("{path} is kept and incomplete"))
-    } else {
-        match target.remove() {
-            Ok(true) => (true, format!("{path} was removed")),
-            Ok(false) if target.is_new => (false, format!("{path} is gone")),
-            Ok(false) if !changed => (false, format!("{path} is unchanged")),
-            Ok(false) => (false, format!("{path} stays and is incomplete")),
-            Err(text) => (false, text),
-        }
-    };
-    copied.tell("target-removed", removed, text);
-}
-
 /// Compares both sides; the outcome is another one if they differ.
 fn verify(embedded: &mut Embedded, source: &Source, target: &Target, copied: &mut Copied) {
     let (display, interrupt) = (&mut embedded.display, &embedded.interrupt);
@@ -168,13 +146,7 @@ fn verify(embedded: &mut Embedded, source: &Source, target: &Target, copied: &mu
         &target.file,
         source.length_bytes,
         |done_bytes| {
-            let figures = Figures {
-                id: "verify",
-                status: "running",
-                current_bytes: done_bytes,
-                total_bytes: source.length_bytes,
-            };
-            display.progress(&figures, Instant::now());
+            display.phase("verify", done_bytes, source.length_bytes);
             !interrupt.is_asked()
         },
     );
