@@ -3,8 +3,8 @@
 use std::rc::Rc;
 use std::thread::JoinHandle;
 
-pub use blockyard_ring::BackendChoice;
 pub use blockyard_ring::inherited::inherited_descriptor;
+pub use blockyard_ring::{BackendChoice, probe};
 use blockyard_storage::buffer::BufferPool;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
@@ -60,7 +60,7 @@ impl Engine {
     /// When a thread or its reactor cannot be had.
     pub fn start(config: EngineConfig) -> Result<Self, EngineError> {
         if config.backend == BackendChoice::Auto
-            && let Err(reason) = blockyard_ring::probe()
+            && let Err(reason) = probe()
         {
             tracing::warn!(%reason, "io_uring cannot be used, files are served by threads");
         }

@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::daemon;
 use crate::terminal::copy::arguments::CopyKind;
-use crate::terminal::{self, Command, copy};
+use crate::terminal::{self, Command, bench, copy};
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
@@ -30,12 +30,13 @@ pub fn main() -> ExitCode {
     // What a job meets, the other commands tell themselves.
     log_to_standard_error(match command {
         Command::Daemon { .. } => "warn",
-        Command::Backup(_) | Command::Mirror(_) => "error",
+        Command::Backup(_) | Command::Mirror(_) | Command::Bench(_) => "error",
     });
     match command {
         Command::Daemon { options } => daemon::run(&name, &["daemon".into()], options),
         Command::Backup(arguments) => copy::run(CopyKind::Backup, &arguments).into(),
         Command::Mirror(arguments) => copy::run(CopyKind::Mirror, &arguments).into(),
+        Command::Bench(arguments) => bench::run(&arguments).into(),
     }
 }
 

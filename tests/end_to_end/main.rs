@@ -1,6 +1,7 @@
 //! The built daemon, driven from outside: over sockets, by real clients, and side by side with qemu-storage-daemon.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod client;
 mod command_line;
 mod connections;

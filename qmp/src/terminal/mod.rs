@@ -1,5 +1,6 @@
 //! The commands for people and scripts: what they are asked, how they show progress, how they end.
 
+pub(crate) mod bench;
 pub(crate) mod copy;
 pub mod display;
 pub(crate) mod embedded;
@@ -11,6 +12,7 @@ use std::ffi::OsString;
 use clap::{Parser, Subcommand};
 
 use crate::daemon::options::HELP;
+use crate::terminal::bench::BenchArguments;
 use crate::terminal::copy::arguments::CopyArguments;
 use crate::terminal::exit::{Exit, after_help};
 
@@ -23,6 +25,7 @@ pub const VERSION: &str = concat!(
 const EXAMPLES: &str = "  \
   blockyard backup disk.raw backup.raw
   blockyard mirror --verify disk.raw /mnt/other/disk.raw
+  blockyard bench --directory /mnt/disk
   blockyard daemon --help";
 
 const BACKUP_EXAMPLES: &str = "  \
@@ -30,6 +33,11 @@ const BACKUP_EXAMPLES: &str = "  \
   blockyard backup --verify --speed 100M disk.raw /mnt/backup/disk.raw
   blockyard backup --force /dev/vg/snapshot backup.raw
   blockyard backup --json disk.raw backup.raw";
+
+const BENCH_EXAMPLES: &str = "  \
+  blockyard bench --directory /mnt/disk --size 4G --rounds 5
+  blockyard bench --job mirror --cache writeback
+  blockyard bench --json disk.raw /mnt/backup/scratch.raw";
 
 const MIRROR_EXAMPLES: &str = "  \
   blockyard mirror disk.raw /mnt/new/disk.raw
@@ -61,6 +69,14 @@ pub enum Command {
     /// as both sides are equal, because here nobody writes to SRC meanwhile.
     #[command(after_help = after_help(MIRROR_EXAMPLES))]
     Mirror(CopyArguments),
+    /// Measure how fast this machine copies
+    ///
+    /// Copies a file of SIZE made for it in DIR, or SRC to DST, several times, each from the start of a job until the copy is
+    /// durable, and prints time, throughput, processor time, how long requests took and memory of each, and medians (of the
+    /// slowest request and of memory, the worst). Through the page cache, SRC is likely to be in it. Where a file system lets
+    /// files share their blocks, nothing may be copied at all.
+    #[command(after_help = after_help(BENCH_EXAMPLES))]
+    Bench(BenchArguments),
     /// Serve QMP; takes the options of qemu-storage-daemon
     #[command(disable_help_flag = true, override_help = HELP)]
     Daemon {
