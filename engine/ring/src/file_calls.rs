@@ -39,7 +39,7 @@ fn call<T>(mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Failed> {
     }
 }
 
-/// Fills `bytes` from `offset`; what lies behind the end is zeroes.
+/// Fills `bytes` from `offset` and says how much of it was in the file; what lies behind the end is zeroes.
 ///
 /// # Errors
 /// What the kernel says.
@@ -48,7 +48,7 @@ pub fn read_whole(
     offset: u64,
     bytes: &mut [u8],
     alignment: u32,
-) -> Result<(), Failed> {
+) -> Result<usize, Failed> {
     let mut done = 0;
     while done < bytes.len() {
         let at = offset + done as u64;
@@ -69,7 +69,7 @@ pub fn read_whole(
         }
     }
     bytes[done..].fill(0);
-    Ok(())
+    Ok(done)
 }
 
 /// Writes all of `bytes` at `offset`.

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags, fstat, open, statx};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, fstat, open, statx,
+};
 
 /// How to open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,6 +65,8 @@ impl HostFile {
             flags |= OFlags::CREATE;
         }
         let file = open(path, flags, Mode::from_raw_mode(0o644))?;
+        // It was for opening only: where a file system cannot promise not to block, io_uring would answer EAGAIN for ever.
+        fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
         Self::from_fd(file, mode)
     }
 

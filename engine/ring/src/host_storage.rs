@@ -118,7 +118,8 @@ impl Storage for HostStorage {
                     outcome: Ok(()),
                 };
             }
-            let outcome = match &self.ring {
+            let length_before = self.length_bytes.get();
+            let (buffer, outcome) = match &self.ring {
                 Some(ring) => ring.read_whole(offset, into).await,
                 None => {
                     let file = self.file.descriptor().clone();
@@ -134,7 +135,16 @@ impl Storage for HostStorage {
                         .unwrap_or((Buffer::zeroed(0), Err(EIO)))
                 }
             };
-            finished(outcome, Operation::Read, range)
+            let length = length_before.min(self.length_bytes.get());
+            let outcome = outcome.and_then(|got| {
+                let expected = range.clamp_end(length).length();
+                if (got as u64) < expected {
+                    tracing::warn!(%range, "a file is shorter than it was when it was opened");
+                    return Err(EIO);
+                }
+                Ok(())
+            });
+            finished((buffer, outcome), Operation::Read, range)
         })
     }
 

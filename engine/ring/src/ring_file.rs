@@ -26,12 +26,12 @@ impl RingFile {
         Self { uring, file, slot }
     }
 
-    /// Fills `buffer` from `offset`; what lies behind the end is zeroes.
+    /// Fills `buffer` from `offset` and says how much of it was in the file; what lies behind the end is zeroes.
     pub(crate) async fn read_whole(
         &self,
         offset: u64,
         mut buffer: Buffer,
-    ) -> (Buffer, Result<(), Failed>) {
+    ) -> (Buffer, Result<usize, Failed>) {
         let alignment = self.file.request_alignment() as usize;
         let mut done = 0;
         while done < buffer.len() {
@@ -67,7 +67,7 @@ impl RingFile {
         if done < buffer.len() {
             buffer.as_mut_slice()[done..].fill(0);
         }
-        (buffer, Ok(()))
+        (buffer, Ok(done))
     }
 
     /// Writes all of `buffer` at `offset`.

@@ -12,9 +12,9 @@ use blockyard_storage::{Buffer, ByteRange};
 mod support;
 use support::block_on;
 
-fn reactor() -> Reactor {
+fn reactor(backend: BackendChoice) -> Reactor {
     let config = ReactorConfig {
-        backend: BackendChoice::Auto,
+        backend,
         ..ReactorConfig::new(BufferPool::new(1 << 20))
     };
     Reactor::open(config).expect("a reactor")
@@ -28,14 +28,14 @@ fn a_failed_flush_stays_with_the_file_on_every_reactor() {
         ..OpenMode::default()
     };
     let file = HostFile::open(Path::new("/dev/null"), mode).expect("opened");
-    let first = reactor();
+    let first = reactor(BackendChoice::Auto);
     let storage = first.file(file.clone(), false);
     let mut errno = 0;
     block_on(&first, async {
         errno = storage.sync().await.expect_err("no flush here").errno;
     });
     drop((storage, first));
-    let second = reactor();
+    let second = reactor(BackendChoice::Auto);
     let storage = second.file(file, false);
     block_on(&second, async {
         let written = storage.write(0, Buffer::zeroed(4096)).await;
@@ -65,6 +65,34 @@ fn a_failed_flush_that_nobody_waits_for_stays_too() {
         storage.allocation(range, 1).await.expect("mapped");
         assert!(file.failed_sync().is_some(), "whoever comes next is told");
     });
+}
+
+/// What somebody else cut off is not taken for zeroes.
+#[test]
+fn a_file_cut_short_by_others_fails_to_read() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let path = folder.path().join("image");
+    for backend in [BackendChoice::Auto, BackendChoice::Threads] {
+        std::fs::write(&path, vec![7; 64 << 10]).expect("written");
+        let file = HostFile::open(&path, OpenMode::default()).expect("opened");
+        let flags = rustix::fs::fcntl_getfl(file.descriptor()).expect("told");
+        assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
+        let reactor = reactor(backend);
+        let storage = reactor.file(file, true);
+        std::fs::File::options()
+            .write(true)
+            .open(&path)
+            .and_then(|other| other.set_len(10_000))
+            .expect("cut");
+        block_on(&reactor, async {
+            let read = storage.read(0, Buffer::zeroed(8192)).await;
+            assert_eq!(read.outcome, Ok(()));
+            let read = storage.read(8192, Buffer::zeroed(8192)).await;
+            assert_eq!(read.outcome.expect_err("cut off").errno, 5);
+            let behind = storage.read(64 << 10, Buffer::zeroed(4096)).await;
+            assert_eq!(behind.outcome, Ok(()), "behind the end there are zeroes");
+        });
+    }
 }
 
 /// A file system on a disk with sectors of 4 KiB; taken apart when dropped.

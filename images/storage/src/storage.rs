@@ -3,7 +3,8 @@
 //! Promises that hold for every implementation (and that `conformance` checks):
 //! - A transfer is whole or failed: short reads and writes, `EINTR` and `EAGAIN` are handled below this trait.
 //! - The buffer always comes back, whatever happened.
-//! - Reads behind the end deliver zeroes; writes behind the end grow the file (unless its length is fixed: `ENOSPC`).
+//! - Reads behind the end deliver zeroes (but what somebody else cut off fails with `EIO`); writes behind the end grow
+//!   the file (unless its length is fixed: `ENOSPC`).
 //! - Operations may be in flight together and end in any order; two that overlap and include a write have no defined
 //!   order between them, the caller keeps them apart.
 //! - What completed before `sync` was called is durable when it returns. After one failed `sync` the storage is
