@@ -136,7 +136,7 @@ fn what_is_not_there_yet_says_so() {
 #[test]
 fn signals_end_it_well_and_nothing_stays_behind() {
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
-        let mut daemon = Daemon::start();
+        let daemon = Daemon::start();
         let mut client = daemon.client();
         client.run(
             "blockdev-add",
@@ -154,9 +154,11 @@ fn signals_end_it_well_and_nothing_stays_behind() {
         client.wait_for("j", "aborting");
         client.wait_for("j", "null");
         client.end();
-        assert!(daemon.wait().success());
-        assert!(!daemon.socket().exists());
-        assert!(!daemon.path("pid").exists());
+        let folder = daemon.folder.path().to_owned();
+        let (socket, pid_file) = (daemon.socket(), daemon.path("pid"));
+        assert!(daemon.wait().success(), "{}", folder.display());
+        assert!(!socket.exists());
+        assert!(!pid_file.exists());
     }
 }
 

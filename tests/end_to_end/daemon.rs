@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::channel;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -12,7 +13,7 @@ use crate::tools;
 
 /// A running daemon and its folder.
 pub(crate) struct Daemon {
-    child: Option<Child>,
+    process: Process,
     /// Its folder, which is also where it runs.
     pub(crate) folder: TempDir,
 }
@@ -42,7 +43,7 @@ impl Daemon {
             .current_dir(folder.path())
             .stdin(Stdio::null());
         let daemon = Self {
-            child: Some(command.spawn().expect("the daemon starts")),
+            process: Process::start(&mut command),
             folder,
         };
         // The first reply means that everything has been set up.
@@ -67,11 +68,11 @@ impl Daemon {
 
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
-        self.child.as_ref().expect("running").id()
+        self.process.id()
     }
 
     /// Ends it over QMP; it must end well.
-    pub(crate) fn quit(mut self) {
+    pub(crate) fn quit(self) {
         let mut client = self.client();
         client.run("quit", json!({}));
         client.end();
@@ -80,8 +81,14 @@ impl Daemon {
     }
 
     /// Waits for its end.
-    pub(crate) fn wait(&mut self) -> ExitStatus {
-        wait(self.child.take().expect("running"))
+    pub(crate) fn wait(self) -> ExitStatus {
+        self.process.wait()
+    }
+
+    /// Ends it at once, as a crash would; its folder stays.
+    pub(crate) fn kill(self) -> TempDir {
+        self.process.kill();
+        self.folder
     }
 
     fn wait_for_socket(&self) {
@@ -89,24 +96,63 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            // The test failed, or does not care.
-            let _ = child.kill();
-            let _ = child.wait();
+/// A process that does not outlive its test.
+pub(crate) struct Process(Option<Child>);
+
+impl Process {
+    /// Starts it.
+    pub(crate) fn start(command: &mut Command) -> Self {
+        Self(Some(command.spawn().expect("it starts")))
+    }
+
+    /// The process itself.
+    pub(crate) fn child(&mut self) -> &mut Child {
+        self.0.as_mut().expect("running")
+    }
+
+    /// Its id.
+    pub(crate) fn id(&self) -> u32 {
+        self.0.as_ref().expect("running").id()
+    }
+
+    /// Ends it at once, as a crash would.
+    pub(crate) fn kill(mut self) {
+        let child = self.child();
+        child.kill().expect("killed");
+        child.wait().expect("ended");
+        self.0 = None;
+    }
+
+    /// Waits for its end, with the deadline of everything.
+    pub(crate) fn wait(mut self) -> ExitStatus {
+        let mut child = self.0.take().expect("running");
+        let (sender, ended) = channel();
+        let id = child.id();
+        let waiting = std::thread::spawn(move || {
+            // Nobody listens any more once the deadline has passed.
+            let _ = sender.send(child.wait());
+        });
+        match ended.recv_timeout(DEADLINE) {
+            Ok(status) => {
+                waiting.join().expect("joined");
+                status.expect("waited")
+            }
+            Err(_) => {
+                let pid = Pid::from_raw(i32::try_from(id).expect("a pid")).expect("a pid");
+                kill_process(pid, Signal::KILL).expect("killed");
+                panic!("process {id} did not end within {DEADLINE:?}")
+            }
         }
     }
 }
 
-/// Waits for the end of a process, with the deadline of everything.
-pub(crate) fn wait(mut child: Child) -> ExitStatus {
-    let (sender, ended) = channel();
-    let id = child.id();
-    std::thread::spawn(move || sender.send(child.wait()));
-    match ended.recv_timeout(DEADLINE) {
-        Ok(status) => status.expect("waited"),
-        Err(_) => panic!("process {id} did not end within {DEADLINE:?}"),
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // The test failed, or does not care.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::client::Client;
-use crate::daemon::wait;
-use crate::script::{Outcome, run};
+use crate::daemon::Process;
+use crate::script::{Ground, Outcome, run};
 use crate::tools;
 
 /// Runs a script on both daemons, each in a fresh folder that `prepare` fills, and compares.
@@ -37,17 +37,21 @@ pub(crate) fn compare(script: &str, prepare: impl Fn(&Path)) {
 fn on(mut daemon: Command, script: &str, prepare: impl Fn(&Path)) -> Outcome {
     let folder = tempfile::tempdir().expect("a folder");
     prepare(folder.path());
-    let mut child = daemon
-        .args(["--chardev", "stdio,id=c", "--monitor", "c"])
-        .current_dir(folder.path())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the daemon starts");
-    let input = child.stdout.take().expect("piped");
-    let output = child.stdin.take().expect("piped");
-    let outcome = run(script, &mut Client::over(input, output));
-    let status = wait(child);
+    let mut process = Process::start(
+        daemon
+            .args(["--chardev", "stdio,id=c", "--monitor", "c"])
+            .current_dir(folder.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped()),
+    );
+    let input = process.child().stdout.take().expect("piped");
+    let output = process.child().stdin.take().expect("piped");
+    let ground = Ground {
+        folder: folder.path(),
+        pid: process.id(),
+    };
+    let outcome = run(script, &mut Client::over(input, output), &ground);
+    let status = process.wait();
     assert!(status.success(), "{status}");
     outcome
 }

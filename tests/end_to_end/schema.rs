@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::daemon::{Daemon, wait};
+use crate::daemon::{Daemon, Process};
 use crate::tools;
 
 struct Schema(BTreeMap<String, Value>);
@@ -154,21 +154,19 @@ fn no_shape_is_at_odds_with_the_oracle() {
     if !tools::have_oracle() {
         return;
     }
-    let mut child = Command::new("qemu-storage-daemon")
-        .args(["--chardev", "stdio,id=c", "--monitor", "c"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("it starts");
-    let (input, output) = (
-        child.stdout.take().expect("piped"),
-        child.stdin.take().expect("piped"),
+    let mut process = Process::start(
+        Command::new("qemu-storage-daemon")
+            .args(["--chardev", "stdio,id=c", "--monitor", "c"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped()),
     );
+    let input = process.child().stdout.take().expect("piped");
+    let output = process.child().stdin.take().expect("piped");
     let mut oracle = Client::over(input, output);
     oracle.negotiate();
     let theirs = Schema::of(&oracle.run("query-qmp-schema", json!({})));
     oracle.run("quit", json!({}));
-    assert!(wait(child).success());
+    assert!(process.wait().success());
 
     let daemon = Daemon::start();
     let ours = Schema::of(&daemon.client().run("query-qmp-schema", json!({})));

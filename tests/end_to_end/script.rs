@@ -1,16 +1,23 @@
-//! Scripts that run on both daemons, and what is left of their transcripts when everything is normalised that may differ.
+//! Scripts that run on both daemons.
 //!
-//! A script is lines: `{...}` is a command, sent after the reply to the one before; `wait JOB STATUS` waits until that
-//! status has been reported as often as it was waited for; `#` begins a comment.
-//!
-//! Normalised: times, versions, how far an unfinished job has got, order between a reply and events that are not raised by its command, order between
-//! events of different jobs, and the pause/resume pairs that drains add.
+//! A script is lines:
+//! - `{...}` is a command, sent after the reply to the one before;
+//! - `wait JOB STATUS` waits until that status has been reported as often as it was waited for;
+//! - `$ COMMAND` runs a shell command in the daemon's folder; what it prints and its exit code are compared;
+//! - `locks FILE` looks at which bytes of the file are locked;
+//! - `signal NAME` ends the daemon, in place of the `quit` that every other script ends with;
+//! - `#` begins a comment.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::client::Client;
+use crate::normal::{Entry, by_job, reply as normal_reply, text as normal_text};
 
 /// What a script came to, for comparison.
 #[derive(Debug, PartialEq)]
@@ -21,40 +28,108 @@ pub(crate) struct Outcome {
     pub(crate) events: BTreeMap<String, Vec<String>>,
 }
 
-enum Entry {
-    /// A command was sent; separates what a client did from what a drain did.
-    Sent,
-    Event(Value),
+/// The daemon that a script runs on.
+pub(crate) struct Ground<'a> {
+    /// Its folder.
+    pub(crate) folder: &'a Path,
+    /// Its process id.
+    pub(crate) pid: u32,
 }
 
-/// Runs a script over a connection whose greeting has not been read yet. Ends with `quit`.
-pub(crate) fn run(script: &str, client: &mut Client) -> Outcome {
+/// Runs a script over a connection whose greeting has not been read yet. The daemon ends with it.
+pub(crate) fn run(script: &str, client: &mut Client, ground: &Ground<'_>) -> Outcome {
     client.negotiate();
     let mut replies = Vec::new();
     let mut log = Vec::new();
     let mut waited: BTreeMap<String, usize> = BTreeMap::new();
+    let mut signalled = false;
     for line in script.lines().map(str::trim) {
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
-        if let Some(what) = line.strip_prefix("wait ") {
+        assert!(!signalled, "{line} after the end");
+        let answer = if let Some(what) = line.strip_prefix("wait ") {
             let times = waited.entry(what.to_owned()).or_default();
             *times += 1;
             wait(client, &mut log, what, *times);
+            continue;
+        } else if let Some(command) = line.strip_prefix("$ ") {
+            shell(command, ground.folder)
+        } else if let Some(file) = line.strip_prefix("locks ") {
+            json!(locked_bytes(&ground.folder.join(file)))
+        } else if let Some(name) = line.strip_prefix("signal ") {
+            signalled = true;
+            log.push(Entry::Sent);
+            signal(name, ground.pid);
+            while let Some(message) = client.message() {
+                log.push(Entry::Event(message));
+            }
+            continue;
         } else {
             log.push(Entry::Sent);
             client.send(format!("{line}\n").as_bytes());
-            let reply = without_progress(reply(client, &mut log));
-            replies.push((line.to_owned(), reply));
-        }
+            normal_reply(reply(client, &mut log))
+        };
+        replies.push((line.to_owned(), answer));
     }
-    log.push(Entry::Sent);
-    client.send(b"{\"execute\": \"quit\"}");
-    replies.push(("quit".to_owned(), reply(client, &mut log)));
+    if !signalled {
+        log.push(Entry::Sent);
+        client.send(b"{\"execute\": \"quit\"}");
+        replies.push(("quit".to_owned(), reply(client, &mut log)));
+    }
     Outcome {
         replies,
         events: by_job(&log),
     }
+}
+
+fn shell(command: &str, folder: &Path) -> Value {
+    let output = Command::new("sh")
+        .args(["-c", &format!("exec 2>&1; {command}")])
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .output()
+        .expect("the shell runs");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    json!({"printed": normal_text(&printed), "exit code": output.status.code()})
+}
+
+/// Bytes of a file on which somebody holds an OFD lock, as the kernel lists them.
+pub(crate) fn locked_bytes(path: &Path) -> Vec<String> {
+    let inode = format!(":{}", std::fs::metadata(path).expect("a file").ino());
+    // While others lock and unlock, the list may show a line twice or not at all.
+    let mut before = listed(&inode);
+    loop {
+        let now = listed(&inode);
+        if now == before {
+            return now;
+        }
+        before = now;
+    }
+}
+
+fn listed(inode: &str) -> Vec<String> {
+    let locks = std::fs::read_to_string("/proc/locks").expect("the kernel lists locks");
+    let mut bytes: Vec<String> = locks
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|fields| fields.get(1) == Some(&"OFDLCK"))
+        .filter(|fields| fields.get(5).is_some_and(|file| file.ends_with(inode)))
+        .map(|fields| format!("{} {}-{}", fields[3], fields[6], fields[7]))
+        .collect();
+    bytes.sort();
+    bytes
+}
+
+fn signal(name: &str, pid: u32) {
+    let signal = match name {
+        "TERM" => Signal::TERM,
+        "INT" => Signal::INT,
+        "HUP" => Signal::HUP,
+        other => panic!("which signal? {other}"),
+    };
+    let pid = Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("a pid");
+    kill_process(pid, signal).expect("sent");
 }
 
 fn reply(client: &mut Client, log: &mut Vec<Entry>) -> Value {
@@ -82,82 +157,4 @@ fn wait(client: &mut Client, log: &mut Vec<Entry>, what: &str, times: usize) {
             .unwrap_or_else(|| panic!("the end instead of {what}"));
         log.push(Entry::Event(message));
     }
-}
-
-fn by_job(log: &[Entry]) -> BTreeMap<String, Vec<String>> {
-    let mut events: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    // A mark per command keeps a client's own pauses from looking like a drain's.
-    const MARK: &str = "|";
-    for entry in log {
-        match entry {
-            Entry::Sent => events
-                .values_mut()
-                .for_each(|list| list.push(MARK.to_owned())),
-            Entry::Event(event) => {
-                let data = &event["data"];
-                let job = data["id"]
-                    .as_str()
-                    .or(data["device"].as_str())
-                    .unwrap_or("");
-                let text = match event["event"].as_str() {
-                    Some("JOB_STATUS_CHANGE") => data["status"].as_str().unwrap_or("").to_owned(),
-                    _ => {
-                        let mut shown = without_progress(event.clone());
-                        if let Some(members) = shown.as_object_mut() {
-                            members.remove("timestamp");
-                        }
-                        sorted(&shown)
-                    }
-                };
-                let list = events.entry(job.to_owned()).or_default();
-                let pair = matches!(
-                    (list.last().map(String::as_str), text.as_str()),
-                    (Some("paused"), "running") | (Some("standby"), "ready")
-                );
-                if pair {
-                    list.pop();
-                } else {
-                    list.push(text);
-                }
-            }
-        }
-    }
-    for list in events.values_mut() {
-        list.retain(|text| text != MARK);
-    }
-    events
-}
-
-/// Progress is only compared as all or not all.
-fn without_progress(value: Value) -> Value {
-    match value {
-        Value::Object(mut members) => {
-            for (done, all) in [("offset", "len"), ("current-progress", "total-progress")] {
-                if let (Some(part), Some(whole)) = (members.get(done), members.get(all)) {
-                    let word = if part == whole { "all" } else { "part" };
-                    members[done] = json!(word);
-                }
-            }
-            members
-                .into_iter()
-                .map(|(key, member)| (key, without_progress(member)))
-                .collect()
-        }
-        Value::Array(elements) => elements.into_iter().map(without_progress).collect(),
-        other => other,
-    }
-}
-
-fn sorted(value: &Value) -> String {
-    fn sort(value: &Value) -> Value {
-        match value {
-            Value::Object(members) => {
-                let ordered: BTreeMap<_, _> =
-                    members.iter().map(|(k, v)| (k.clone(), sort(v))).collect();
-                json!(ordered)
-            }
-            other => other.clone(),
-        }
-    }
-    sort(value).to_string()
 }

@@ -3,19 +3,19 @@
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 
-use crate::daemon::wait;
+use crate::daemon::Process;
 use crate::tools;
 
 /// Feeds bytes to a daemon's standard input and returns all it printed, without the greeting.
 fn output(mut daemon: Command, input: &[u8]) -> String {
-    let mut child = daemon
-        .args(["--chardev", "stdio,id=c", "--monitor", "c"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the daemon starts");
-    let mut stdin = child.stdin.take().expect("piped");
-    let mut stdout = child.stdout.take().expect("piped");
+    let mut process = Process::start(
+        daemon
+            .args(["--chardev", "stdio,id=c", "--monitor", "c"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped()),
+    );
+    let mut stdin = process.child().stdin.take().expect("piped");
+    let mut stdout = process.child().stdout.take().expect("piped");
     let reading = std::thread::spawn(move || {
         let mut bytes = Vec::new();
         stdout.read_to_end(&mut bytes).map(|_| bytes)
@@ -24,7 +24,7 @@ fn output(mut daemon: Command, input: &[u8]) -> String {
     let printed = reading.join().expect("joined").expect("read");
     // Only now: what is still unread when its input ends, the oracle may drop.
     drop(stdin);
-    assert!(wait(child).success());
+    assert!(process.wait().success());
     let printed = String::from_utf8(printed).expect("ASCII");
     let (greeting, rest) = printed.split_once("\r\n").expect("a greeting");
     assert!(greeting.starts_with("{\"QMP\": "), "{greeting}");

@@ -14,7 +14,7 @@ use crate::graph::image_locks::HeldLocks;
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, NodeRecord, User};
 use crate::graph::{Graph, names, not_found};
-use crate::limits::{NODE_DEPTH_MAX, SECTOR_BYTES};
+use crate::limits::{NODE_DEPTH_MAX, NODE_LENGTH_MAX, SECTOR_BYTES};
 use crate::node::build::NodePlan;
 use crate::node::file_node::FileOptions;
 use crate::node::null_node::NullOptions;
@@ -125,6 +125,15 @@ impl Graph {
         thread: ThreadId,
     ) -> LocalFuture<'_, Result<NodeId, EngineError>> {
         Box::pin(async move {
+            let resolved = Resolved::new(spec.common, parent)?;
+            if let DriverSpec::File(file) | DriverSpec::HostDevice(file) = &spec.driver
+                && file.filename.as_os_str().is_empty()
+            {
+                return Err(EngineError::generic(format!(
+                    "The '{}' block driver requires a file name",
+                    spec.driver.name()
+                )));
+            }
             let (id, name) = {
                 let mut records = self.records.borrow_mut();
                 let id = records.new_id();
@@ -139,7 +148,7 @@ impl Graph {
                 (id, name)
             };
             let opened = self
-                .open_reserved(id, name.clone(), spec, parent, thread)
+                .open_reserved(id, name.clone(), spec, resolved, thread)
                 .await;
             self.records
                 .borrow_mut()
@@ -154,11 +163,10 @@ impl Graph {
         early_id: NodeId,
         name: String,
         spec: NodeSpec,
-        parent: Option<Resolved>,
+        resolved: Resolved,
         thread: ThreadId,
     ) -> Result<NodeId, EngineError> {
         let driver = spec.driver.name();
-        let resolved = Resolved::new(spec.common, parent)?;
         let mut record = NodeRecord {
             id: early_id,
             name,
@@ -314,10 +322,6 @@ impl Graph {
         })?;
         match (file.kind(), device) {
             (FileKind::Regular, false) | (FileKind::BlockDevice, true) => {}
-            (FileKind::Directory, false) => {
-                let text = format!("Could not open '{shown}': Is a directory");
-                return Err(EngineError::generic(text));
-            }
             (_, false) => {
                 let name = &record.name;
                 let text = format!("'file' driver requires '{shown}' to be a regular file");
@@ -402,6 +406,13 @@ fn check_window(
             window.offset_bytes
         )));
     }
+    if size.is_none() && !(length - window.offset_bytes).is_multiple_of(SECTOR_BYTES) {
+        return Err(EngineError::generic(format!(
+            "Offset ({}) cuts the containing file inside a sector of {SECTOR_BYTES} bytes; give a \
+             size too",
+            window.offset_bytes
+        )));
+    }
     if let Some(size) = size {
         let end = window.offset_bytes.checked_add(size);
         if end.is_none_or(|end| end > length) {
@@ -455,11 +466,16 @@ fn quoted(text: &str) -> String {
 fn null_options(spec: NullSpec, read_only: bool) -> Result<NullOptions, EngineError> {
     let length = u64::try_from(spec.size.unwrap_or(NULL_LENGTH_BYTES));
     let length = length.map_err(|_| EngineError::generic("size is invalid"))?;
+    let latency_ns = spec.latency_ns.unwrap_or(0);
+    if i64::try_from(latency_ns).is_err() {
+        return Err(EngineError::generic("latency-ns is invalid"));
+    }
+    let length = length.checked_next_multiple_of(SECTOR_BYTES);
+    let length = length.filter(|length| *length <= NODE_LENGTH_MAX);
+    let too_large = "Could not refresh total sector count: File too large";
     Ok(NullOptions {
-        length_bytes: length
-            .checked_next_multiple_of(SECTOR_BYTES)
-            .unwrap_or(length),
-        latency: Duration::from_nanos(spec.latency_ns.unwrap_or(0)),
+        length_bytes: length.ok_or_else(|| EngineError::generic(too_large))?,
+        latency: Duration::from_nanos(latency_ns),
         read_zeroes: spec.read_zeroes.unwrap_or(false),
         read_only,
     })

@@ -22,7 +22,7 @@ use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, Records, User};
 use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
-use crate::node::build::{NodePlan, build};
+use crate::node::build::build;
 use crate::request::{ObjectSpec, Permission};
 
 pub use jobs::JobNodes;
@@ -185,14 +185,7 @@ impl Graph {
                 "offset({size}) exceeds maximum({NODE_LENGTH_MAX})"
             )));
         }
-        if let Some(node) = self.records.borrow().node(id) {
-            if node.read_only {
-                return Err(EngineError::generic("Image is read-only"));
-            }
-            if node.fixed_size {
-                return Err(EngineError::generic("Cannot resize fixed-size raw disks"));
-            }
-        }
+        self.records.borrow().check_resizable(id)?;
         let thread = self.thread_of(id);
         let outcome = self
             .threads
@@ -207,13 +200,7 @@ impl Graph {
             .await?;
         outcome.map_err(|errno| {
             EngineError::generic(format!("Could not resize file: {}", errno_text(errno)))
-        })?;
-        if let Some(node) = self.records.borrow_mut().node_mut(id)
-            && let NodePlan::Null(options) = &mut node.plan
-        {
-            options.length_bytes = size;
-        }
-        Ok(())
+        })
     }
 
     /// Creates an object.
@@ -233,23 +220,29 @@ impl Graph {
         self.threads.add_named(&spec.id).map(|_| ())
     }
 
-    /// Deletes an object.
+    /// Deletes an object. Nodes on its thread move to the engine's own.
     ///
     /// # Errors
-    /// When it is not there or in use.
-    pub fn delete_object(&self, id: &str) -> Result<(), EngineError> {
+    /// When it is not there, or jobs run on its thread.
+    pub async fn delete_object(&self, id: &str) -> Result<(), EngineError> {
         let Some(thread) = self.threads.named(id) else {
             return Err(EngineError::generic(format!("object '{id}' not found")));
         };
-        if self
-            .records
-            .borrow()
-            .nodes
-            .iter()
-            .any(|node| node.thread == thread)
-        {
-            let text = format!("object '{id}' is in use, can not be deleted");
-            return Err(EngineError::generic(text));
+        loop {
+            let next = {
+                let records = self.records.borrow();
+                let node = records.nodes.iter().find(|node| node.thread == thread);
+                let component = node.map(|node| (node.id, records.component(node.id)));
+                component.map(|(id, nodes)| (id, records.jobs_on(&nodes).is_empty()))
+            };
+            match next {
+                None => break,
+                Some((node, true)) => self.move_component(node, self.threads.choose()).await?,
+                Some((_, false)) => {
+                    let text = format!("object '{id}' is in use, can not be deleted");
+                    return Err(EngineError::generic(text));
+                }
+            }
         }
         self.threads.remove_named(id);
         Ok(())

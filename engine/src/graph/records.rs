@@ -140,6 +140,25 @@ impl Records {
         )))
     }
 
+    /// Fails if a node, or what it stands on, has a length that cannot be changed.
+    pub(super) fn check_resizable(&self, id: NodeId) -> Result<(), EngineError> {
+        let mut next = self.node(id);
+        while let Some(node) = next {
+            let text = match &node.plan {
+                _ if node.read_only => "Image is read-only",
+                _ if node.fixed_size => "Cannot resize fixed-size raw disks",
+                NodePlan::Null(_) => "Image format driver does not support resize",
+                NodePlan::Raw { child, .. } | NodePlan::Filter { child } => {
+                    next = self.node(*child);
+                    continue;
+                }
+                NodePlan::File { .. } => return Ok(()),
+            };
+            return Err(EngineError::generic(text));
+        }
+        Ok(())
+    }
+
     /// All nodes connected with this one, oldest first: what lives on one thread together. Children are older than
     /// their parents. A job's target is not of it: bringing the two together is what [`place`](super::Graph::place) does.
     pub(super) fn component(&self, id: NodeId) -> Vec<NodeId> {
@@ -204,16 +223,16 @@ impl Records {
             self.check_node(id)?;
             let (taken, shared) = self.demands(id);
             let Some(node) = self.node(id) else { continue };
-            let (driver, read_only, window, force_share) =
-                (node.driver, node.read_only, node.windowed, node.force_share);
-            for edge in self
-                .edges
+            let (driver, window) = (node.driver, node.windowed);
+            let (nodes, edges) = (&self.nodes, &mut self.edges);
+            for edge in edges
                 .iter_mut()
                 .filter(|edge| edge.user == User::Node(id) && edge.role != TARGET_ROLE)
             {
-                (edge.taken, edge.shared) =
-                    child_permissions(driver, window, read_only, taken, shared);
-                if force_share {
+                (edge.taken, edge.shared) = child_permissions(driver, window, taken, shared);
+                // It is the child that lets everybody in.
+                let mut below = nodes.iter().filter(|node| node.id == edge.child);
+                if below.any(|node| node.force_share) {
                     edge.shared = Permissions::EVERY;
                 }
             }
@@ -233,12 +252,13 @@ impl Records {
         let Some(node) = self.node(id) else {
             return Ok(());
         };
+        // The newest users are the first to be told of.
         let users: Vec<&Edge> = self.users(id).collect();
-        for (index, one) in users.iter().enumerate() {
-            for (other_index, other) in users.iter().enumerate() {
-                let clash = one.taken.intersection(other.shared.complement());
+        for (index, unshares) in users.iter().enumerate().rev() {
+            for (other_index, takes) in users.iter().enumerate().rev() {
+                let clash = takes.taken.intersection(unshares.shared.complement());
                 if index != other_index && !clash.is_empty() {
-                    return Err(self.conflict(node, one, other, clash));
+                    return Err(self.conflict(node, takes, unshares, clash));
                 }
             }
         }
@@ -327,24 +347,9 @@ impl Records {
 fn child_permissions(
     driver: &str,
     window: bool,
-    read_only: bool,
     taken: Permissions,
     shared: Permissions,
 ) -> (Permissions, Permissions) {
-    let metadata = |taken: Permissions| {
-        let taken = taken.with(Permission::ConsistentRead);
-        let taken = if read_only {
-            taken
-        } else {
-            taken.with(Permission::Write).with(Permission::Resize)
-        };
-        (
-            taken,
-            Permissions::EVERY
-                .without(Permission::Write)
-                .without(Permission::Resize),
-        )
-    };
     match driver {
         "copy-before-write" => (
             taken.with(Permission::ConsistentRead),
@@ -352,7 +357,15 @@ fn child_permissions(
                 .without(Permission::Write)
                 .without(Permission::Resize),
         ),
-        "raw" if window => metadata(taken),
+        // Windows of one file may stand side by side, but not on ground that moves.
+        "raw" if window => (
+            if taken.has(Permission::WriteUnchanged) {
+                taken.with(Permission::Write)
+            } else {
+                taken
+            },
+            shared.without(Permission::Resize),
+        ),
         _ => (taken, shared),
     }
 }

@@ -47,11 +47,17 @@ impl Backup {
             .max(self.spec.perf.min_cluster_size)
     }
 
-    async fn copy(&self, cx: &JobContext) -> Result<(), Stop> {
+    /// The source's length in whole clusters, which is what progress counts.
+    fn counted_bytes(&self) -> u64 {
         let length = self.source.facts().length_bytes;
+        let whole = length.checked_next_multiple_of(self.cluster_bytes());
+        whole.unwrap_or(length)
+    }
+
+    async fn copy(&self, cx: &JobContext) -> Result<(), Stop> {
+        let (length, counted) = (self.source.facts().length_bytes, self.counted_bytes());
         let cluster = self.cluster_bytes();
-        let rounded = length.checked_next_multiple_of(cluster).unwrap_or(length);
-        cx.progress().set_remaining(rounded);
+        cx.progress().set_remaining(counted);
         let workers = usize::try_from(self.spec.perf.max_workers).unwrap_or(usize::MAX);
         let max_chunk = u64::try_from(self.spec.perf.max_chunk).unwrap_or(0);
         let options = CopyOptions {
@@ -72,8 +78,8 @@ impl Backup {
         Copier::new(self.source.clone(), self.target.clone(), options)
             .run(cx)
             .await?;
-        // Progress counts whole clusters, also the one that the end of the disk cuts.
-        cx.progress().done(rounded - length);
+        // Also the cluster that the end of the disk cuts.
+        cx.progress().done(counted - length);
         Ok(())
     }
 
@@ -94,8 +100,7 @@ impl Work for Backup {
     fn run<'a>(&'a mut self, cx: &'a JobContext) -> LocalFuture<'a, Result<(), Stop>> {
         Box::pin(async move {
             if self.spec.sync == SyncMode::None {
-                cx.progress()
-                    .set_remaining(self.source.facts().length_bytes);
+                cx.progress().set_remaining(self.counted_bytes());
                 return idle(cx).await;
             }
             self.copy(cx).await?;

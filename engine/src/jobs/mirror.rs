@@ -68,12 +68,17 @@ impl Mirror {
         Copier::new(self.source.clone(), self.target.clone(), options)
     }
 
+    /// Whether no write could leave the two sides unequal: where nothing can be written, none can.
+    fn actively_synced(&self, cx: &JobContext) -> bool {
+        self.source.facts().length_bytes == 0 || cx.orders().copy_mode() == CopyMode::WriteBlocking
+    }
+
     /// Waits until the client switches over or lets go.
     async fn stay_ready(&self, cx: &JobContext) -> Result<(), Stop> {
         loop {
             cx.checkpoint().await?;
             let orders = cx.orders();
-            orders.set_actively_synced(orders.copy_mode() == CopyMode::WriteBlocking);
+            orders.set_actively_synced(self.actively_synced(cx));
             if orders.complete_ordered() || orders.cancel_ordered().is_some() {
                 return Ok(());
             }
@@ -98,8 +103,7 @@ impl Work for Mirror {
                 cx.progress().set_remaining(source.length_bytes);
                 copier.run(cx).await?;
             }
-            let synced = cx.orders().copy_mode() == CopyMode::WriteBlocking;
-            cx.orders().set_actively_synced(synced);
+            cx.orders().set_actively_synced(self.actively_synced(cx));
             cx.orders().set_busy(false);
             cx.converged().await;
             self.stay_ready(cx).await?;

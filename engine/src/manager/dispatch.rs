@@ -81,7 +81,7 @@ impl Manager {
                 self.graph.set_iothread(&node_name, iothread, force).await?;
             }
             Request::ObjectAdd(spec) => self.graph.add_object(spec)?,
-            Request::ObjectDel { id } => self.graph.delete_object(&id)?,
+            Request::ObjectDel { id } => self.graph.delete_object(&id).await?,
             Request::QueryNamedBlockNodes { flat } => {
                 return Ok(Reply::Nodes(self.graph.views(flat).await));
             }

@@ -3,9 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use std::cell::Cell;
-
-use blockyard_storage::error::{EBADF, EIO, ENOSPC};
+use blockyard_storage::error::{EBADF, EINVAL, EIO, ENOSPC};
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
 
 use crate::clock::Clock;
@@ -29,7 +27,6 @@ pub struct NullOptions {
 pub struct NullNode {
     name: String,
     options: NullOptions,
-    length_bytes: Cell<u64>,
     clock: Rc<dyn Clock>,
 }
 
@@ -38,7 +35,6 @@ impl NullNode {
     pub fn new(name: String, options: NullOptions, clock: Rc<dyn Clock>) -> Self {
         Self {
             name,
-            length_bytes: Cell::new(options.length_bytes),
             options,
             clock,
         }
@@ -56,7 +52,7 @@ impl NullNode {
         let writes = operation != Operation::Read;
         let errno = if writes && self.options.read_only {
             EBADF
-        } else if range.end() > self.length_bytes.get() {
+        } else if range.end() > self.options.length_bytes {
             if writes { ENOSPC } else { EIO }
         } else {
             self.delay().await;
@@ -77,7 +73,7 @@ impl Node for NullNode {
 
     fn facts(&self) -> NodeFacts {
         NodeFacts {
-            length_bytes: self.length_bytes.get(),
+            length_bytes: self.options.length_bytes,
             request_alignment: 1,
             transfer_max_bytes: 1 << 30,
             cluster_size_bytes: None,
@@ -144,8 +140,11 @@ impl Node for NullNode {
 
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            self.length_bytes.set(length_bytes);
-            Ok(())
+            let range = ByteRange::new(0, length_bytes);
+            Err(NodeError {
+                node: self.name.clone(),
+                source: StorageError::new(Operation::Resize, range, EINVAL),
+            })
         })
     }
 }

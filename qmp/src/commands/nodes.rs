@@ -59,7 +59,7 @@ pub(super) static COMMANDS: &[Command] = &[
     })
     .unstable(),
     Command::act("object-add", &OBJECT, |a| {
-        call(Request::ObjectAdd(object_spec(a)))
+        call(Request::ObjectAdd(object_spec(a)?))
     }),
     Command::act("object-del", &OBJECT_BY_ID, |mut a| {
         call(Request::ObjectDel {
@@ -88,12 +88,35 @@ const IO_TYPES: &[(&str, BlkdebugIo)] = &[
 ];
 
 /// Reads a checked object description.
-pub fn object_spec(mut fields: Fields) -> ObjectSpec {
-    // Its tuning is that of an event loop which is not this one.
-    ObjectSpec {
+///
+/// # Errors
+/// When a number is outside what an event loop could be tuned to.
+pub fn object_spec(mut fields: Fields) -> Result<ObjectSpec, QmpError> {
+    for name in [
+        "aio-max-batch",
+        "thread-pool-min",
+        "thread-pool-max",
+        "poll-max-ns",
+        "poll-grow",
+        "poll-shrink",
+    ] {
+        if fields.int(name).is_some_and(|number| number < 0) {
+            let most = i64::MAX;
+            let text = format!("{name} value must be in range [0, {most}]");
+            return Err(QmpError::generic(text));
+        }
+    }
+    let workers_min = fields.int("thread-pool-min").unwrap_or(0);
+    let workers_max = fields.int("thread-pool-max").unwrap_or(64);
+    if workers_min > workers_max || workers_max == 0 || workers_max > i64::from(i32::MAX) {
+        let text = "bad thread-pool-min/thread-pool-max values";
+        return Err(QmpError::generic(text));
+    }
+    // Otherwise the tuning is that of an event loop which is not this one.
+    Ok(ObjectSpec {
         id: fields.required_text("id"),
         kind: ObjectKind::Iothread,
-    }
+    })
 }
 
 /// Reads a checked node description.
@@ -237,9 +260,10 @@ fn blkdebug(mut fields: Fields, depth: usize) -> Result<BlkdebugSpec, QmpError> 
 }
 
 fn length(fields: &Fields, name: &str) -> Result<Option<u64>, QmpError> {
-    fields
-        .int(name)
-        .map(u64::try_from)
-        .transpose()
-        .map_err(|_| QmpError::generic(format!("Parameter '{name}' expects a non-negative value")))
+    let Some(number) = fields.int(name) else {
+        return Ok(None);
+    };
+    let text = || format!("Value '{number}' is out of range for parameter '{name}'");
+    let length = u64::try_from(number).map_err(|_| QmpError::generic(text()))?;
+    Ok(Some(length))
 }

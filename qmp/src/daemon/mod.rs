@@ -220,7 +220,8 @@ impl Setup<'_> {
         no_help(argument)?;
         let fields =
             keyval::read(argument, Some("qom-type"), &OBJECT).map_err(|error| error.text)?;
-        self.call(Request::ObjectAdd(object_spec(fields))).await
+        let spec = object_spec(fields).map_err(|error| error.text)?;
+        self.call(Request::ObjectAdd(spec)).await
     }
 
     async fn call(&self, request: Request) -> Result<(), String> {

@@ -1,0 +1,273 @@
+//! Image locks between processes: ours and QEMU's keep each other off an image, in both directions.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{ChildStdout, Command, Stdio};
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::client::{Client, DEADLINE};
+use crate::daemon::{Daemon, Process};
+use crate::oracle::{compare, data_file, hole_file};
+use crate::script::locked_bytes;
+use crate::tools;
+
+fn files(folder: &Path) {
+    data_file(&folder.join("s.raw"), 4 << 20);
+    hole_file(&folder.join("t.raw"), 4 << 20);
+    hole_file(&folder.join("u.raw"), 4 << 20);
+}
+
+const TOOLS: &str = "
+$ qemu-io -f raw -c 'write 0 4k' s.raw | grep -v ops
+$ qemu-io -f raw -r -c 'read 0 4k' s.raw | grep -v ops
+$ qemu-img info -f raw s.raw | grep -v disk
+$ qemu-img info -f raw -U s.raw | grep -v disk
+$ qemu-io -f raw -c 'write 0 4k' t.raw | grep -v ops
+$ qemu-io -f raw -r -c 'read 0 4k' t.raw | grep -v ops
+$ qemu-img info -f raw t.raw | grep -v disk
+$ qemu-img info -f raw -U t.raw | grep -v disk
+$ qemu-img compare -f raw -F raw s.raw u.raw
+$ qemu-img create -q -f raw t.raw 4M
+$ qemu-img resize -q -f raw s.raw 4M
+locks s.raw
+locks t.raw
+";
+
+/// What QEMU's tools may do with the images of a daemon in each phase of its jobs.
+#[test]
+fn tools_meet_the_daemon() {
+    if !tools::have("qemu-io", "qemu-utils") {
+        return;
+    }
+    for (job, hold, options) in [
+        (
+            "blockdev-backup",
+            "wait j running",
+            r#", "speed": 1, "sync": "full""#,
+        ),
+        ("blockdev-backup", "wait j running", r#", "sync": "none""#),
+        ("blockdev-mirror", "wait j ready", r#", "sync": "full""#),
+        (
+            "blockdev-mirror",
+            "wait j pending",
+            r#", "sync": "full", "auto-finalize": false"#,
+        ),
+    ] {
+        let complete = if hold.contains("pending") {
+            "wait j ready\n{\"execute\": \"job-complete\", \"arguments\": {\"id\": \"j\"}}"
+        } else {
+            ""
+        };
+        let script = format!(
+            r#"
+            {{"execute": "blockdev-add", "arguments": {{"driver": "file", "node-name": "s", "filename": "s.raw"}}}}
+            {{"execute": "blockdev-add", "arguments": {{"driver": "raw", "node-name": "t", "file": {{"driver": "file", "filename": "t.raw"}}}}}}
+            {TOOLS}
+            {{"execute": "{job}", "arguments": {{"job-id": "j", "device": "s", "target": "t"{options}}}}}
+            {complete}
+            {hold}
+            {TOOLS}
+            {{"execute": "job-cancel", "arguments": {{"id": "j"}}}}
+            wait j null
+            {TOOLS}
+            "#
+        );
+        compare(&script, files);
+    }
+}
+
+#[test]
+fn locking_off_and_force_share() {
+    compare(
+        r#"
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "s", "filename": "s.raw", "read-only": true, "force-share": true}}
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "t", "filename": "t.raw", "locking": "off"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "u", "filename": "u.raw", "locking": "on"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "s2", "filename": "s.raw"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "u2", "filename": "u.raw"}}
+        {"execute": "blockdev-mirror", "arguments": {"job-id": "j", "device": "s", "target": "t", "sync": "full"}}
+        wait j ready
+        locks s.raw
+        locks t.raw
+        $ qemu-io -f raw -c 'write 0 4k' t.raw | grep -v ops
+        {"execute": "job-cancel", "arguments": {"id": "j"}}
+        wait j null
+        {"execute": "blockdev-backup", "arguments": {"job-id": "b", "device": "s", "target": "u", "sync": "full", "speed": 1}}
+        locks s.raw
+        locks u.raw
+        # Two open files of one process conflict like two processes.
+        {"execute": "blockdev-mirror", "arguments": {"job-id": "k", "device": "t", "target": "s2", "sync": "full"}}
+        {"execute": "blockdev-mirror", "arguments": {"job-id": "k", "device": "t", "target": "u2", "sync": "full"}}
+        {"execute": "blockdev-mirror", "arguments": {"job-id": "k", "device": "u2", "target": "t", "sync": "full"}}
+        wait k ready
+        locks u.raw
+        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "file", "filename": "u.raw", "size": 4194304}}}
+        wait c concluded
+        {"execute": "query-jobs"}
+        {"execute": "block_resize", "arguments": {"node-name": "s2", "size": 4096}}
+        {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "w", "file": "s2", "offset": 512}}
+        locks s.raw
+        "#,
+        files,
+    );
+}
+
+/// A qemu-io that holds an image until it is told to go.
+struct Holder {
+    process: Process,
+    lines: BufReader<ChildStdout>,
+}
+
+impl Holder {
+    /// Opens an image with these flags, and has it open once this returns.
+    fn open(folder: &Path, flags: &[&str], image: &str) -> Self {
+        let mut process = Process::start(
+            Command::new("qemu-io")
+                .args(["-f", "raw"])
+                .args(flags)
+                .arg(image)
+                .current_dir(folder)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped()),
+        );
+        let lines = BufReader::new(process.child().stdout.take().expect("piped"));
+        let mut holder = Self { process, lines };
+        // It answers only once the image is open.
+        holder.say("length\n");
+        let mut line = String::new();
+        while !line.contains("MiB") {
+            line.clear();
+            assert!(
+                holder.lines.read_line(&mut line).expect("read") > 0,
+                "it has left"
+            );
+        }
+        holder
+    }
+
+    fn say(&mut self, text: &str) {
+        let input = self.process.child().stdin.as_mut().expect("piped");
+        input.write_all(text.as_bytes()).expect("sent");
+        input.flush().expect("sent");
+    }
+
+    fn leave(mut self) {
+        self.say("quit\n");
+        assert!(self.process.wait().success());
+    }
+}
+
+fn add(client: &mut Client, name: &str) {
+    let filename = format!("{name}.raw");
+    let node = json!({"driver": "file", "node-name": name, "filename": filename});
+    client.run("blockdev-add", node);
+}
+
+/// They hold, we want: refused in QEMU's words and with the holder's process, and possible once it has gone.
+#[test]
+fn the_daemon_meets_tools() {
+    if !tools::have("qemu-io", "qemu-utils") {
+        return;
+    }
+    let daemon = Daemon::start();
+    files(daemon.folder.path());
+    let mut client = daemon.client();
+    for name in ["s", "t", "u"] {
+        add(&mut client, name);
+    }
+    let job = |name: &str, source: &str, target: &str| json!({"job-id": name, "device": source, "target": target, "sync": "full"});
+
+    // A tool that writes shares everything, so a backup may go beside it; what needs it to keep off may not.
+    let writer = Holder::open(daemon.folder.path(), &[], "t.raw");
+    let by = format!(" (held by process {})", writer.process.id());
+    client.run("blockdev-backup", job("j1", "s", "t"));
+    client.wait_for("j1", "null");
+    assert_eq!(
+        client.refusal("blockdev-mirror", job("refused", "s", "t")),
+        format!("Failed to get shared \"consistent read\" lock{by}")
+    );
+    assert_eq!(
+        client.refusal("blockdev-backup", job("refused", "t", "u")),
+        format!("Could not create node: Failed to get shared \"write\" lock{by}")
+    );
+    assert_eq!(client.run("query-jobs", json!({})), json!([]));
+    writer.leave();
+    client.run("blockdev-backup", job("j2", "t", "u"));
+    client.wait_for("j2", "null");
+
+    let reader = Holder::open(daemon.folder.path(), &["-r"], "t.raw");
+    let by = format!(" (held by process {})", reader.process.id());
+    assert_eq!(
+        client.refusal("blockdev-mirror", job("refused", "s", "t")),
+        format!("Failed to get shared \"consistent read\" lock{by}")
+    );
+    client.run("blockdev-backup", job("j3", "t", "u"));
+    client.wait_for("j3", "null");
+    reader.leave();
+
+    let careless = Holder::open(daemon.folder.path(), &["-r", "-U"], "t.raw");
+    client.run("blockdev-backup", job("j4", "s", "t"));
+    client.wait_for("j4", "null");
+    careless.leave();
+    assert_eq!(locked_bytes(&daemon.path("t.raw")), Vec::<String>::new());
+    daemon.quit();
+}
+
+/// Two daemons of ours on the same files; the one that is killed leaves nothing behind.
+#[test]
+fn two_daemons_and_one_that_is_killed() {
+    let first = Daemon::start();
+    files(first.folder.path());
+    let mut holder = first.client();
+    for name in ["s", "t"] {
+        add(&mut holder, name);
+    }
+    let second = Daemon::start();
+    let mut other = second.client();
+    for name in ["s", "t", "u"] {
+        let path = first.path(&format!("{name}.raw"));
+        other.run(
+            "blockdev-add",
+            json!({"driver": "file", "node-name": name, "filename": path}),
+        );
+    }
+    let job = |name: &str, source: &str, target: &str| json!({"job-id": name, "device": source, "target": target, "sync": "full", "auto-finalize": false});
+    holder.run("blockdev-backup", job("held", "s", "t"));
+    holder.wait_for("held", "pending");
+    let by = format!(" (held by process {})", first.pid());
+    assert_eq!(
+        other.refusal("blockdev-mirror", job("j", "u", "s")),
+        format!("Failed to get \"write\" lock{by}")
+    );
+    // A backup's target may be read, but not by somebody who wants it to stay as it is.
+    assert_eq!(
+        other.refusal("blockdev-backup", job("j", "t", "u")),
+        format!("Could not create node: Failed to get shared \"write\" lock{by}")
+    );
+    // One source may have many readers.
+    other.run("blockdev-backup", job("beside", "s", "u"));
+    other.wait_for("beside", "pending");
+    other.run("job-finalize", json!({"id": "beside"}));
+    other.wait_for("beside", "null");
+    let folder = first.kill();
+    // The kernel takes a killed process's ring apart, and with it the open files, a moment after the process has ended.
+    let started = Instant::now();
+    let mirror = job("j", "u", "t");
+    while other
+        .command("blockdev-mirror", mirror.clone())
+        .get("error")
+        .is_some()
+    {
+        assert!(
+            started.elapsed() < DEADLINE,
+            "the locks of a killed daemon stay"
+        );
+    }
+    assert!(locked_bytes(&folder.path().join("s.raw")).is_empty());
+    other.wait_for("j", "ready");
+    other.run("job-cancel", json!({"id": "j"}));
+    other.wait_for("j", "null");
+    second.quit();
+}
