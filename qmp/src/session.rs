@@ -170,11 +170,12 @@ impl Session {
             let text = format!("The command {command} does not support OOB");
             return Err(QmpError::generic(text));
         }
+        let action = commands::read(&command, execute.arguments)?;
         if self.negotiated && negotiates {
             let text = "Capabilities negotiation is already complete, command ignored";
             return Err(QmpError::command_not_found(text));
         }
-        commands::read(&command, execute.arguments)
+        Ok(action)
     }
 }
 
@@ -184,7 +185,7 @@ impl Message {
         matches!(&self.content, Ok(execute) if execute.out_of_band)
     }
 
-    /// Whether nothing behind it will be read.
+    /// Whether nothing behind it will be read, if it is carried out.
     pub fn is_quit(&self) -> bool {
         matches!(&self.content, Ok(execute) if execute.command == "quit")
     }

@@ -10,6 +10,7 @@ mod flows;
 mod one_shot;
 mod lifetimes;
 mod locks;
+mod mutations;
 mod nodes;
 mod normal;
 mod oracle;

@@ -46,7 +46,9 @@ fn on(mut daemon: Command, script: &str, prepare: impl Fn(&Path)) -> Outcome {
     );
     let input = process.child().stdout.take().expect("piped");
     let output = process.child().stdin.take().expect("piped");
+    let program = daemon.get_program().to_string_lossy().into_owned();
     let ground = Ground {
+        program: &program,
         folder: folder.path(),
         pid: process.id(),
     };

@@ -30,10 +30,26 @@ pub(crate) struct Outcome {
 
 /// The daemon that a script runs on.
 pub(crate) struct Ground<'a> {
+    /// What it is.
+    pub(crate) program: &'a str,
     /// Its folder.
     pub(crate) folder: &'a Path,
     /// Its process id.
     pub(crate) pid: u32,
+}
+
+/// Says where a script was when its test fails.
+struct Place<'a> {
+    line: &'a str,
+    ground: &'a Ground<'a>,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{} failed at: {}", self.ground.program, self.line);
+        }
+    }
 }
 
 /// Runs a script over a connection whose greeting has not been read yet. The daemon ends with it.
@@ -48,6 +64,7 @@ pub(crate) fn run(script: &str, client: &mut Client, ground: &Ground<'_>) -> Out
             continue;
         }
         assert!(!signalled, "{line} after the end");
+        let _place = Place { line, ground };
         let answer = if let Some(what) = line.strip_prefix("wait ") {
             let times = waited.entry(what.to_owned()).or_default();
             *times += 1;

@@ -56,6 +56,7 @@ fn negotiation() {
     same(
         br#"{"execute":"query-jobs"}
         {"execute":"nosuch","id":1}
+        {"execute":"quit"}
         {"execute":"qmp_capabilities","arguments":{"enable":["nope"]}}
         {"execute":"qmp_capabilities","arguments":{"enable":"oob"}}
         {"exec-oob":"qmp_capabilities"}
@@ -80,6 +81,8 @@ fn out_of_band() {
         br#"{"execute":"query-jobs","exec-oob":"query-jobs","id":4}"#,
         br#"{"execute":"query-jobs","id":1}"#,
         br#"{"exec-oob":5,"id":1}"#,
+        br#"{"exec-oob":"quit","id":1}"#,
+        br#"{"execute":"quit","arguments":{"x":1}}{"execute":"query-jobs","id":1}"#,
     ] {
         let mut input =
             br#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#.to_vec();

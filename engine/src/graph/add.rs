@@ -134,6 +134,14 @@ impl Graph {
                     spec.driver.name()
                 )));
             }
+            // What is below comes before the name.
+            if let DriverSpec::Raw {
+                file: NodeRef::Name(child),
+                ..
+            } = &spec.driver
+            {
+                self.look_up(child)?;
+            }
             let (id, name) = {
                 let mut records = self.records.borrow_mut();
                 let id = records.new_id();

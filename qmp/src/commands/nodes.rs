@@ -122,8 +122,12 @@ pub fn object_spec(mut fields: Fields) -> Result<ObjectSpec, QmpError> {
 /// Reads a checked node description.
 ///
 /// # Errors
-/// When definitions are nested too deep, or a number is outside what the driver can take.
+/// When the node has no name, definitions are nested too deep, or a number is outside what the driver can take.
 pub fn node_spec(fields: Fields) -> Result<NodeSpec, QmpError> {
+    if !fields.has("node-name") {
+        let text = "'node-name' must be specified for the root node";
+        return Err(QmpError::generic(text));
+    }
     nested_spec(fields, 1)
 }
 

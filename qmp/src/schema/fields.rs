@@ -14,6 +14,11 @@ impl Fields {
         Self { members }
     }
 
+    /// Whether a member is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.members.contains_key(name)
+    }
+
     /// A string.
     pub fn text(&mut self, name: &str) -> Option<String> {
         match self.members.remove(name) {

@@ -6,7 +6,7 @@ use blockyard_engine::engine::EngineHandle;
 use blockyard_engine::request::Request;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::QmpError;
 use crate::replies;
@@ -48,6 +48,9 @@ impl Service {
 pub type Input = Box<dyn AsyncRead + Send + Unpin>;
 /// Where a client's bytes go.
 pub type Output = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// A command whose turn will come, and who waits for its end: told whether it was the last one.
+type Turn = (Message, Option<oneshot::Sender<bool>>);
 
 /// Serves one client until it leaves, is cut off, or the daemon ends; its queue has been written by then.
 ///
@@ -98,7 +101,7 @@ impl Connection {
     }
 
     /// Reads messages until the client leaves or the daemon ends.
-    async fn read(self, mut input: Input, turns: mpsc::Sender<Message>) {
+    async fn read(self, mut input: Input, turns: mpsc::Sender<Turn>) {
         let mut reader = Reader::default();
         let mut buffer = vec![0; READ_BYTES];
         loop {
@@ -121,8 +124,7 @@ impl Connection {
                     return;
                 }
                 let message = self.session().receive(value);
-                let last = message.is_quit();
-                if !self.pass_on(message, &turns).await || last {
+                if !self.pass_on(message, &turns).await {
                     return;
                 }
             }
@@ -132,7 +134,7 @@ impl Connection {
 
     /// Answers a message that overtakes, queues any other if the client lets us read ahead, and carries it out here and
     /// now if not; `false`: there is no use in reading on.
-    async fn pass_on(&self, message: Message, turns: &mpsc::Sender<Message>) -> bool {
+    async fn pass_on(&self, message: Message, turns: &mpsc::Sender<Turn>) -> bool {
         if message.overtakes() {
             let step = self.session().take(message);
             if let Step::Reply(reply) = step {
@@ -140,17 +142,27 @@ impl Connection {
             }
             return true;
         }
-        let reads_ahead = self.session().reads_ahead();
-        if reads_ahead {
-            return turns.send(message).await.is_ok();
+        let (reads_ahead, quits) = (self.session().reads_ahead(), message.is_quit());
+        if !reads_ahead {
+            return !self.take(message).await;
         }
-        !self.take(message).await
+        if !quits {
+            return turns.send((message, None)).await.is_ok();
+        }
+        // Nothing behind `quit` is read, but one that was refused is a command like any other.
+        let (done, last) = oneshot::channel();
+        turns.send((message, Some(done))).await.is_ok() && matches!(last.await, Ok(false))
     }
 
     /// Carries queued commands out, one at a time.
-    async fn run(self, mut queue: mpsc::Receiver<Message>) {
-        while let Some(message) = queue.recv().await {
-            if self.take(message).await {
+    async fn run(self, mut queue: mpsc::Receiver<Turn>) {
+        while let Some((message, done)) = queue.recv().await {
+            let last = self.take(message).await;
+            if let Some(done) = done {
+                // The reader may have left.
+                let _ = done.send(last);
+            }
+            if last {
                 return;
             }
         }
