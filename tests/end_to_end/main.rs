@@ -15,6 +15,7 @@ mod nodes;
 mod normal;
 mod oracle;
 mod place;
+mod python_client;
 mod schema;
 mod script;
 mod tools;

@@ -36,7 +36,25 @@ pub(crate) fn have_oracle() -> bool {
     }
 }
 
-fn missing(what: &str) {
+/// A Python that can import `qemu.qmp`; `None`: the test has to return. `tests/run` makes one and names it here.
+pub(crate) fn python_with_qmp() -> Option<PathBuf> {
+    const VARIABLE: &str = "BLOCKYARD_TEST_PYTHON";
+    let python = std::env::var_os(VARIABLE).map_or_else(|| PathBuf::from("python3"), PathBuf::from);
+    let found = Command::new(&python)
+        .args(["-c", "import qemu.qmp"])
+        .output();
+    if found.is_ok_and(|output| output.status.success()) {
+        return Some(python);
+    }
+    missing(&format!(
+        "Python's package qemu.qmp is missing: run ./tests/run, or install it with pip (package \
+         python3-venv) and set {VARIABLE}"
+    ));
+    None
+}
+
+/// Says aloud that a test is skipped; with CI=true that is a failure.
+pub(crate) fn missing(what: &str) {
     assert!(std::env::var("CI").as_deref() != Ok("true"), "{what}");
     eprintln!("SKIPPED: {what}");
 }
