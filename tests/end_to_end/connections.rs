@@ -185,23 +185,9 @@ fn who_does_not_read_is_not_read_and_holds_nobody_up() {
         answered * reply_bytes < 4 * UNREAD_BYTES_MAX,
         "{taken_bytes} bytes were taken"
     );
-    assert!(resident_bytes(daemon.pid()) < 128 << 20);
+    assert!(daemon.resident_bytes() < 128 << 20);
     drop(deaf);
     daemon.quit();
-}
-
-fn resident_bytes(pid: u32) -> usize {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))
-        .expect("a size");
-    let kilobytes: usize = line
-        .trim()
-        .trim_end_matches(" kB")
-        .parse()
-        .expect("a number");
-    kilobytes << 10
 }
 
 #[test]

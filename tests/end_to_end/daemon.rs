@@ -1,5 +1,6 @@
 //! Daemons under test: started in a folder of their own, ended with the test.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::channel;
@@ -31,6 +32,17 @@ impl Daemon {
 
     /// The same in a folder that is there already.
     pub(crate) fn start_in(folder: TempDir, options: &[&str]) -> Self {
+        Self::launch(folder, options, Stdio::inherit())
+    }
+
+    /// Starts ours with what it logs in the file `log` of its folder.
+    pub(crate) fn start_logging() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log = File::create(folder.path().join("log")).expect("created");
+        Self::launch(folder, &[], log.into())
+    }
+
+    fn launch(folder: TempDir, options: &[&str], log: Stdio) -> Self {
         let mut command = Command::new(tools::blockyard());
         command
             .arg("daemon")
@@ -41,7 +53,8 @@ impl Daemon {
             ])
             .args(["--monitor", "qmp", "--pidfile", "pid"])
             .current_dir(folder.path())
-            .stdin(Stdio::null());
+            .stdin(Stdio::null())
+            .stderr(log);
         let daemon = Self {
             process: Process::start(&mut command),
             folder,
@@ -78,6 +91,27 @@ impl Daemon {
         client.end();
         let status = self.wait();
         assert!(status.success(), "{status}");
+    }
+
+    /// What its descriptors stand for, as the kernel names it.
+    pub(crate) fn descriptors(&self) -> Vec<String> {
+        let folder = format!("/proc/{}/fd", self.pid());
+        let entries = std::fs::read_dir(folder).expect("it runs").flatten();
+        entries
+            .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+            .map(|target| target.display().to_string())
+            .collect()
+    }
+
+    /// Bytes of memory in use.
+    pub(crate) fn resident_bytes(&self) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        let status = status.expect("it runs");
+        let mut lines = status.lines();
+        let line = lines.find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = line.expect("a size").trim().trim_end_matches(" kB");
+        let kilobytes: usize = line.parse().expect("a number");
+        kilobytes << 10
     }
 
     /// Waits for its end.

@@ -56,7 +56,7 @@ fn backup_that_waits_for_finalize_and_dismiss() {
 }
 
 #[test]
-fn pause_resume_and_cancel_of_a_paused_job() {
+pub(crate) fn pause_resume_and_cancel_of_a_paused_job() {
     on_null_nodes(
         r#"
         {"execute": "blockdev-backup", "arguments": {"job-id": "j", "device": "s", "target": "t", "sync": "full", "speed": 65536, "auto-dismiss": false}}
@@ -80,7 +80,7 @@ fn pause_resume_and_cancel_of_a_paused_job() {
 }
 
 #[test]
-fn mirror_to_ready_change_and_complete() {
+pub(crate) fn mirror_to_ready_change_and_complete() {
     on_null_nodes(
         r#"
         {"execute": "blockdev-mirror", "arguments": {"job-id": "m", "device": "s", "target": "t", "sync": "full", "auto-finalize": false}}
@@ -220,7 +220,7 @@ fn verbs_on_nothing_and_arguments_that_do_not_fit() {
 }
 
 #[test]
-fn created_files() {
+pub(crate) fn created_files() {
     compare(
         r#"
         {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "file", "filename": "new.raw", "size": 65536}}}
@@ -253,7 +253,7 @@ fn two_files(folder: &Path) {
 }
 
 #[test]
-fn nodes_on_files() {
+pub(crate) fn nodes_on_files() {
     compare(
         r##"
         {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "s", "file": {"driver": "file", "node-name": "sf", "filename": "s.raw"}}}
@@ -292,7 +292,7 @@ fn nodes_on_files() {
 }
 
 #[test]
-fn nodes_in_use_by_a_job() {
+pub(crate) fn nodes_in_use_by_a_job() {
     compare(
         r#"
         {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "s", "filename": "s.raw"}}
@@ -316,7 +316,7 @@ fn nodes_in_use_by_a_job() {
 }
 
 #[test]
-fn objects() {
+pub(crate) fn objects() {
     compare(
         r#"
         {"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "io0"}}

@@ -48,7 +48,7 @@ fn jobs_in_every_status() -> String {
 }
 
 #[test]
-fn the_daemon_quits() {
+pub(crate) fn the_daemon_quits() {
     compare(&jobs_in_every_status(), |_| {});
 }
 
@@ -84,7 +84,7 @@ fn odd_sizes(folder: &Path) {
 }
 
 #[test]
-fn progress_counts_the_same() {
+pub(crate) fn progress_counts_the_same() {
     let mut script = String::new();
     for name in ["even", "odd", "bytes", "empty", "sparse"] {
         for (target, options) in [("plain", ""), ("unmap", r#", "discard": "unmap""#)] {

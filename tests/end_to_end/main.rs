@@ -21,3 +21,4 @@ mod script;
 mod tools;
 mod verbs;
 mod wire;
+mod without_ring;

@@ -111,7 +111,7 @@ fn the_raw_driver() {
 }
 
 #[test]
-fn lengths_change() {
+pub(crate) fn lengths_change() {
     compare(
         r##"
         {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "r", "file": {"driver": "file", "node-name": "f", "filename": "s.raw"}}}
@@ -213,7 +213,7 @@ fn nodes_that_jobs_hold() {
 
 /// Nodes stay held until the job is dismissed, not only until it has concluded.
 #[test]
-fn nodes_of_a_concluded_job() {
+pub(crate) fn nodes_of_a_concluded_job() {
     for (job, end) in [
         ("blockdev-backup", ""),
         (
@@ -255,7 +255,7 @@ fn nodes_of_a_concluded_job() {
 }
 
 #[test]
-fn what_a_mirror_pivots() {
+pub(crate) fn what_a_mirror_pivots() {
     compare(
         r##"
         {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "s", "filename": "s.raw"}}

@@ -8,7 +8,7 @@ use crate::oracle::{data_file, hole_file};
 use crate::tools;
 
 #[test]
-fn a_management_tool_in_python() {
+pub(crate) fn a_management_tool_in_python() {
     let Some(python) = tools::python_with_qmp() else {
         return;
     };
