@@ -8,6 +8,7 @@ mod connections;
 mod daemon;
 mod flows;
 mod one_shot;
+mod host_device;
 mod lifetimes;
 mod locks;
 mod mutations;

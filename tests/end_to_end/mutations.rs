@@ -46,7 +46,7 @@ impl Schema {
     }
 
     /// A value that fits, as small as possible, for the branch `tag` of a union.
-    fn fitting(&self, kind: &Value, name: &str, tag: Option<&str>, depth: usize) -> Value {
+    fn fitting(&self, kind: &Value, name: &str, tag: Option<&str>) -> Value {
         let entry = self.entry(kind);
         match entry["meta-type"].as_str().expect("a kind") {
             "builtin" => match entry["json-type"].as_str().expect("a type") {
@@ -67,7 +67,7 @@ impl Schema {
                     let value = match tag {
                         Some(tag) if is_tag => json!(tag),
                         _ if member.get("default").is_some() => continue,
-                        _ => self.fitting(&member["type"], name, None, depth + 1),
+                        _ => self.fitting(&member["type"], name, None),
                     };
                     object.insert(name.to_owned(), value);
                 }
@@ -106,7 +106,7 @@ impl Schema {
 
     /// Objects that do not fit, each in one place.
     fn mutations(&self, object: &Value, tag: Option<&str>, depth: usize) -> Vec<Value> {
-        let good = self.fitting(&object["name"], "", tag, depth);
+        let good = self.fitting(&object["name"], "", tag);
         let mut all = Vec::new();
         let mut surplus = good.clone();
         surplus["surplus"] = json!(1);

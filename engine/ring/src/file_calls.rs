@@ -330,3 +330,20 @@ pub fn share(file: &OwnedFd, source: &OwnedFd, from: u64, to: ByteRange) -> Resu
         None => Err(EIO),
     }
 }
+
+/// Whether a block device refuses writes although it may be opened for them.
+///
+/// # Errors
+/// What ioctl(2) says.
+pub(crate) fn is_write_protected(file: &OwnedFd) -> std::io::Result<bool> {
+    /// `BLKROGET` of linux/fs.h: `_IO(0x12, 94)`.
+    const BLKROGET: libc::Ioctl = 0x125e;
+    let mut flag: libc::c_int = 0;
+    // SAFETY: BLKROGET stores one int, and `flag` is one that nothing else refers to during the call.
+    let outcome = unsafe { libc::ioctl(file.as_raw_fd(), BLKROGET, &raw mut flag) };
+    if outcome == -1 {
+        Err(std::io::Error::last_os_error())
+    } else {
+        Ok(flag != 0)
+    }
+}

@@ -10,6 +10,8 @@ use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, fstat, open, statx,
 };
 
+use crate::file_calls::is_write_protected;
+
 /// How to open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpenMode {
@@ -132,6 +134,14 @@ impl HostFile {
     /// Open for writing.
     pub fn is_writable(&self) -> bool {
         self.write
+    }
+
+    /// A block device that refuses writes, however it was opened.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn is_write_protected(&self) -> io::Result<bool> {
+        Ok(self.kind == FileKind::BlockDevice && is_write_protected(&self.file)?)
     }
 
     /// Transfers must be multiples of this.

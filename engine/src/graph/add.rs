@@ -344,6 +344,13 @@ impl Graph {
                 return Err(EngineError::generic(text));
             }
         }
+        if !record.read_only && file.is_write_protected().unwrap_or(false) {
+            if !resolved.auto_read_only {
+                let text = "The device is not writable: Permission denied";
+                return Err(EngineError::generic(text));
+            }
+            record.read_only = true;
+        }
         let locks = spec.locking != Some(OnOffAuto::Off);
         record.locked = locks.then(|| (file.clone(), HeldLocks::default()));
         record.filename = shown;

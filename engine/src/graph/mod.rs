@@ -19,7 +19,7 @@ use blockyard_storage::error::errno_text;
 use crate::data::{NodeId, ThreadId, ThreadSet};
 use crate::error::EngineError;
 use crate::graph::permissions::Permissions;
-use crate::graph::records::{Edge, Records, User};
+use crate::graph::records::{Edge, Records, Resizing, User};
 use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
 use crate::node::build::build;
@@ -185,7 +185,17 @@ impl Graph {
                 "offset({size}) exceeds maximum({NODE_LENGTH_MAX})"
             )));
         }
-        self.records.borrow().check_resizable(id)?;
+        let resizing = self.records.borrow().resizing(id, size)?;
+        if let Resizing::Device {
+            device,
+            needed_bytes,
+        } = resizing
+        {
+            if self.facts(device).await?.length_bytes < needed_bytes {
+                return Err(EngineError::generic("Cannot grow device files"));
+            }
+            return Ok(());
+        }
         let thread = self.thread_of(id);
         let outcome = self
             .threads

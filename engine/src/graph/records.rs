@@ -1,6 +1,6 @@
 //! What the graph knows: nodes, edges, who blocks what. Plain data and the questions one can ask of it.
 
-use blockyard_ring::HostFile;
+use blockyard_ring::{FileKind, HostFile};
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
@@ -47,6 +47,14 @@ pub(super) enum User {
     Backend(JobKey),
     /// A command, while it runs.
     Command,
+}
+
+/// What a new length comes to.
+pub(super) enum Resizing {
+    /// A file gets another length.
+    File,
+    /// A device has the length it has: enough or not.
+    Device { device: NodeId, needed_bytes: u64 },
 }
 
 /// One use of a node.
@@ -140,23 +148,37 @@ impl Records {
         )))
     }
 
-    /// Fails if a node, or what it stands on, has a length that cannot be changed.
-    pub(super) fn check_resizable(&self, id: NodeId) -> Result<(), EngineError> {
-        let mut next = self.node(id);
+    /// What a new length of a node comes to.
+    ///
+    /// # Errors
+    /// In QEMU's words, if the node or what it stands on has a length that cannot be changed.
+    pub(super) fn resizing(&self, id: NodeId, size: u64) -> Result<Resizing, EngineError> {
+        let (mut next, mut size) = (self.node(id), size);
         while let Some(node) = next {
             let text = match &node.plan {
                 _ if node.read_only => "Image is read-only",
                 _ if node.fixed_size => "Cannot resize fixed-size raw disks",
                 NodePlan::Null(_) => "Image format driver does not support resize",
-                NodePlan::Raw { child, .. } | NodePlan::Filter { child } => {
+                NodePlan::Raw { child, window, .. } => {
+                    size = size.saturating_add(window.offset_bytes);
                     next = self.node(*child);
                     continue;
                 }
-                NodePlan::File { .. } => return Ok(()),
+                NodePlan::Filter { child } => {
+                    next = self.node(*child);
+                    continue;
+                }
+                NodePlan::File { file, .. } if file.kind() == FileKind::BlockDevice => {
+                    return Ok(Resizing::Device {
+                        device: node.id,
+                        needed_bytes: size,
+                    });
+                }
+                NodePlan::File { .. } => return Ok(Resizing::File),
             };
             return Err(EngineError::generic(text));
         }
-        Ok(())
+        Ok(Resizing::File)
     }
 
     /// All nodes connected with this one, oldest first: what lives on one thread together. Children are older than
