@@ -76,8 +76,11 @@ pub fn parts(text: &str) -> Vec<String> {
 
 fn insert(members: &mut Map<String, Value>, key: &str, value: String) -> Result<(), QmpError> {
     let steps: Vec<&str> = key.split('.').collect();
-    let bad = |step: &&str| step.is_empty() || step.len() > KEY_BYTES_MAX;
-    if steps.iter().any(bad) || steps.len() > DEPTH_MAX {
+    let bad = |(place, step): (usize, &&str)| {
+        let is_index = place > 0 && step.bytes().all(|byte| byte.is_ascii_digit());
+        step.is_empty() || step.len() > KEY_BYTES_MAX || !(is_index || is_name(step))
+    };
+    if steps.iter().enumerate().any(bad) || steps.len() > DEPTH_MAX {
         return Err(QmpError::generic(format!("Invalid parameter '{key}'")));
     }
     let Some((last, above)) = steps.split_last() else {
@@ -105,6 +108,14 @@ fn insert(members: &mut Map<String, Value>, key: &str, value: String) -> Result<
             Ok(())
         }
     }
+}
+
+/// Whether a text is a letter followed by letters, digits, `-` and `_`.
+fn is_name(text: &str) -> bool {
+    text.starts_with(|first: char| first.is_ascii_alphabetic())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
 /// Turns objects whose keys are all numbers into lists.

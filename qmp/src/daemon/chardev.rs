@@ -105,6 +105,24 @@ const SOCKET_PARAMETERS: &[&str] = &[
     "signal",
 ];
 
+/// Parameters that are switches, whether or not they mean something here.
+const SWITCHES: &[&str] = &[
+    "signal",
+    "logappend",
+    "mux",
+    "ipv4",
+    "ipv6",
+    "nodelay",
+    "delay",
+    "server",
+    "wait",
+    "telnet",
+    "tn3270",
+    "websocket",
+    "abstract",
+    "tight",
+];
+
 /// Reads a chardev's option.
 ///
 /// # Errors
@@ -122,6 +140,7 @@ pub fn parse(text: &str) -> Result<Chardev, QmpError> {
             "chardev: \"{id}\" missing backend"
         )));
     };
+    parameters.check_switches()?;
     let backend = match backend.as_str() {
         "stdio" => {
             parameters.only(STDIO_PARAMETERS)?;
@@ -285,6 +304,17 @@ impl Parameters {
         }
     }
 
+    fn check_switches(&self) -> Result<(), QmpError> {
+        let is_wrong = |name: &&&str| {
+            let value = self.0.get(**name);
+            value.is_some_and(|value| value != "on" && value != "off")
+        };
+        match SWITCHES.iter().find(is_wrong) {
+            Some(name) => Err(not_a_switch(name)),
+            None => Ok(()),
+        }
+    }
+
     fn take(&mut self, name: &str) -> Option<String> {
         self.0.remove(name)
     }
@@ -294,9 +324,7 @@ impl Parameters {
             None => Ok(None),
             Some("on") => Ok(Some(true)),
             Some("off") => Ok(Some(false)),
-            Some(_) => Err(QmpError::generic(format!(
-                "Parameter '{name}' expects 'on' or 'off'"
-            ))),
+            Some(_) => Err(not_a_switch(name)),
         }
     }
 
@@ -306,6 +334,10 @@ impl Parameters {
             .transpose()
             .map_err(|_| QmpError::generic(format!("Parameter '{name}' expects a number")))
     }
+}
+
+fn not_a_switch(name: &str) -> QmpError {
+    QmpError::generic(format!("Parameter '{name}' expects 'on' or 'off'"))
 }
 
 #[cfg(test)]

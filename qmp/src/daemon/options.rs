@@ -92,6 +92,12 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Asked, String>
         if !text.starts_with('-') || text == "-" {
             return Err(format!("{text}: Unexpected argument"));
         }
+        if let Some(letter) = text.chars().nth(1).filter(|letter| *letter != '-')
+            && !matches!(letter, 'h' | 'V' | 'T')
+        {
+            return Err(format!("invalid option -- '{letter}'"));
+        }
+        let whole = text.clone();
         let (name, attached) = match text.split_once('=') {
             Some((name, value)) if text.starts_with("--") => {
                 (name.to_owned(), Some(value.to_owned()))
@@ -139,7 +145,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Asked, String>
                     kind: *kind,
                     argument: value()?,
                 }),
-                None => return Err(format!("unrecognized option '{name}'")),
+                None => return Err(format!("unrecognized option '{whole}'")),
             },
         }
     }

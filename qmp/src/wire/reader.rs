@@ -129,10 +129,11 @@ pub fn read_text(text: &str) -> Result<Value, ReadError> {
     let mut reader = Reader::default();
     let with_end = format!("{text}\n");
     let mut input = with_end.as_bytes();
-    match reader.next(&mut input) {
-        Some(outcome) => outcome,
-        None => Err(ReadError::parse("premature EOI")),
+    let first = reader.next(&mut input);
+    if first.is_some() && reader.next(&mut input).is_some() {
+        return Err(ReadError("Expecting at most one JSON value".to_owned()));
     }
+    first.unwrap_or_else(|| Err(ReadError::parse("premature EOI")))
 }
 
 struct Parser<'a> {
