@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod abuse;
 mod client;
 mod command_line;
 mod connections;

@@ -13,7 +13,7 @@ use crate::error::EngineError;
 use crate::graph::image_locks::HeldLocks;
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, NodeRecord, User};
-use crate::graph::{Graph, names, not_found};
+use crate::graph::{Graph, names};
 use crate::limits::{NODE_DEPTH_MAX, NODE_LENGTH_MAX, SECTOR_BYTES};
 use crate::node::build::NodePlan;
 use crate::node::file_node::FileOptions;
@@ -210,6 +210,7 @@ impl Graph {
                 ));
             }
         }
+        let _held = self.hold().await;
         self.enlist(record, None).await
     }
 
@@ -221,12 +222,14 @@ impl Graph {
         size: Option<u64>,
         resolved: Resolved,
     ) -> Result<NodeId, EngineError> {
-        let (child, inline) = match file {
-            NodeRef::Name(name) => (
-                self.find(&name).ok_or_else(|| not_found(&name, &name))?,
-                false,
-            ),
-            NodeRef::Inline(spec) => (self.open(*spec, Some(resolved), record.thread).await?, true),
+        let inline = match file {
+            NodeRef::Name(name) => Err(name),
+            NodeRef::Inline(spec) => Ok(self.open(*spec, Some(resolved), record.thread).await?),
+        };
+        let held = self.hold().await;
+        let (child, inline) = match inline {
+            Ok(child) => (child, true),
+            Err(name) => (self.look_up(&name)?, false),
         };
         // Children are older than their parents: what walks the graph relies on it.
         record.id = self.records.borrow_mut().new_id();
@@ -252,6 +255,7 @@ impl Graph {
             self.enlist(record, Some(child)).await
         }
         .await;
+        drop(held);
         if outcome.is_err() && inline {
             self.close(child).await;
         }

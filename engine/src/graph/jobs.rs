@@ -220,6 +220,9 @@ impl Graph {
             };
             let below = records.node(source).cloned();
             let below = below.ok_or_else(|| EngineError::generic("The source node is gone"))?;
+            if target.is_some_and(|target| records.node(target).is_none()) {
+                return Err(EngineError::generic("The target node is gone"));
+            }
             records.nodes.push(NodeRecord {
                 id,
                 name,
@@ -317,6 +320,12 @@ impl Graph {
         nodes: &JobNodes,
     ) -> Result<(), EngineError> {
         let mut records = self.records.borrow_mut();
+        // Until here nothing keeps others from taking the target away.
+        if let Some(target) = nodes.target
+            && records.node(target).is_none()
+        {
+            return Err(EngineError::generic("The target node is gone"));
+        }
         records.jobs.push(JobLabel {
             key,
             id: id.to_owned(),

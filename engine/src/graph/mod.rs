@@ -15,11 +15,12 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use blockyard_storage::error::errno_text;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::data::{NodeId, ThreadId, ThreadSet};
 use crate::error::EngineError;
 use crate::graph::permissions::Permissions;
-use crate::graph::records::{Edge, Records, Resizing, User};
+use crate::graph::records::{Edge, NodeRecord, Records, Resizing, User};
 use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
 use crate::node::build::build;
@@ -32,6 +33,7 @@ pub(crate) use names::is_identifier;
 pub struct Graph {
     records: RefCell<Records>,
     threads: ThreadSet,
+    changes: Mutex<()>,
 }
 
 impl Graph {
@@ -40,7 +42,17 @@ impl Graph {
         Rc::new(Self {
             records: RefCell::default(),
             threads,
+            changes: Mutex::default(),
         })
+    }
+
+    /// Keeps every other change of the graph waiting until the guard goes: what takes several steps, between which nodes
+    /// must neither vanish nor move to another thread. Opening files is not among them, nor is the end of a job.
+    ///
+    /// # Cancel safety
+    /// Nothing is held then.
+    pub async fn hold(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().await
     }
 
     /// The node with a name.
@@ -58,6 +70,7 @@ impl Graph {
     /// # Errors
     /// In QEMU's words and order.
     pub async fn delete(&self, name: &str) -> Result<(), EngineError> {
+        let held = self.hold().await;
         let id = {
             let records = self.records.borrow();
             let Some(node) = records.by_name(name) else {
@@ -82,36 +95,54 @@ impl Graph {
             }
             node.id
         };
-        self.close(id).await;
+        let unlinked = self.unlink(id);
+        // The last flush may take long; nobody can reach the node any more.
+        drop(held);
+        if let Some(unlinked) = unlinked {
+            self.let_go(unlinked).await;
+        }
         Ok(())
     }
 
     /// Lets a node go, makes what was written to it durable, and lets its unnamed children go when nobody else uses
     /// them.
     async fn close(&self, id: NodeId) {
-        let mut closing = vec![id];
-        while let Some(id) = closing.pop() {
-            let (thread, name, children) = {
-                let mut records = self.records.borrow_mut();
-                let Some(node) = records.node(id).cloned() else {
-                    continue;
+        if let Some(unlinked) = self.unlink(id) {
+            self.let_go(unlinked).await;
+        }
+    }
+
+    /// Takes a node out of the records.
+    fn unlink(&self, id: NodeId) -> Option<Unlinked> {
+        let mut records = self.records.borrow_mut();
+        let node = records.node(id).cloned()?;
+        let children = records.children(id).map(|edge| edge.child).collect();
+        if let Err(error) = records.change_edges(|edges| {
+            edges.retain(|edge| edge.user != User::Node(id));
+        }) {
+            tracing::error!(%error, node = node.name, "a closing node keeps its children");
+        }
+        records.nodes.retain(|node| node.id != id);
+        self.threads.load(node.thread, -1);
+        Some(Unlinked { node, children })
+    }
+
+    /// The second half of closing a node.
+    async fn let_go(&self, unlinked: Unlinked) {
+        let mut closing = vec![unlinked];
+        while let Some(Unlinked { node, children }) = closing.pop() {
+            self.drop_node(node.thread, node.id, &node.name).await;
+            drop(node);
+            for child in children {
+                let unused = {
+                    let records = self.records.borrow();
+                    records.node(child).is_some_and(|node| !node.monitor_owned)
+                        && records.users(child).next().is_none()
                 };
-                let children: Vec<_> = records.children(id).map(|edge| edge.child).collect();
-                if let Err(error) = records.change_edges(|edges| {
-                    edges.retain(|edge| edge.user != User::Node(id));
-                }) {
-                    tracing::error!(%error, node = node.name, "a closing node keeps its children");
+                if unused {
+                    closing.extend(self.unlink(child));
                 }
-                records.nodes.retain(|node| node.id != id);
-                (node.thread, node.name, children)
-            };
-            self.threads.load(thread, -1);
-            self.drop_node(thread, id, &name).await;
-            let records = self.records.borrow();
-            closing.extend(children.into_iter().filter(|child| {
-                records.node(*child).is_some_and(|node| !node.monitor_owned)
-                    && records.users(*child).next().is_none()
-            }));
+            }
         }
     }
 
@@ -156,6 +187,7 @@ impl Graph {
         size: i64,
     ) -> Result<(), EngineError> {
         let (device, name) = (device.unwrap_or(""), node_name.unwrap_or(""));
+        let _held = self.hold().await;
         let id = self.find(name).ok_or_else(|| not_found(device, name))?;
         let Ok(size) = u64::try_from(size) else {
             return Err(EngineError::generic("Parameter 'size' expects a >0 size"));
@@ -235,6 +267,7 @@ impl Graph {
     /// # Errors
     /// When it is not there, or jobs run on its thread.
     pub async fn delete_object(&self, id: &str) -> Result<(), EngineError> {
+        let _held = self.hold().await;
         let Some(thread) = self.threads.named(id) else {
             return Err(EngineError::generic(format!("object '{id}' not found")));
         };
@@ -269,6 +302,7 @@ impl Graph {
         force: bool,
     ) -> Result<(), EngineError> {
         let _ = force;
+        let _held = self.hold().await;
         let id = self.find(node_name).ok_or_else(|| {
             EngineError::generic(format!("Failed to find node with node-name='{node_name}'"))
         })?;
@@ -350,10 +384,20 @@ impl Graph {
         let facts = self.threads.run(self.thread_of(id), move |context| {
             Box::pin(async move { context.node(id).map(|node| node.facts()) })
         });
-        facts
-            .await?
-            .ok_or_else(|| EngineError::generic("Internal error: a node is lost (bug)"))
+        facts.await?.ok_or_else(|| {
+            let text = match self.records.borrow().node(id) {
+                None => "The node has been closed meanwhile",
+                Some(_) => "Internal error: a node is lost (bug)",
+            };
+            EngineError::generic(text)
+        })
     }
+}
+
+/// A node that is no longer in the records, but still on its thread.
+struct Unlinked {
+    node: NodeRecord,
+    children: Vec<NodeId>,
 }
 
 /// What a command takes while it changes a node's length.

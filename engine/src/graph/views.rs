@@ -30,8 +30,16 @@ impl Graph {
             .collect();
         let mut views = Vec::with_capacity(ids.len());
         for id in ids {
-            let Ok(facts) = self.facts(id).await else {
-                continue;
+            let facts = match self.facts(id).await {
+                Ok(facts) => facts,
+                Err(_) => {
+                    // It may just be moving to another thread.
+                    let _held = self.hold().await;
+                    let Ok(facts) = self.facts(id).await else {
+                        continue;
+                    };
+                    facts
+                }
             };
             let image = self.image_view(id, facts.length_bytes);
             let records = self.records.borrow();

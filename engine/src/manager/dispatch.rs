@@ -52,6 +52,7 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
                 });
             }
             None => {
+                manager.ending.set(true);
                 manager.end_everything().await;
                 return;
             }
@@ -127,6 +128,7 @@ impl Manager {
             .map(|job| job.key)
             .collect();
         for key in &keys {
+            self.until(*key, |job| job.started).await;
             self.with_job(*key, |job| {
                 job.pause_count += 1;
                 job.order_pause();

@@ -74,6 +74,7 @@ impl Manager {
 
     /// Everything that can fail before a job runs.
     async fn admit(&self, spec: JobSpec, group: GroupKey) -> Result<Admitted, EngineError> {
+        let _held = self.graph.hold().await;
         let nodes = self.graph.prepare_job(&spec.work).await?;
         let key = match self.create(&spec, nodes, group) {
             Ok(key) => key,
@@ -106,6 +107,10 @@ impl Manager {
         nodes: JobNodes,
         group: GroupKey,
     ) -> Result<JobKey, EngineError> {
+        // Looking at the nodes may have taken until the daemon's end, which only knows the jobs that it found.
+        if self.ending.get() {
+            return Err(EngineError::generic("The daemon is ending"));
+        }
         let id = spec.id.clone().unwrap_or_default();
         if !is_identifier(&id) {
             return Err(EngineError::generic(format!("Invalid job ID '{id}'")));

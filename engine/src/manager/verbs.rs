@@ -25,8 +25,10 @@ impl Manager {
         call: VerbCall,
     ) -> Result<(), EngineError> {
         let key = self.look_up(family, id)?;
+        // Creation and start are one step for clients, whoever hears of it in between.
+        self.until(key, |job| job.started).await;
         self.until_settled(key).await;
-        // The job may have gone while its group was being settled.
+        // The job may have gone meanwhile.
         let key = self.look_up(family, id)?;
         match call {
             VerbCall::Pause => self.pause(key).await,
