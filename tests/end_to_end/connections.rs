@@ -8,7 +8,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::daemon::{Daemon, wait_until};
+use crate::daemon::{Daemon, Process, wait_until};
 
 /// What a client may have unread before its requests are left unread, and some room for what is in the sockets.
 const UNREAD_BYTES_MAX: usize = 20 << 20;
@@ -262,4 +262,144 @@ fn several_listening_sockets_can_be_inherited() {
     client.run("quit", json!({}));
     client.end();
     assert!(child.wait().expect("it ends").success());
+}
+
+/// What a daemon with these options prints to standard output for `input`, up to the end; the version is left out.
+fn printed(mut command: std::process::Command, options: &[&str], input: &[u8]) -> String {
+    let mut process = Process::start(
+        command
+            .args(options)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped()),
+    );
+    let mut stdin = process.child().stdin.take().expect("piped");
+    let mut stdout = process.child().stdout.take().expect("piped");
+    stdin.write_all(input).expect("sent");
+    let mut text = String::new();
+    stdout.read_to_string(&mut text).expect("read");
+    assert!(process.wait().success());
+    let rest = text.split_once("package").map_or("", |(_, rest)| rest);
+    let rest = rest.split_once('\n').map_or(rest, |(_, rest)| rest);
+    rest.to_owned()
+}
+
+#[test]
+fn standard_output_is_the_same_plain_and_pretty() {
+    if !crate::tools::have_oracle() {
+        return;
+    }
+    let input = b"{'execute': 'qmp_capabilities'}{'execute': 'query-jobs', 'id': [{}, [], {'a': [1, 'x']}]}\
+        {'execute': 'nope'}{'execute': 'blockdev-add', 'arguments': {'driver': 'null-co', 'node-name': 'n'}}\
+        {'execute': 'x-debug-query-block-graph'}{'execute': 'quit', 'id': null}";
+    for monitor in [
+        "a",
+        "a,pretty=on",
+        "a,pretty=off,mode=control",
+        "{\"chardev\": \"a\", \"pretty\": true}",
+    ] {
+        for chardev in ["stdio,id=a", "stdio,id=a,signal=off"] {
+            let options = ["--chardev", chardev, "--monitor", monitor];
+            let mut ours = std::process::Command::new(crate::tools::blockyard());
+            ours.arg("daemon");
+            let theirs = std::process::Command::new("qemu-storage-daemon");
+            assert_eq!(
+                printed(ours, &options, input),
+                printed(theirs, &options, input),
+                "{options:?}"
+            );
+        }
+    }
+}
+
+/// The daemon waits for its first client before anything else happens, and takes more clients afterwards.
+#[test]
+fn starting_up_goes_on_with_the_first_client() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut command = std::process::Command::new(crate::tools::blockyard());
+    command
+        .args([
+            "daemon",
+            "--chardev",
+            "socket,id=a,path=sock,server=on,wait=on",
+        ])
+        .args(["--monitor", "a", "--pidfile", "pid"])
+        .current_dir(folder.path());
+    let process = Process::start(&mut command);
+    let socket = folder.path().join("sock");
+    crate::daemon::wait_until_exists(&socket);
+    assert!(!folder.path().join("pid").exists());
+    let mut first = Client::ready(&socket);
+    wait_until(&folder.path().join("pid"));
+    let mut second = Client::ready(&socket);
+    assert_eq!(second.run("query-jobs", json!({})), json!([]));
+    first.run("quit", json!({}));
+    second.end();
+    assert!(process.wait().success());
+}
+
+/// A connected descriptor that is inherited needs no address on either side.
+#[test]
+fn an_inherited_connection_is_a_monitor() {
+    if !crate::tools::have("python3", "python3") {
+        return;
+    }
+    let script = "import os, socket, sys\n\
+        ours, theirs = socket.socketpair()\n\
+        theirs.set_inheritable(True)\n\
+        pid = os.fork()\n\
+        if pid == 0:\n\
+        \x20   ours.close()\n\
+        \x20   os.execvp(sys.argv[1], sys.argv[1:] + ['--chardev', f'socket,id=a,fd={theirs.fileno()}', '--monitor', 'a'])\n\
+        theirs.close()\n\
+        with ours.makefile('rwb', buffering=0) as stream:\n\
+        \x20   assert stream.readline().startswith(b'{\"QMP\": ')\n\
+        \x20   stream.write(b'{\"execute\": \"qmp_capabilities\"}{\"execute\": \"query-jobs\"}{\"execute\": \"quit\"}')\n\
+        \x20   print([stream.readline() for _ in range(3)])\n\
+        \x20   assert stream.readline() == b''\n\
+        assert os.waitpid(pid, 0)[1] == 0\n";
+    let run = |program: &[&std::ffi::OsStr]| {
+        let output = std::process::Command::new("python3")
+            .args(["-c", script])
+            .args(program)
+            .output()
+            .expect("python runs");
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{errors}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let ours = run(&[crate::tools::blockyard().as_os_str(), "daemon".as_ref()]);
+    assert!(ours.contains("\"return\": []"), "{ours}");
+    if crate::tools::have_oracle() {
+        assert_eq!(ours, run(&["qemu-storage-daemon".as_ref()]));
+    }
+}
+
+/// Monitors on one daemon, each with its own negotiation, all hear the same events in the same order.
+#[test]
+fn several_monitors_hear_the_same() {
+    let daemon = Daemon::start_with(&[
+        "--chardev",
+        "socket,id=x,path=x.sock,server=on,wait=off",
+        "--monitor",
+        "chardev=x,mode=control,pretty=off",
+    ]);
+    let mut here = daemon.client();
+    let mut there = Client::ready(&daemon.path("x.sock"));
+    let options = json!({"driver": "file", "filename": "new.raw", "size": 512});
+    here.run(
+        "blockdev-create",
+        json!({"job-id": "c", "options": options}),
+    );
+    for client in [&mut here, &mut there] {
+        while !client
+            .events
+            .iter()
+            .any(|event| event["data"]["status"] == "concluded")
+        {
+            let event = client.message().expect("an event");
+            client.events.push(event);
+        }
+    }
+    assert_eq!(here.events, there.events);
+    daemon.quit();
 }

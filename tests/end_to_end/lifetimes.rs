@@ -128,3 +128,55 @@ pub(crate) fn progress_counts_the_same() {
     script += "$ rm bytes.*; stat -c '%n %s' *.s *.t; for s in *.s; do cmp $s ${s%.s}.t; done\n";
     compare(&script, odd_sizes);
 }
+
+#[test]
+fn files_that_jobs_create() {
+    let mut script = String::from(
+        r#"{"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "u", "filename": "even.s"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "v", "filename": "even.t"}}
+        {"execute": "blockdev-mirror", "arguments": {"job-id": "hold", "device": "u", "target": "v", "sync": "full"}}
+        wait hold ready
+        "#,
+    );
+    let options = [
+        r#""filename": "a", "size": 0"#,
+        r#""filename": "a", "size": 1000"#,
+        r#""filename": "a", "size": 65536, "preallocation": "off", "nocow": true"#,
+        r#""filename": "a", "size": 65536, "preallocation": "falloc""#,
+        r#""filename": "a", "size": 65537, "preallocation": "full""#,
+        r#""filename": "a", "size": 65536, "extent-size-hint": 0"#,
+        r#""filename": "a", "size": 65536, "extent-size-hint": 18446744073709551615"#,
+        r#""filename": "a", "size": 18446744073709551615"#,
+        r#""filename": "a", "size": 9223372036854775807"#,
+        r#""filename": "a", "size": 65536, "preallocation": "metadata""#,
+        r#""filename": "", "size": 65536"#,
+        r#""filename": "no/a", "size": 65536"#,
+        r#""filename": "even.s", "size": 65536"#,
+        r#""filename": "even.t", "size": 65536"#,
+        r#""filename": "odd.s", "size": 512"#,
+    ];
+    for (number, options) in options.iter().enumerate() {
+        writeln!(
+            script,
+            r#"{{"execute": "blockdev-create", "arguments": {{"job-id": "c{number}", "options": {{"driver": "file", {options}}}}}}}
+            wait c{number} concluded
+            {{"execute": "query-jobs"}}
+            {{"execute": "query-block-jobs"}}
+            $ stat -c '%n %s' a *.s *.t
+            {{"execute": "job-dismiss", "arguments": {{"id": "c{number}"}}}}"#
+        )
+        .expect("written");
+    }
+    script += r#"
+        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "raw"}}}
+        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "raw", "size": 1}}}
+        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "null-aio"}}}
+        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "host_device"}}}
+        {"execute": "blockdev-create", "arguments": {"job-id": "hold", "options": {"driver": "file", "filename": "b", "size": 1}}}
+        {"execute": "blockdev-create", "arguments": {"job-id": "", "options": {"driver": "file", "filename": "b", "size": 1}}}
+        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "file", "filename": "b", "size": -1}}}
+        wait c concluded
+        {"execute": "query-jobs"}
+    "#;
+    compare(&script, odd_sizes);
+}

@@ -155,6 +155,12 @@ fn nodes_that_jobs_hold() {
         } else {
             "wait j running"
         };
+        // Only a backup shares its target's image with another job.
+        let beside = if job == "blockdev-backup" {
+            "wait beside null"
+        } else {
+            ""
+        };
         let script = format!(
             r##"
             {{"execute": "blockdev-add", "arguments": {{"driver": "file", "node-name": "s", "filename": "s.raw"}}}}
@@ -189,7 +195,8 @@ fn nodes_that_jobs_hold() {
             {{"execute": "blockdev-mirror", "arguments": {{"job-id": "k", "device": "u", "target": "z", "sync": "full", "replaces": "z"}}}}
             {{"execute": "blockdev-backup", "arguments": {{"job-id": "k", "device": "u", "target": "s", "sync": "full"}}}}
             {{"execute": "blockdev-backup", "arguments": {{"job-id": "k", "device": "u", "target": "t", "sync": "full"}}}}
-            {{"execute": "blockdev-backup", "arguments": {{"job-id": "k", "device": "u", "target": "tf", "sync": "full"}}}}
+            {{"execute": "blockdev-backup", "arguments": {{"job-id": "beside", "device": "u", "target": "tf", "sync": "full"}}}}
+            {beside}
             {{"execute": "blockdev-backup", "arguments": {{"job-id": "k", "device": "t", "target": "u", "sync": "full"}}}}
             {{"execute": "blockdev-backup", "arguments": {{"job-id": "k", "device": "flt", "target": "u", "sync": "full"}}}}
             {{"execute": "blockdev-add", "arguments": {{"driver": "raw", "node-name": "r", "file": "s", "offset": 512}}}}

@@ -1,6 +1,6 @@
 //! What is left of transcripts when everything is normalised that may differ.
 //!
-//! Normalised: times, versions, how far an unfinished job has got, order between a reply and events that are not raised by
+//! Normalised: times, versions, how far an unfinished job has got, the unit of a creation's progress, order between a reply and events that are not raised by
 //! its command, order between events of different jobs, the pause/resume pairs that drains add, names that a daemon makes
 //! up, numbers in the graph, and the process that our lock errors name.
 
@@ -98,6 +98,8 @@ fn without_progress(value: Value) -> Value {
                 members.remove("busy");
             }
             members.remove("dirty-bitmaps");
+            // Bytes here, one step there.
+            let is_create = members.get("type") == Some(&json!("create"));
             // How much a file system gave for it.
             if let Some(size) = members.get_mut("actual-size") {
                 *size = json!("some");
@@ -106,6 +108,9 @@ fn without_progress(value: Value) -> Value {
                 if let (Some(part), Some(whole)) = (members.get(done), members.get(all)) {
                     let word = if part == whole { "all" } else { "part" };
                     members[done] = json!(word);
+                    if is_create {
+                        members.remove(all);
+                    }
                 }
             }
             members

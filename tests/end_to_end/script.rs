@@ -3,6 +3,7 @@
 //! A script is lines:
 //! - `{...}` is a command, sent after the reply to the one before;
 //! - `wait JOB STATUS` waits until that status has been reported as often as it was waited for;
+//! - `moving JOB` waits until the job has got somewhere, which no event tells;
 //! - `$ COMMAND` runs a shell command in the daemon's folder; what it prints and its exit code are compared;
 //! - `locks FILE` looks at which bytes of the file are locked;
 //! - `signal NAME` ends the daemon, in place of the `quit` that every other script ends with;
@@ -12,11 +13,12 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::client::Client;
+use crate::client::{Client, DEADLINE};
 use crate::normal::{Entry, by_job, reply as normal_reply, text as normal_text};
 
 /// What a script came to, for comparison.
@@ -69,6 +71,9 @@ pub(crate) fn run(script: &str, client: &mut Client, ground: &Ground<'_>) -> Out
             let times = waited.entry(what.to_owned()).or_default();
             *times += 1;
             wait(client, &mut log, what, *times);
+            continue;
+        } else if let Some(job) = line.strip_prefix("moving ") {
+            until_moving(client, &mut log, job);
             continue;
         } else if let Some(command) = line.strip_prefix("$ ") {
             shell(command, ground.folder)
@@ -147,6 +152,20 @@ fn signal(name: &str, pid: u32) {
     };
     let pid = Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("a pid");
     kill_process(pid, signal).expect("sent");
+}
+
+fn until_moving(client: &mut Client, log: &mut Vec<Entry>, job: &str) {
+    let started = Instant::now();
+    loop {
+        client.send(b"{\"execute\": \"query-jobs\"}\n");
+        let jobs = reply(client, log);
+        let jobs = jobs["return"].as_array().expect("a list");
+        let found = jobs.iter().find(|one| one["id"] == job);
+        if found.is_some_and(|job| job["current-progress"] != 0) {
+            return;
+        }
+        assert!(started.elapsed() < DEADLINE, "{job} does not move");
+    }
 }
 
 fn reply(client: &mut Client, log: &mut Vec<Entry>) -> Value {

@@ -64,12 +64,15 @@ fn matrix(kind: &str, stations: &[Station]) {
                 writeln!(script, "{}", text.replace("J\"", &format!("{job}\""))).expect("written");
             };
             let mut reached = Vec::new();
-            for step in station.way {
+            line(station.way[0]);
+            line(&format!("wait {job} running"));
+            for step in &station.way[1..] {
                 match step.strip_prefix("wait ") {
                     Some(status) => {
                         reached.push(status);
                         line(&format!("wait {job} {status}"));
                     }
+                    None if *step == MOVING => line(&format!("moving {job}")),
                     None => line(step),
                 }
             }
@@ -99,6 +102,7 @@ const BACKUP: &str = r#"{"execute": "blockdev-backup", "arguments": {"job-id": "
 const SLOW_MIRROR: &str = r#"{"execute": "blockdev-mirror", "arguments": {"job-id": "J", "device": "S", "target": "T", "sync": "full", "auto-finalize": false, "auto-dismiss": false, "speed": 65536}}"#;
 const MIRROR: &str = r#"{"execute": "blockdev-mirror", "arguments": {"job-id": "J", "device": "S", "target": "T", "sync": "full", "auto-finalize": false, "auto-dismiss": false}}"#;
 const CREATE: &str = r#"{"execute": "blockdev-create", "arguments": {"job-id": "J", "options": {"driver": "file", "filename": "new", "size": 65536}}}"#;
+const MOVING: &str = "moving";
 const PAUSE: &str = r#"{"execute": "job-pause", "arguments": {"id": "J"}}"#;
 const COMPLETE: &str = r#"{"execute": "job-complete", "arguments": {"id": "J"}}"#;
 const FINALIZE: &str = r#"{"execute": "job-finalize", "arguments": {"id": "J"}}"#;
@@ -111,11 +115,11 @@ fn on_a_backup() {
         &[
             Station {
                 status: "running",
-                way: &[SLOW_BACKUP, "wait running"],
+                way: &[SLOW_BACKUP, MOVING],
             },
             Station {
                 status: "paused",
-                way: &[SLOW_BACKUP, "wait running", PAUSE, "wait paused"],
+                way: &[SLOW_BACKUP, MOVING, PAUSE, "wait paused"],
             },
             Station {
                 status: "pending",
@@ -127,7 +131,7 @@ fn on_a_backup() {
             },
             Station {
                 status: "concluded",
-                way: &[SLOW_BACKUP, "wait running", CANCEL, "wait concluded"],
+                way: &[SLOW_BACKUP, MOVING, CANCEL, "wait concluded"],
             },
         ],
     );
@@ -140,11 +144,11 @@ fn on_a_mirror() {
         &[
             Station {
                 status: "running",
-                way: &[SLOW_MIRROR, "wait running"],
+                way: &[SLOW_MIRROR, MOVING],
             },
             Station {
                 status: "paused",
-                way: &[SLOW_MIRROR, "wait running", PAUSE, "wait paused"],
+                way: &[SLOW_MIRROR, MOVING, PAUSE, "wait paused"],
             },
             Station {
                 status: "ready",
