@@ -1,8 +1,9 @@
 //! What is left of transcripts when everything is normalised that may differ.
 //!
-//! Normalised: times, versions, how far an unfinished job has got, the unit of a creation's progress, order between a reply and events that are not raised by
-//! its command, order between events of different jobs, the pause/resume pairs that drains add, names that a daemon makes
-//! up, numbers in the graph, and the process that our lock errors name.
+//! Normalised: times, versions, how far an unfinished job has got, the unit of a creation's progress, order between a
+//! reply and events that are not raised by its command, order between events of different jobs, the pause/resume pairs
+//! that drains add, names that a daemon makes up, numbers in the graph, room on the file system, and the process that our
+//! lock errors name.
 
 use std::collections::BTreeMap;
 
