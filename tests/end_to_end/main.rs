@@ -1,20 +1,20 @@
 //! The built daemon, driven from outside: over sockets, by real clients, and side by side with qemu-storage-daemon.
 #![forbid(unsafe_code)]
 
-mod bench;
 mod abuse;
+mod bench;
 mod client;
 mod command_line;
 mod connections;
 mod daemon;
 mod flows;
-mod one_shot;
 mod host_device;
 mod lifetimes;
 mod locks;
 mod mutations;
 mod nodes;
 mod normal;
+mod one_shot;
 mod oracle;
 mod place;
 mod python_client;

@@ -3,13 +3,13 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::process::{ChildStdout, Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::daemon::wait;
+use crate::daemon::Process;
 use crate::tools;
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -97,7 +97,7 @@ pub(crate) fn events(output: &[u8]) -> Vec<Value> {
 
 /// A copy that is still running, and has copied something.
 pub(crate) struct Running {
-    child: Child,
+    process: Process,
     output: BufReader<ChildStdout>,
 }
 
@@ -119,20 +119,16 @@ impl Running {
     fn spawn(place: &Place, arguments: &[&str]) -> Self {
         let mut command = place.command(arguments);
         command.args(["--json", "--speed", "8M"]);
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("it starts");
-        let output = child.stdout.take().expect("piped");
+        let mut process = Process::start(command.stdout(Stdio::piped()).stderr(Stdio::null()));
+        let output = process.child().stdout.take().expect("piped");
         Self {
-            child,
+            process,
             output: BufReader::new(output),
         }
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a pid"));
+        let pid = Pid::from_raw(i32::try_from(self.process.id()).expect("a pid"));
         kill_process(pid.expect("a pid"), signal).expect("sent");
     }
 
@@ -141,39 +137,30 @@ impl Running {
         let mut rest = Vec::new();
         self.output.read_to_end(&mut rest).expect("readable");
         let last = events(&rest).pop().expect("a last event");
-        (wait(self.child).code().expect("it ended by itself"), last)
+        (
+            self.process.wait().code().expect("it ended by itself"),
+            last,
+        )
     }
 }
 
 /// qemu-io with an image open for writing, until it is dropped.
 pub(crate) struct Writer {
-    child: Child,
+    _process: Process,
 }
 
 impl Writer {
     pub(crate) fn open(path: &Path) -> Self {
-        let mut child = Command::new("qemu-io")
-            .args(["-f", "raw"])
-            .arg(path)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("it starts");
-        let input = child.stdin.as_mut().expect("piped");
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw"]).arg(path);
+        let mut process = Process::start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let input = process.child().stdin.as_mut().expect("piped");
         input.write_all(b"length\n").expect("written");
         // Its answer means that it has opened the image.
         let mut answer = [0; 1];
-        let output = child.stdout.as_mut().expect("piped");
+        let output = process.child().stdout.as_mut().expect("piped");
         output.read_exact(&mut answer).expect("an answer");
-        Self { child }
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        // It holds nothing that would have to be written.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        Self { _process: process }
     }
 }
 
