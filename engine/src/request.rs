@@ -217,6 +217,9 @@ pub struct FileSpec {
     pub aio: Option<Aio>,
     /// Whether to take QEMU's image locks.
     pub locking: Option<OnOffAuto>,
+    /// Keep writers in other programs off the file as long as the node lives, not only while a user of the node needs
+    /// that. No client can ask for it over the wire.
+    pub exclusive: bool,
 }
 
 /// Options of `null-co` and `null-aio`.

@@ -188,6 +188,7 @@ impl Graph {
             fixed_size: false,
             windowed: false,
             force_share: resolved.force_share,
+            exclusive: false,
             thread,
             plan: NodePlan::Null(null_options(NullSpec::default(), true)?),
             locked: None,
@@ -356,6 +357,7 @@ impl Graph {
             record.read_only = true;
         }
         let locks = spec.locking != Some(OnOffAuto::Off);
+        record.exclusive = spec.exclusive;
         record.locked = locks.then(|| (file.clone(), HeldLocks::default()));
         record.filename = shown;
         let options = FileOptions {

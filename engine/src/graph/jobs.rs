@@ -232,6 +232,7 @@ impl Graph {
                 fixed_size: false,
                 windowed: false,
                 force_share: false,
+                exclusive: false,
                 plan: NodePlan::Filter { child: source },
                 locked: None,
                 ..below

@@ -30,6 +30,8 @@ pub(super) struct NodeRecord {
     /// Raw on a part of its child: others must not move what it stands on.
     pub(super) windowed: bool,
     pub(super) force_share: bool,
+    /// Writers in other programs are kept off, whoever uses the node.
+    pub(super) exclusive: bool,
     pub(super) thread: ThreadId,
     pub(super) plan: NodePlan,
     /// The host file, if image locks are taken on it.
@@ -330,7 +332,15 @@ impl Records {
             .enumerate()
             .filter(|(_, node)| node.locked.is_some())
             .map(|(index, node)| {
-                let (used, shared) = self.demands(node.id);
+                let (mut used, mut shared) = self.demands(node.id);
+                if node.exclusive {
+                    used = used.with(Permission::ConsistentRead);
+                    shared = shared.without(Permission::Write);
+                    shared = shared.without(Permission::Resize);
+                }
+                if node.exclusive && !node.read_only {
+                    used = used.with(Permission::Write);
+                }
                 (
                     index,
                     HeldLocks {

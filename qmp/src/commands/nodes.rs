@@ -211,6 +211,7 @@ fn file(mut fields: Fields) -> Result<FileSpec, QmpError> {
                 ("io_uring", Aio::IoUring),
             ],
         ),
+        exclusive: false,
     })
 }
 

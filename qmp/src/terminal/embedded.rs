@@ -199,6 +199,8 @@ impl Embedded {
         };
         let spec = FileSpec {
             filename: file.path.clone(),
+            // From before the target is touched until after it has been verified.
+            exclusive: true,
             ..FileSpec::default()
         };
         let below = NodeSpec {
@@ -216,8 +218,7 @@ impl Embedded {
                 detect_zeroes: Some(file.detect_zeroes),
                 ..common
             },
-            // A window, though of the whole image, takes the image locks here and now and keeps them until the node
-            // goes: from before the target is touched until after it has been verified.
+            // A window: a device may be longer than what is copied onto it.
             driver: DriverSpec::Raw {
                 file: NodeRef::Inline(Box::new(below)),
                 offset: None,

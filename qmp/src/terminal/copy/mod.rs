@@ -104,6 +104,12 @@ async fn copy_onto(
     }
     let mut copied = copy_across(embedded, options, source, target).await;
     if copied.outcome != Outcome::Completed {
+        // A source that was cut short fails to read, and this says more than that it did.
+        if copied.outcome != Outcome::Cancelled
+            && let Err(text) = source.was_modified()
+        {
+            copied.outcome = Outcome::failed(text);
+        }
         return copied;
     }
     if let Some(allocated) = target.allocated_bytes() {
