@@ -34,18 +34,37 @@ pub fn read(text: &str, implied_key: Option<&str>, object: &Object) -> Result<Fi
 /// # Errors
 /// In QEMU's words.
 pub fn split(text: &str, implied_key: Option<&str>) -> Result<Map<String, Value>, QmpError> {
-    let mut members = Map::new();
+    let mut pairs = Vec::new();
     for (index, part) in parts(text).into_iter().enumerate() {
-        let (key, value) = match part.split_once('=') {
-            Some((key, value)) => (key.to_owned(), value.to_owned()),
-            None => match implied_key {
-                Some(key) if index == 0 => (key.to_owned(), part),
-                _ => {
-                    let text = format!("Expected '=' after parameter '{part}'");
-                    return Err(QmpError::generic(text));
-                }
-            },
-        };
+        pairs.push(match implied_key {
+            Some(key) if index == 0 && !part.contains('=') => (key.to_owned(), part),
+            _ => pair(&part)?,
+        });
+    }
+    nest(pairs)
+}
+
+/// Splits `key=value`.
+///
+/// # Errors
+/// In QEMU's words: there is no `=`.
+pub fn pair(part: &str) -> Result<(String, String), QmpError> {
+    match part.split_once('=') {
+        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
+        None => {
+            let text = format!("Expected '=' after parameter '{part}'");
+            Err(QmpError::generic(text))
+        }
+    }
+}
+
+/// Makes nested members of dotted keys, and lists where all keys are numbers. The last of equal keys counts.
+///
+/// # Errors
+/// In QEMU's words.
+pub fn nest(pairs: Vec<(String, String)>) -> Result<Map<String, Value>, QmpError> {
+    let mut members = Map::new();
+    for (key, value) in pairs {
         insert(&mut members, &key, value)?;
     }
     for (key, value) in &mut members {

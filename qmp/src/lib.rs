@@ -4,7 +4,9 @@
 //! request) -> engine -> `replies` -> the client's queue in `server`. Events take the same queue.
 #![forbid(unsafe_code)]
 
+pub mod client;
 pub mod commands;
+pub mod control;
 pub mod daemon;
 pub mod error;
 pub mod events;

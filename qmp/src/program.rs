@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
 
+use crate::control;
 use crate::daemon;
 use crate::terminal::copy::arguments::CopyKind;
 use crate::terminal::{self, Command, bench, copy};
@@ -30,12 +31,14 @@ pub fn main() -> ExitCode {
     // What a job meets, the other commands tell themselves.
     log_to_standard_error(match command {
         Command::Daemon { .. } => "warn",
-        Command::Backup(_) | Command::Mirror(_) | Command::Bench(_) => "error",
+        _ => "error",
     });
     match command {
         Command::Daemon { options } => daemon::run(&name, &["daemon".into()], options),
         Command::Backup(arguments) => copy::run(CopyKind::Backup, &arguments).into(),
         Command::Mirror(arguments) => copy::run(CopyKind::Mirror, &arguments).into(),
+        Command::Qmp(arguments) => control::qmp::run(&arguments).into(),
+        Command::Jobs(arguments) => control::jobs::run(&arguments).into(),
         Command::Bench(arguments) => bench::run(&arguments).into(),
     }
 }

@@ -44,8 +44,18 @@ impl Daemon {
 
     fn launch(folder: TempDir, options: &[&str], log: Stdio) -> Self {
         let mut command = Command::new(tools::blockyard());
+        command.arg("daemon");
+        Self::launch(command, folder, options)
+    }
+
+    /// Starts QEMU's in a new folder in the same way.
+    pub(crate) fn start_oracle_with(options: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        Self::launch(Command::new("qemu-storage-daemon"), folder, options)
+    }
+
+    fn launch(mut command: Command, folder: TempDir, options: &[&str]) -> Self {
         command
-            .arg("daemon")
             .args(options)
             .args([
                 "--chardev",

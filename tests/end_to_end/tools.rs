@@ -1,7 +1,57 @@
 //! Programs that tests need: found, or skipped aloud; with CI=true their absence is a failure.
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
+
+use crate::client::DEADLINE;
+
+/// What a finished program has left.
+pub(crate) struct Ended {
+    /// Its exit code; a signal has none.
+    pub(crate) code: Option<i32>,
+    /// What it printed to standard output.
+    pub(crate) output: String,
+    /// What it printed to standard error.
+    pub(crate) errors: String,
+}
+
+/// Runs our program in a folder with this standard input, with the deadline of everything.
+pub(crate) fn run(folder: &Path, arguments: &[&str], input: &str) -> Ended {
+    let mut command = Command::new(blockyard());
+    command.args(arguments).current_dir(folder);
+    run_command(command, input)
+}
+
+/// The same with any program.
+pub(crate) fn run_command(mut command: Command, input: &str) -> Ended {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut standard_input = child.stdin.take().expect("piped");
+    let input = input.to_owned();
+    // It may end without having read everything.
+    std::thread::spawn(move || standard_input.write_all(input.as_bytes()));
+    ended(child)
+}
+
+/// Waits for the end of a program whose output is piped.
+pub(crate) fn ended(child: Child) -> Ended {
+    let (sender, outcome) = channel();
+    std::thread::spawn(move || sender.send(child.wait_with_output()));
+    let outcome = outcome.recv_timeout(DEADLINE).expect("it ends in time");
+    let outcome = outcome.expect("waited");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ended {
+        code: outcome.status.code(),
+        output: text(&outcome.stdout),
+        errors: text(&outcome.stderr),
+    }
+}
 
 /// Where the built program is.
 pub(crate) fn blockyard() -> PathBuf {

@@ -103,8 +103,8 @@ pub struct Ended<'a> {
     pub outcome: Outcome,
     /// Bytes done.
     pub bytes: u64,
-    /// How long it took.
-    pub took: Duration,
+    /// How long it took; `None` if nobody saw it begin.
+    pub took: Option<Duration>,
     /// What else there is to tell.
     pub facts: Vec<Fact>,
 }
@@ -320,7 +320,7 @@ impl Shown {
 
 impl Ended<'_> {
     fn bytes_per_second(&self) -> Option<u64> {
-        let seconds = self.took.as_secs_f64();
+        let seconds = self.took?.as_secs_f64();
         (seconds > 0.0).then(|| (self.bytes as f64 / seconds).round() as u64)
     }
 
@@ -334,7 +334,10 @@ impl Ended<'_> {
         line.insert("event".to_owned(), json!(event));
         line.insert("id".to_owned(), json!(self.id));
         line.insert("bytes".to_owned(), json!(self.bytes));
-        line.insert("seconds".to_owned(), json!(self.took.as_secs_f64()));
+        line.insert(
+            "seconds".to_owned(),
+            json!(self.took.map(|took| took.as_secs_f64())),
+        );
         line.insert(
             "bytes-per-second".to_owned(),
             json!(self.bytes_per_second()),
@@ -352,12 +355,10 @@ impl Ended<'_> {
     fn text(&self) -> String {
         let mut text = match &self.outcome {
             Outcome::Completed => {
-                let mut text = format!(
-                    "{}: {} in {}",
-                    self.id,
-                    size::shown(self.bytes),
-                    duration_shown(self.took)
-                );
+                let mut text = format!("{}: {}", self.id, size::shown(self.bytes));
+                if let Some(took) = self.took {
+                    text += &format!(" in {}", duration_shown(took));
+                }
                 if let Some(rate) = self.bytes_per_second() {
                     text += &format!(", {}/s", size::shown(rate));
                 }
@@ -495,7 +496,7 @@ mod tests {
             id: "mirror",
             outcome: Outcome::Completed,
             bytes: 3 << 30,
-            took: Duration::from_millis(1500),
+            took: Some(Duration::from_millis(1500)),
             facts: vec![Fact {
                 key: "allocated-bytes",
                 value: json!(1 << 30),
@@ -523,7 +524,7 @@ mod tests {
             "mirror failed: Input/output error (node 'target', bytes 0 to 511)"
         );
         assert_eq!(ended.json()["failed-at"], "node 'target', bytes 0 to 511");
-        ended.took = Duration::ZERO;
+        ended.took = Some(Duration::ZERO);
         assert_eq!(ended.json()["bytes-per-second"], Value::Null);
         ended.outcome = Outcome::Cancelled;
         assert_eq!(ended.text(), "mirror cancelled");

@@ -11,6 +11,8 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
+use crate::control::jobs::JobsArguments;
+use crate::control::qmp::QmpArguments;
 use crate::daemon::options::HELP;
 use crate::terminal::bench::BenchArguments;
 use crate::terminal::copy::arguments::CopyArguments;
@@ -26,7 +28,9 @@ const EXAMPLES: &str = "  \
   blockyard backup disk.raw backup.raw
   blockyard mirror --verify disk.raw /mnt/other/disk.raw
   blockyard bench --directory /mnt/disk
-  blockyard daemon --help";
+  blockyard daemon --help
+  blockyard qmp qmp.sock query-version
+  blockyard jobs qmp.sock --watch";
 
 const BACKUP_EXAMPLES: &str = "  \
   blockyard backup disk.raw backup.raw
@@ -85,6 +89,16 @@ pub enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         options: Vec<OsString>,
     },
+    /// Speak QMP with a running daemon, Blockyard's or QEMU's
+    ///
+    /// With a COMMAND, carries it out and prints what it returns. Without one, reads commands line by line from standard
+    /// input: a command with its arguments, or a QMP message in JSON. On a terminal, events are shown as they come.
+    Qmp(QmpArguments),
+    /// Show the jobs of a running daemon, or give one of them an order
+    ///
+    /// Without an order, prints a table of all jobs. With --watch, shows their progress until all of them have ended, and
+    /// fails if one of them did.
+    Jobs(JobsArguments),
 }
 
 /// Reads the command line, the program's name first.

@@ -89,7 +89,7 @@ pub(crate) fn run(arguments: &BenchArguments) -> Exit {
                 id: ID,
                 outcome: Outcome::Completed,
                 bytes: medians.bytes,
-                took: medians.wall,
+                took: Some(medians.wall),
                 facts: measured.facts(arguments, &medians),
             },
             _ => {
@@ -102,7 +102,7 @@ pub(crate) fn run(arguments: &BenchArguments) -> Exit {
             id: ID,
             outcome: copied.outcome.clone(),
             bytes: copied.bytes,
-            took: started.elapsed(),
+            took: Some(started.elapsed()),
             facts: copied.facts.clone(),
         },
     };

@@ -50,7 +50,7 @@ pub(crate) fn run(kind: CopyKind, arguments: &CopyArguments) -> Exit {
         id: kind.name(),
         outcome: copied.outcome,
         bytes: copied.bytes,
-        took: copied.took.unwrap_or_else(|| started.elapsed()),
+        took: Some(copied.took.unwrap_or_else(|| started.elapsed())),
         facts: copied.facts.into_iter().chain(paths).collect(),
     });
     exit
