@@ -19,4 +19,5 @@ pub mod session;
 pub mod signals;
 pub mod size;
 pub mod terminal;
+pub mod tour;
 pub mod wire;

@@ -10,6 +10,7 @@ use crate::control;
 use crate::daemon;
 use crate::terminal::copy::arguments::CopyKind;
 use crate::terminal::{self, Command, bench, copy};
+use crate::tour;
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
@@ -39,6 +40,7 @@ pub fn main() -> ExitCode {
         Command::Mirror(arguments) => copy::run(CopyKind::Mirror, &arguments).into(),
         Command::Qmp(arguments) => control::qmp::run(&arguments).into(),
         Command::Jobs(arguments) => control::jobs::run(&arguments).into(),
+        Command::Tour(arguments) => tour::guide::run(&arguments).into(),
         Command::Bench(arguments) => bench::run(&arguments).into(),
     }
 }

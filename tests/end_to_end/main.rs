@@ -23,5 +23,6 @@ mod schema;
 mod script;
 mod tools;
 mod verbs;
+mod tour;
 mod wire;
 mod without_ring;

@@ -73,6 +73,11 @@ fn start(options: Options) -> Result<(), String> {
     if options.daemonize {
         background::leave_terminal().map_err(|error| error.to_string())?;
     }
+    if options.end_with_parent {
+        // On this thread, which is there to the end.
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+            .map_err(|error| format!("--end-with-parent: {error}"))?;
+    }
     if let Err(error) = monitors::raise_descriptor_limit() {
         tracing::debug!(%error, "the limit of open files stays as it is");
     }

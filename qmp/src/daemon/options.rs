@@ -12,6 +12,8 @@ pub struct Options {
     pub engine: EngineConfig,
     /// Go to the background once everything is set up.
     pub daemonize: bool,
+    /// End when the process that started it ends.
+    pub end_with_parent: bool,
     /// Where the process id goes.
     pub pidfile: Option<PathBuf>,
     /// Everything else, in order.
@@ -83,6 +85,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Asked, String>
     let mut options = Options {
         engine: EngineConfig::default(),
         daemonize: false,
+        end_with_parent: false,
         pidfile: None,
         steps: Vec::new(),
     };
@@ -115,6 +118,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Asked, String>
             "-h" | "--help" => return Ok(Asked::Help),
             "-V" | "--version" => return Ok(Asked::Version),
             "--daemonize" => options.daemonize = true,
+            "--end-with-parent" => options.end_with_parent = true,
             "--pidfile" => options.pidfile = Some(PathBuf::from(value()?)),
             // Accepted, so that scripts that trace QEMU still start; RUST_LOG does the work here.
             "-T" | "--trace" => {
@@ -149,6 +153,9 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Asked, String>
             },
         }
     }
+    if options.daemonize && options.end_with_parent {
+        return Err("--end-with-parent: with --daemonize the parent leaves at once".to_owned());
+    }
     Ok(Asked::Start(Box::new(options)))
 }
 
@@ -181,6 +188,8 @@ only name what stands before it.
         create an object; the same as the command object-add
   --daemonize
         go to the background once everything is set up
+  --end-with-parent
+        end, as on SIGTERM, when the process that started this one ends
   --pidfile PATH
         write the process id to PATH once everything is set up
   --data-threads N
@@ -233,6 +242,10 @@ mod tests {
             (&["--frob"][..], "unrecognized option '--frob'"),
             (&["stray"], "stray: Unexpected argument"),
             (&["--pidfile"], "option '--pidfile' requires an argument"),
+            (
+                &["--end-with-parent", "--daemonize"],
+                "--end-with-parent: with --daemonize the parent leaves at once",
+            ),
             (
                 &["--data-threads", "0"],
                 "--data-threads 0: a number from 1 to 64 is expected",

@@ -17,6 +17,7 @@ use crate::daemon::options::HELP;
 use crate::terminal::bench::BenchArguments;
 use crate::terminal::copy::arguments::CopyArguments;
 use crate::terminal::exit::{Exit, after_help};
+use crate::tour::guide::TourArguments;
 
 /// What `--version` prints behind the program's name.
 pub const VERSION: &str = concat!(
@@ -25,6 +26,7 @@ pub const VERSION: &str = concat!(
 );
 
 const EXAMPLES: &str = "  \
+  blockyard tour
   blockyard backup disk.raw backup.raw
   blockyard mirror --verify disk.raw /mnt/other/disk.raw
   blockyard bench --directory /mnt/disk
@@ -58,6 +60,12 @@ struct Arguments {
 /// One command and its arguments.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// See every kind of job at work on sample images, and each result verified
+    ///
+    /// Makes a sample image in a new folder, starts a daemon there, runs every kind of job on it over QMP, compares each
+    /// result with its source byte by byte, and ends the daemon. The folder stays, with the sample image and all QMP
+    /// messages in it, for what is suggested at the end.
+    Tour(TourArguments),
     /// Copy an image or block device to keep the copy
     ///
     /// Copies SRC to DST, which becomes the same byte for byte, holes included, and is durable at the end. SRC must not be in

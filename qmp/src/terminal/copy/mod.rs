@@ -8,7 +8,7 @@
 pub(crate) mod arguments;
 pub(crate) mod ends;
 pub(crate) mod job;
-mod verify;
+pub(crate) mod verify;
 
 use std::time::Instant;
 
