@@ -110,7 +110,7 @@ fn the_oracle_is_spoken_with_in_the_same_way() {
     if !tools::have_oracle() {
         return;
     }
-    let mut daemon = Daemon::start_oracle_with(NODES);
+    let daemon = Daemon::start_oracle_with(NODES);
     let folder = daemon.folder.path();
     every_form(folder);
     start_slow(folder);

@@ -32,20 +32,16 @@ impl Daemon {
 
     /// The same in a folder that is there already.
     pub(crate) fn start_in(folder: TempDir, options: &[&str]) -> Self {
-        Self::launch(folder, options, Stdio::inherit())
+        Self::launch(ours(), folder, options)
     }
 
     /// Starts ours with what it logs in the file `log` of its folder.
     pub(crate) fn start_logging() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let log = File::create(folder.path().join("log")).expect("created");
-        Self::launch(folder, &[], log.into())
-    }
-
-    fn launch(folder: TempDir, options: &[&str], log: Stdio) -> Self {
-        let mut command = Command::new(tools::blockyard());
-        command.arg("daemon");
-        Self::launch(command, folder, options)
+        let mut command = ours();
+        command.stderr(log);
+        Self::launch(command, folder, &[])
     }
 
     /// Starts QEMU's in a new folder in the same way.
@@ -63,8 +59,7 @@ impl Daemon {
             ])
             .args(["--monitor", "qmp", "--pidfile", "pid"])
             .current_dir(folder.path())
-            .stdin(Stdio::null())
-            .stderr(log);
+            .stdin(Stdio::null());
         let daemon = Self {
             process: Process::start(&mut command),
             folder,
@@ -138,6 +133,12 @@ impl Daemon {
     fn wait_for_socket(&self) {
         wait_until(&self.folder.path().join("pid"));
     }
+}
+
+fn ours() -> Command {
+    let mut command = Command::new(tools::blockyard());
+    command.arg("daemon");
+    command
 }
 
 /// A process that does not outlive its test.

@@ -22,7 +22,7 @@ mod python_client;
 mod schema;
 mod script;
 mod tools;
-mod verbs;
 mod tour;
+mod verbs;
 mod wire;
 mod without_ring;
