@@ -126,12 +126,33 @@ impl EngineHandle {
     /// # Cancel safety
     /// Dropping the future abandons the answer; the request is carried out all the same.
     pub async fn call(&self, request: Request) -> Result<Reply, EngineError> {
-        let (answer, reply) = oneshot::channel();
+        self.call_then(request, |outcome| outcome).await
+    }
+
+    /// Carries out one request and lets `then` have the outcome on the manager's thread, in the step that made it:
+    /// listeners hear events of before it before, and events of after it after `then` runs. It must not block. Returns
+    /// what it returns.
+    ///
+    /// # Errors
+    /// When the engine has ended: `then` is not called.
+    ///
+    /// # Cancel safety
+    /// Dropping the future abandons what `then` returns; request and `then` are carried out all the same.
+    pub async fn call_then<T: Send + 'static>(
+        &self,
+        request: Request,
+        then: impl FnOnce(Result<Reply, EngineError>) -> Result<T, EngineError> + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let (done, result) = oneshot::channel();
         let gone = || EngineError::generic("The daemon is ending");
+        let answer = Box::new(move |outcome| {
+            // The caller may have given up.
+            let _ = done.send(then(outcome));
+        });
         self.calls
             .send(Call::Request(Box::new(request), answer))
             .map_err(|_| gone())?;
-        reply.await.map_err(|_| gone())?
+        result.await.map_err(|_| gone())?
     }
 
     /// Lets `listener` hear every event from now on: in order, on the manager's thread. It must not block.

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use blockyard_engine::engine::{Engine, EngineConfig, EngineHandle};
@@ -588,4 +589,40 @@ async fn quitting_ends_every_job_whatever_its_state() {
     }
     let after = yard.call(Request::QueryJobs).await.expect_err("gone");
     assert_eq!(after.text, "The daemon is ending");
+}
+
+/// What a query says is never older than an event that was heard before it.
+#[tokio::test]
+async fn answers_and_events_have_one_order() {
+    let yard = yard_with_nodes().await;
+    let latest = Arc::new(Mutex::new(Status::Undefined));
+    let heard = latest.clone();
+    yard.engine.subscribe(Box::new(move |event| {
+        if let EventKind::JobStatusChange { status, .. } = &event.kind {
+            *heard.lock().expect("whole") = *status;
+        }
+    }));
+    yard.start("j", backup("s", "t", 65536), false)
+        .await
+        .expect("started");
+    let changing = async {
+        for _ in 0..100 {
+            yard.verb("j", VerbCall::Pause).await.expect("paused");
+            yard.verb("j", VerbCall::Resume).await.expect("resumed");
+        }
+    };
+    let asking = async {
+        for _ in 0..1000 {
+            let latest = latest.clone();
+            let answered = yard.engine.call_then(Request::QueryJobs, move |outcome| {
+                let Ok(Reply::Jobs(jobs)) = outcome else {
+                    panic!("jobs are told")
+                };
+                Ok((jobs[0].status, *latest.lock().expect("whole")))
+            });
+            let (told, heard) = answered.await.expect("answered");
+            assert_eq!(told, heard);
+        }
+    };
+    tokio::join!(changing, asking);
 }

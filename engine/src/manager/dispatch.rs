@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use crate::error::EngineError;
 use crate::job::status::Status;
@@ -15,10 +15,14 @@ use crate::request::Request;
 /// How long the end of the daemon waits for jobs that do not end.
 const JOBS_END_WAIT: Duration = Duration::from_secs(30);
 
+/// Takes the answer to one request, on the manager's thread and in the step that made it: no event is raised in between.
+/// Must not block.
+pub(crate) type Answer = Box<dyn FnOnce(Result<Reply, EngineError>) + Send>;
+
 /// What reaches the manager from outside.
 pub(crate) enum Call {
-    /// A request, and where its answer goes.
-    Request(Box<Request>, oneshot::Sender<Result<Reply, EngineError>>),
+    /// A request, and who takes its answer.
+    Request(Box<Request>, Answer),
     /// Somebody who wants to hear every event from now on.
     Listen(Listener),
 }
@@ -34,21 +38,21 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
         match call {
             Some(Call::Listen(listener)) => manager.publisher.add(listener),
             Some(Call::Request(_, answer)) if manager.ending.get() => {
-                let _ = answer.send(Err(EngineError::generic("The daemon is ending")));
+                answer(Err(EngineError::generic("The daemon is ending")));
             }
             Some(Call::Request(request, answer)) if *request == Request::Quit => {
                 manager.ending.set(true);
                 let (manager, quit) = (manager.clone(), quit.clone());
                 tokio::task::spawn_local(async move {
                     manager.end_everything().await;
-                    let _ = answer.send(Ok(Reply::Done));
+                    answer(Ok(Reply::Done));
                     let _ = quit.send(()).await;
                 });
             }
             Some(Call::Request(request, answer)) => {
                 let manager = manager.clone();
                 tokio::task::spawn_local(async move {
-                    let _ = answer.send(manager.handle(*request).await);
+                    answer(manager.handle(*request).await);
                 });
             }
             None => {

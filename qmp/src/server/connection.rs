@@ -3,6 +3,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockyard_engine::engine::EngineHandle;
+use blockyard_engine::error::EngineError;
+use blockyard_engine::reply::Reply;
 use blockyard_engine::request::Request;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -186,18 +188,28 @@ impl Connection {
             }
             Step::Call { request, id } => {
                 let quits = *request == Request::Quit;
-                let outcome = self.service.engine.call(*request).await;
-                let reply = match outcome {
-                    Ok(reply) => session::success(replies::value(&reply), id),
-                    Err(error) => session::failure(&QmpError::from(error), id),
-                };
-                self.send(&reply);
+                let (connection, of) = (self.clone(), id.clone());
+                // In the queue before any later event: who reads a status after an event may rely on it being newer.
+                let replied = self.service.engine.call_then(*request, move |outcome| {
+                    connection.send(&reply_to(outcome, of));
+                    Ok(())
+                });
+                if let Err(gone) = replied.await {
+                    self.send(&reply_to(Err(gone), id));
+                }
                 if quits {
                     self.service.ended.send_replace(true);
                 }
                 quits
             }
         }
+    }
+}
+
+fn reply_to(outcome: Result<Reply, EngineError>, id: Option<Value>) -> Value {
+    match outcome {
+        Ok(reply) => session::success(replies::value(&reply), id),
+        Err(error) => session::failure(&QmpError::from(error), id),
     }
 }
 
