@@ -8,6 +8,7 @@
 //! No JSON here, and no type of this crate is serializable: the front-end converts by hand.
 #![forbid(unsafe_code)]
 
+mod blkdebug;
 pub mod clock;
 pub mod data;
 pub mod engine;

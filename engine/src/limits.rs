@@ -21,5 +21,11 @@ pub const SECTOR_BYTES: u64 = 512;
 /// Largest length of a node in bytes.
 pub const NODE_LENGTH_MAX: u64 = 0x7fff_ffff_c000_0000;
 
+/// Largest alignment that a `blkdebug` node can demand, in bytes: unaligned requests are widened in memory.
+pub const BLKDEBUG_ALIGN_MAX_BYTES: u64 = 1 << 20;
+
+/// Longest file of rules of a `blkdebug` node, in bytes.
+pub const FAULT_CONFIG_BYTES_MAX: usize = 1 << 20;
+
 const _: () = assert!(COPY_CHUNK_BYTES as usize * 4 <= BUFFER_BUDGET_BYTES);
 const _: () = assert!(COPY_CHUNK_BYTES.is_multiple_of(SECTOR_BYTES));

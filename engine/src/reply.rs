@@ -126,12 +126,12 @@ pub struct ImageView {
     pub actual_size_bytes: Option<u64>,
     /// Cluster size in bytes.
     pub cluster_size_bytes: Option<u64>,
-    /// The image was not closed cleanly.
-    pub dirty_flag: bool,
+    /// The image was not closed cleanly; `None` where nothing can tell.
+    pub dirty_flag: Option<bool>,
     /// What only this format has to say.
     pub format_specific: Option<FormatSpecific>,
-    /// The images below in the graph, by role name (`file`, ...).
-    pub children: Vec<(String, ImageView)>,
+    /// The image behind it, or below a filter; left out where views are flat.
+    pub backing_image: Option<Box<ImageView>>,
 }
 
 /// What one format has to say of an image.

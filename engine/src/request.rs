@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use crate::job::error_policy::OnError;
 use crate::job::verb::{JobType, VerbCall};
 
+pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError, SetState};
+
 /// One command to the engine.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
@@ -197,6 +199,15 @@ impl DriverSpec {
             DriverSpec::Blkdebug(_) => "blkdebug",
         }
     }
+
+    /// The node below, if the driver has one.
+    pub const fn child(&self) -> Option<&NodeRef> {
+        match self {
+            DriverSpec::Raw { file, .. } => Some(file),
+            DriverSpec::Blkdebug(spec) => Some(&spec.image),
+            _ => None,
+        }
+    }
 }
 
 /// A child: an existing node or one to open inline.
@@ -231,82 +242,6 @@ pub struct NullSpec {
     pub latency_ns: Option<u64>,
     /// Whether reads fill the buffer with zeroes (else it keeps its content).
     pub read_zeroes: Option<bool>,
-}
-
-/// Options of `blkdebug`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct BlkdebugSpec {
-    /// The node below.
-    pub image: NodeRef,
-    /// A file of rules (QEMU's `config`).
-    pub config: Option<PathBuf>,
-    /// Request alignment in bytes.
-    pub align: Option<i64>,
-    /// Largest transfer in bytes.
-    pub max_transfer: Option<i32>,
-    /// Preferred zero request in bytes.
-    pub opt_write_zero: Option<i32>,
-    /// Largest zero request in bytes.
-    pub max_write_zero: Option<i32>,
-    /// Preferred discard in bytes.
-    pub opt_discard: Option<i32>,
-    /// Largest discard in bytes.
-    pub max_discard: Option<i32>,
-    /// Faults.
-    pub inject_error: Vec<InjectError>,
-    /// State changes.
-    pub set_state: Vec<SetState>,
-    /// Permissions additionally taken on the child.
-    pub take_child_perms: Vec<Permission>,
-    /// Permissions additionally not shared on the child.
-    pub unshare_child_perms: Vec<Permission>,
-}
-
-/// One fault of `blkdebug`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InjectError {
-    /// Name of the event that arms it (`none`: armed from the start).
-    pub event: String,
-    /// State in which it is active; `None` or 0: any.
-    pub state: Option<i64>,
-    /// Which requests fail; `None`: read, write, write-zeroes, discard and flush.
-    pub iotype: Option<BlkdebugIo>,
-    /// Error number; `None`: `EIO`.
-    pub errno: Option<i64>,
-    /// Fail only requests that touch this 512-byte sector.
-    pub sector: Option<i64>,
-    /// Fail once.
-    pub once: bool,
-    /// Fail without waiting for anything.
-    pub immediately: bool,
-}
-
-/// One state change of `blkdebug`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SetState {
-    /// Name of the event.
-    pub event: String,
-    /// State in which it acts; `None` or 0: any.
-    pub state: Option<i64>,
-    /// State afterwards.
-    pub new_state: i64,
-}
-
-/// A kind of request, for `blkdebug`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BlkdebugIo {
-    /// Reads.
-    Read,
-    /// Writes.
-    Write,
-    /// Zero requests.
-    WriteZeroes,
-    /// Discards.
-    Discard,
-    /// Flushes.
-    Flush,
-    /// Questions about allocation.
-    BlockStatus,
 }
 
 /// A permission on an edge of the graph. The order is QEMU's, which is also the order of the lock bytes.

@@ -14,8 +14,9 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::{Verb, VerbCall, accepts};
 use blockyard_engine::reply::{BlockJobView, IoStatus, JobView, Reply};
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CommonOptions, CopyMode, DriverSpec, JobSpec, MirrorSpec, NodeSpec,
-    NullSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    BackupPerf, BackupSpec, BlkdebugIo, BlkdebugSpec, CommonOptions, CopyMode, DriverSpec,
+    InjectError, JobSpec, MirrorSpec, NodeRef, NodeSpec, NullSpec, Request, SyncMode, VerbFamily,
+    WorkSpec,
 };
 
 /// An engine and everything it says.
@@ -536,6 +537,50 @@ async fn cancelling_a_waiting_member_ends_its_group() {
         "B null",
         "A aborting",
         "A CANCELLED",
+        "A concluded",
+        "A null",
+    ]);
+}
+
+#[tokio::test]
+async fn a_member_that_fails_ends_its_group() {
+    let yard = yard_with_nodes().await;
+    for name in ["u", "v"] {
+        yard.node(name, 8 * MIB).await;
+    }
+    let fault = InjectError {
+        event: "none".to_owned(),
+        iotype: Some(BlkdebugIo::Read),
+        sector: Some(8192),
+        ..InjectError::default()
+    };
+    let faulty = BlkdebugSpec {
+        inject_error: vec![fault],
+        ..BlkdebugSpec::over(NodeRef::Name("s".to_owned()))
+    };
+    let spec = NodeSpec {
+        node_name: Some("faulty".to_owned()),
+        common: CommonOptions::default(),
+        driver: DriverSpec::Blkdebug(faulty),
+    };
+    let added = yard.call(Request::BlockdevAdd(spec)).await;
+    added.expect("node added");
+    let jobs = vec![
+        job("A", backup("faulty", "t", 0), true),
+        job("B", backup("u", "v", 65536), true),
+    ];
+    let grouped = true;
+    let started = yard.call(Request::StartJobs { jobs, grouped }).await;
+    started.expect("started");
+    yard.expect(&["A created", "B created", "B running", "A running"]);
+    yard.expect(&[
+        "A ERROR Source Report",
+        "A aborting",
+        "B aborting",
+        "B CANCELLED",
+        "B concluded",
+        "B null",
+        "A COMPLETED Input/output error",
         "A concluded",
         "A null",
     ]);

@@ -93,25 +93,30 @@ fn node(node: &NodeView) -> Value {
     value
 }
 
-fn image(image: &ImageView) -> Value {
+fn image(view: &ImageView) -> Value {
     let mut value = json!({
-        "filename": image.filename,
-        "format": image.format,
-        "virtual-size": image.virtual_size_bytes,
-        "dirty-flag": image.dirty_flag,
+        "filename": view.filename,
+        "format": view.format,
+        "virtual-size": view.virtual_size_bytes,
     });
-    if let Some(size) = image.actual_size_bytes {
+    if let Some(dirty) = view.dirty_flag {
+        value["dirty-flag"] = json!(dirty);
+    }
+    if let Some(size) = view.actual_size_bytes {
         value["actual-size"] = json!(size);
     }
-    if let Some(size) = image.cluster_size_bytes {
+    if let Some(size) = view.cluster_size_bytes {
         value["cluster-size"] = json!(size);
     }
-    if let Some(FormatSpecific::File { extent_size_hint }) = &image.format_specific {
+    if let Some(FormatSpecific::File { extent_size_hint }) = &view.format_specific {
         let mut data = json!({});
         if let Some(hint) = extent_size_hint {
             data["extent-size-hint"] = json!(hint);
         }
         value["format-specific"] = json!({"type": "file", "data": data});
+    }
+    if let Some(backing) = &view.backing_image {
+        value["backing-image"] = image(backing);
     }
     value
 }

@@ -3,6 +3,7 @@
 
 mod abuse;
 mod bench;
+mod blkdebug;
 mod client;
 mod client_tools;
 mod command_line;

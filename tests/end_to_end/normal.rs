@@ -2,7 +2,7 @@
 //!
 //! Normalised: times, versions, how far an unfinished job has got, the unit of a creation's progress, order between a
 //! reply and events that are not raised by its command, order between events of different jobs, the pause/resume pairs
-//! that drains add, names that a daemon makes up, numbers in the graph, room on the file system, and the process that our
+//! that drains add, names that a daemon makes up, numbers in the graph, the order of options in a name, room on the file system, and the process that our
 //! lock errors name.
 
 use std::collections::BTreeMap;
@@ -120,7 +120,11 @@ fn without_progress(value: Value) -> Value {
                 .collect()
         }
         Value::Array(elements) => elements.into_iter().map(without_progress).collect(),
-        Value::String(string) => json!(text(&string)),
+        // Options have no order.
+        Value::String(string) => match string.strip_prefix("json:") {
+            Some(options) => serde_json::from_str(options).expect("options as JSON"),
+            None => json!(text(&string)),
+        },
         other => other,
     }
 }

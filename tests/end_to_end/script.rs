@@ -3,6 +3,7 @@
 //! A script is lines:
 //! - `{...}` is a command, sent after the reply to the one before;
 //! - `wait JOB STATUS` waits until that status has been reported as often as it was waited for;
+//! - `wait JOB stopped` waits until an error has paused the job as often as that was waited for;
 //! - `moving JOB` waits until the job has got somewhere, which no event tells;
 //! - `$ COMMAND` runs a shell command in the daemon's folder; what it prints and its exit code are compared;
 //! - `locks FILE` looks at which bytes of the file are locked;
@@ -182,15 +183,43 @@ fn wait(client: &mut Client, log: &mut Vec<Entry>, what: &str, times: usize) {
     let Some((job, status)) = what.split_once(' ') else {
         panic!("wait what? {what}")
     };
-    let wanted = json!({"id": job, "status": status});
-    let seen = |entry: &&Entry| {
-        matches!(entry, Entry::Event(event)
-            if event["event"] == "JOB_STATUS_CHANGE" && event["data"] == wanted)
-    };
-    while log.iter().filter(seen).count() < times {
+    loop {
+        let seen = if status == "stopped" {
+            stops(log, job)
+        } else {
+            let reported = log.iter().filter(|entry| reports(entry, job, status));
+            reported.count()
+        };
+        if seen >= times {
+            return;
+        }
         let message = client
             .message()
             .unwrap_or_else(|| panic!("the end instead of {what}"));
         log.push(Entry::Event(message));
     }
+}
+
+fn reports(entry: &Entry, job: &str, status: &str) -> bool {
+    let wanted = json!({"id": job, "status": status});
+    matches!(entry, Entry::Event(event)
+        if event["event"] == "JOB_STATUS_CHANGE" && event["data"] == wanted)
+}
+
+/// How often a job was paused by an error; drains pause it too.
+fn stops(log: &[Entry], job: &str) -> usize {
+    let is_error = |entry: &Entry| {
+        matches!(entry, Entry::Event(event) if event["event"] == "BLOCK_JOB_ERROR"
+            && event["data"]["device"] == job && event["data"]["action"] == "stop")
+    };
+    let mut stopping = false;
+    let mut count = 0;
+    for entry in log {
+        let pauses = reports(entry, job, "paused") || reports(entry, job, "standby");
+        if stopping && pauses {
+            count += 1;
+        }
+        stopping = is_error(entry) || (stopping && !pauses);
+    }
+    count
 }

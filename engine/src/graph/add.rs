@@ -7,11 +7,13 @@ use std::time::Duration;
 use blockyard_ring::{FileKind, HostFile, OpenMode};
 use blockyard_storage::LocalFuture;
 use blockyard_storage::error::errno_text;
+use tokio::sync::MutexGuard;
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
+use crate::graph::filenames::FileName;
 use crate::graph::image_locks::HeldLocks;
-use crate::graph::permissions::Permissions;
+use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{Edge, NodeRecord, User};
 use crate::graph::{Graph, names};
 use crate::limits::{NODE_DEPTH_MAX, NODE_LENGTH_MAX, SECTOR_BYTES};
@@ -32,14 +34,23 @@ const NULL_LENGTH_BYTES: i64 = 1 << 30;
 
 /// Options of one node with the defaults and the parent's values filled in.
 #[derive(Clone, Copy)]
-struct Resolved {
-    read_only: bool,
+pub(super) struct Resolved {
+    pub(super) read_only: bool,
     auto_read_only: bool,
     force_share: bool,
     cache_direct: bool,
-    cache_no_flush: bool,
-    discard: Discard,
-    detect_zeroes: DetectZeroes,
+    pub(super) cache_no_flush: bool,
+    pub(super) discard: Discard,
+    pub(super) detect_zeroes: DetectZeroes,
+}
+
+/// The child of a node that is being opened.
+pub(super) struct OpenedChild<'a> {
+    pub(super) id: NodeId,
+    pub(super) filename: FileName,
+    /// It was opened with its parent, and goes if that cannot be opened.
+    inline: bool,
+    held: MutexGuard<'a, ()>,
 }
 
 impl Resolved {
@@ -102,18 +113,12 @@ impl Graph {
 
     /// A node goes where its existing child lives, else to the least loaded thread.
     fn thread_for(&self, spec: &NodeSpec) -> ThreadId {
-        match &spec.driver {
-            DriverSpec::Raw {
-                file: NodeRef::Name(name),
-                ..
-            } => self
+        match spec.driver.child() {
+            Some(NodeRef::Name(name)) => self
                 .find(name)
                 .map_or_else(|| self.threads.choose(), |id| self.thread_of(id)),
-            DriverSpec::Raw {
-                file: NodeRef::Inline(child),
-                ..
-            } => self.thread_for(child),
-            _ => self.threads.choose(),
+            Some(NodeRef::Inline(child)) => self.thread_for(child),
+            None => self.threads.choose(),
         }
     }
 
@@ -177,9 +182,10 @@ impl Graph {
         let driver = spec.driver.name();
         let mut record = NodeRecord {
             id: early_id,
+            listed: early_id,
             name,
             driver,
-            filename: String::new(),
+            filename: FileName::default(),
             read_only: resolved.read_only,
             detect_zeroes: resolved.detect_zeroes,
             cache_direct: resolved.cache_direct,
@@ -189,6 +195,7 @@ impl Graph {
             windowed: false,
             force_share: resolved.force_share,
             exclusive: false,
+            extra: ExtraPermissions::default(),
             thread,
             plan: NodePlan::Null(null_options(NullSpec::default(), true)?),
             locked: None,
@@ -200,19 +207,62 @@ impl Graph {
             }
             DriverSpec::NullCo(null) | DriverSpec::NullAio(null) => {
                 record.plan = NodePlan::Null(null_options(null, resolved.read_only)?);
-                record.filename = format!("{driver}://");
+                record.filename = FileName::of_null(driver, &null);
             }
             DriverSpec::Raw { file, offset, size } => {
                 return self.open_raw(record, file, offset, size, resolved).await;
             }
-            DriverSpec::Blkdebug(_) => {
-                return Err(EngineError::generic(
-                    "Driver 'blkdebug' is not supported yet",
-                ));
+            DriverSpec::Blkdebug(spec) => {
+                return self.open_blkdebug(record, spec, resolved).await;
             }
         }
         let _held = self.hold().await;
         self.enlist(record, None).await
+    }
+
+    /// The child of a node that is being opened; a child that is described inline is opened with it. The graph is held
+    /// from then on.
+    pub(super) async fn child(
+        &self,
+        record: &mut NodeRecord,
+        child: NodeRef,
+        resolved: Resolved,
+    ) -> Result<OpenedChild<'_>, EngineError> {
+        let inline = match child {
+            NodeRef::Name(name) => Err(name),
+            NodeRef::Inline(spec) => Ok(self.open(*spec, Some(resolved), record.thread).await?),
+        };
+        let held = self.hold().await;
+        let (id, inline) = match inline {
+            Ok(child) => (child, true),
+            Err(name) => (self.look_up(&name)?, false),
+        };
+        // Children are older than their parents: what walks the graph relies on it.
+        let mut records = self.records.borrow_mut();
+        record.id = records.new_id();
+        let below = records.node(id);
+        let filename = below.map(|node| node.filename.clone()).unwrap_or_default();
+        drop(records);
+        record.thread = self.thread_of(id);
+        Ok(OpenedChild {
+            id,
+            filename,
+            inline,
+            held,
+        })
+    }
+
+    /// The end of opening a node above a child: lets go of the graph, and of the child if it came to nothing.
+    pub(super) async fn settle_child(
+        &self,
+        child: OpenedChild<'_>,
+        outcome: Result<NodeId, EngineError>,
+    ) -> Result<NodeId, EngineError> {
+        drop(child.held);
+        if outcome.is_err() && child.inline {
+            self.close(child.id).await;
+        }
+        outcome
     }
 
     async fn open_raw(
@@ -223,51 +273,32 @@ impl Graph {
         size: Option<u64>,
         resolved: Resolved,
     ) -> Result<NodeId, EngineError> {
-        let inline = match file {
-            NodeRef::Name(name) => Err(name),
-            NodeRef::Inline(spec) => Ok(self.open(*spec, Some(resolved), record.thread).await?),
-        };
-        let held = self.hold().await;
-        let (child, inline) = match inline {
-            Ok(child) => (child, true),
-            Err(name) => (self.look_up(&name)?, false),
-        };
-        // Children are older than their parents: what walks the graph relies on it.
-        record.id = self.records.borrow_mut().new_id();
-        record.thread = self.thread_of(child);
+        let child = self.child(&mut record, file, resolved).await?;
+        record.listed = record.id;
         let outcome = async {
-            let length = self.facts(child).await?.length_bytes;
+            let length = self.facts(child.id).await?.length_bytes;
             let window = check_window(offset, size, length)?;
             record.fixed_size = size.is_some();
             record.windowed = size.is_some() || offset.is_some_and(|offset| offset > 0);
-            let plain = self
-                .records
-                .borrow()
-                .node(child)
-                .map(|node| node.filename.clone());
-            record.filename = raw_filename(plain.unwrap_or_default(), offset, size);
+            record.filename = FileName::of_raw(child.filename.clone(), offset, size);
             record.plan = NodePlan::Raw {
-                child,
+                child: child.id,
                 window,
                 read_only: resolved.read_only,
                 discard: resolved.discard,
                 detect_zeroes: resolved.detect_zeroes,
             };
-            self.enlist(record, Some(child)).await
+            self.enlist(record, Some((child.id, "file"))).await
         }
         .await;
-        drop(held);
-        if outcome.is_err() && inline {
-            self.close(child).await;
-        }
-        outcome
+        self.settle_child(child, outcome).await
     }
 
     /// Takes a node into the records and brings it up on its thread.
-    async fn enlist(
+    pub(super) async fn enlist(
         &self,
         record: NodeRecord,
-        child: Option<NodeId>,
+        child: Option<(NodeId, &'static str)>,
     ) -> Result<NodeId, EngineError> {
         let (id, thread) = (record.id, record.thread);
         {
@@ -275,10 +306,10 @@ impl Graph {
             let place = records.nodes.partition_point(|node| node.id < id);
             records.nodes.insert(place, record);
             let linked = records.change_edges(|edges| {
-                edges.extend(child.map(|child| Edge {
+                edges.extend(child.map(|(child, role)| Edge {
                     user: User::Node(id),
                     child,
-                    role: "file",
+                    role,
                     taken: Permissions::NONE,
                     shared: Permissions::EVERY,
                 }));
@@ -359,7 +390,7 @@ impl Graph {
         let locks = spec.locking != Some(OnOffAuto::Off);
         record.exclusive = spec.exclusive;
         record.locked = locks.then(|| (file.clone(), HeldLocks::default()));
-        record.filename = shown;
+        record.filename = FileName::of_file(record.driver, shown);
         let options = FileOptions {
             read_only: record.read_only,
             discard: resolved.discard,
@@ -371,10 +402,16 @@ impl Graph {
     }
 }
 
-/// Opens on a thread of its own: a file system that does not answer holds up only this request, and not for ever.
 async fn open_in_background(path: PathBuf, mode: OpenMode) -> io::Result<HostFile> {
-    let opening = tokio::task::spawn_blocking(move || HostFile::open(&path, mode));
-    match tokio::time::timeout(OPEN_WAIT, opening).await {
+    in_background(move || HostFile::open(&path, mode)).await
+}
+
+/// Runs a call on a thread of its own: a file system that does not answer holds up only this request, and not for ever.
+pub(super) async fn in_background<T: Send + 'static>(
+    call: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let calling = tokio::task::spawn_blocking(call);
+    match tokio::time::timeout(OPEN_WAIT, calling).await {
         Ok(Ok(outcome)) => outcome,
         Ok(Err(_)) => Err(io::Error::other("opening failed (bug)")),
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
@@ -394,12 +431,7 @@ fn check_depth(spec: &NodeSpec) -> Result<(), EngineError> {
     let mut depth = 1;
     let mut rest = spec;
     loop {
-        let child = match &rest.driver {
-            DriverSpec::Raw { file, .. } => file,
-            DriverSpec::Blkdebug(blkdebug) => &blkdebug.image,
-            _ => return Ok(()),
-        };
-        let NodeRef::Inline(child) = child else {
+        let Some(NodeRef::Inline(child)) = rest.driver.child() else {
             return Ok(());
         };
         depth += 1;
@@ -451,37 +483,6 @@ fn check_window(
         }
     }
     Ok(window)
-}
-
-/// A window is an option that the plain name would lose.
-fn raw_filename(plain: String, offset: Option<u64>, size: Option<u64>) -> String {
-    if offset.is_none() && size.is_none() {
-        return plain;
-    }
-    // Members stand in the order in which clients see them elsewhere.
-    let mut members = Vec::new();
-    members.extend(offset.map(|offset| format!("\"offset\": {offset}")));
-    members.push("\"driver\": \"raw\"".to_owned());
-    members.extend(size.map(|size| format!("\"size\": {size}")));
-    members.push(format!(
-        "\"file\": {{\"driver\": \"file\", \"filename\": {}}}",
-        quoted(&plain)
-    ));
-    format!("json:{{{}}}", members.join(", "))
-}
-
-/// A text between quotes, escaped as in JSON.
-fn quoted(text: &str) -> String {
-    let mut quoted = String::from("\"");
-    for character in text.chars() {
-        match character {
-            '"' | '\\' => quoted.extend(['\\', character]),
-            '\u{0}'..='\u{1f}' => quoted += &format!("\\u{:04X}", u32::from(character)),
-            _ => quoted.push(character),
-        }
-    }
-    quoted.push('"');
-    quoted
 }
 
 fn null_options(spec: NullSpec, read_only: bool) -> Result<NullOptions, EngineError> {

@@ -2,7 +2,7 @@
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::{EngineError, JobError};
-use crate::graph::permissions::Permissions;
+use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{Blocker, Edge, JobLabel, NodeRecord, User};
 use crate::graph::{Graph, names};
 use crate::job::context::JobKey;
@@ -225,6 +225,7 @@ impl Graph {
             }
             records.nodes.push(NodeRecord {
                 id,
+                listed: id,
                 name,
                 driver,
                 detect_zeroes: DetectZeroes::Off,
@@ -232,6 +233,7 @@ impl Graph {
                 fixed_size: false,
                 windowed: false,
                 force_share: false,
+                extra: ExtraPermissions::default(),
                 exclusive: false,
                 plan: NodePlan::Filter { child: source },
                 locked: None,

@@ -4,6 +4,9 @@
 //! Opening, which may take long, happens on other threads while the name is reserved, so that nobody else waits for it.
 
 mod add;
+mod blkdebug;
+mod fault_config;
+mod filenames;
 mod image_locks;
 mod jobs;
 mod names;

@@ -66,6 +66,15 @@ impl Permissions {
     }
 }
 
+/// What a client adds to the permissions of a node's edge to its child.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExtraPermissions {
+    /// Taken as well.
+    pub taken: Permissions,
+    /// Not shared either.
+    pub unshared: Permissions,
+}
+
 /// A permission as texts spell it.
 pub const fn name_of(permission: Permission) -> &'static str {
     match permission {

@@ -4,9 +4,10 @@ use blockyard_ring::{FileKind, HostFile};
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
+use crate::graph::filenames::FileName;
 use crate::graph::image_locks::{self, HeldLocks};
 use crate::graph::jobs::TARGET_ROLE;
-use crate::graph::permissions::{Permissions, names_of};
+use crate::graph::permissions::{ExtraPermissions, Permissions, names_of};
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
@@ -16,10 +17,12 @@ use crate::request::{DetectZeroes, Permission};
 #[derive(Clone)]
 pub(super) struct NodeRecord {
     pub(super) id: NodeId,
+    /// Its place in lists, where the image below a fault filter counts as the younger one.
+    pub(super) listed: NodeId,
     pub(super) name: String,
     pub(super) driver: &'static str,
     /// As queries show it.
-    pub(super) filename: String,
+    pub(super) filename: FileName,
     pub(super) read_only: bool,
     pub(super) detect_zeroes: DetectZeroes,
     pub(super) cache_direct: bool,
@@ -30,12 +33,24 @@ pub(super) struct NodeRecord {
     /// Raw on a part of its child: others must not move what it stands on.
     pub(super) windowed: bool,
     pub(super) force_share: bool,
+    /// What its client adds to what it takes and does not share below.
+    pub(super) extra: ExtraPermissions,
     /// Writers in other programs are kept off, whoever uses the node.
     pub(super) exclusive: bool,
     pub(super) thread: ThreadId,
     pub(super) plan: NodePlan,
     /// The host file, if image locks are taken on it.
     pub(super) locked: Option<(HostFile, HeldLocks)>,
+}
+
+impl NodeRecord {
+    /// Whether it shows its child's data as its own.
+    pub(super) fn is_filter(&self) -> bool {
+        matches!(
+            self.plan,
+            NodePlan::Filter { .. } | NodePlan::Blkdebug { .. }
+        )
+    }
 }
 
 /// Who uses a node.
@@ -132,6 +147,38 @@ impl Records {
             .filter(move |edge| edge.user == User::Node(id))
     }
 
+    /// All nodes, newest first, as lists show them.
+    pub(super) fn newest_first(&self) -> Vec<&NodeRecord> {
+        let mut nodes: Vec<&NodeRecord> = self.nodes.iter().collect();
+        nodes.sort_by_key(|node| std::cmp::Reverse(node.listed));
+        nodes
+    }
+
+    /// How many filters there are from this node down to the first node that is none.
+    pub(super) fn filters_from(&self, id: NodeId) -> u32 {
+        let mut count = 0;
+        let mut next = self.node(id);
+        while let Some(filter) = next.filter(|node| node.is_filter()) {
+            count += 1;
+            let below = self.children(filter.id).next();
+            next = below.and_then(|edge| self.node(edge.child));
+        }
+        count
+    }
+
+    /// Whether a node shows the content of a host file, and nothing in between has facts of its own.
+    pub(super) fn stands_on_file(&self, id: NodeId) -> bool {
+        let mut next = self.node(id);
+        while let Some(node) = next {
+            if matches!(node.plan, NodePlan::File { .. }) {
+                return true;
+            }
+            let below = self.children(node.id).next();
+            next = below.and_then(|edge| self.node(edge.child));
+        }
+        false
+    }
+
     /// Whether something of the graph, or a job, is above a node.
     pub(super) fn has_node_or_job_parent(&self, id: NodeId) -> bool {
         self.users(id)
@@ -166,7 +213,7 @@ impl Records {
                     next = self.node(*child);
                     continue;
                 }
-                NodePlan::Filter { child } => {
+                NodePlan::Filter { child } | NodePlan::Blkdebug { child, .. } => {
                     next = self.node(*child);
                     continue;
                 }
@@ -247,13 +294,15 @@ impl Records {
             self.check_node(id)?;
             let (taken, shared) = self.demands(id);
             let Some(node) = self.node(id) else { continue };
-            let (driver, window) = (node.driver, node.windowed);
+            let (driver, window, extra) = (node.driver, node.windowed, node.extra);
             let (nodes, edges) = (&self.nodes, &mut self.edges);
             for edge in edges
                 .iter_mut()
                 .filter(|edge| edge.user == User::Node(id) && edge.role != TARGET_ROLE)
             {
                 (edge.taken, edge.shared) = child_permissions(driver, window, taken, shared);
+                edge.taken = edge.taken.union(extra.taken);
+                edge.shared = edge.shared.intersection(extra.unshared.complement());
                 // It is the child that lets everybody in.
                 let mut below = nodes.iter().filter(|node| node.id == edge.child);
                 if below.any(|node| node.force_share) {

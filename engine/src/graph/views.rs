@@ -18,14 +18,11 @@ const JOB_NUMBERS: u64 = 1 << 41;
 impl Graph {
     /// Every node, newest first.
     pub async fn views(&self, flat: bool) -> Vec<NodeView> {
-        // Nodes have no backing images, so flat and nested answers are the same.
-        let _ = flat;
         let ids: Vec<NodeId> = self
             .records
             .borrow()
-            .nodes
+            .newest_first()
             .iter()
-            .rev()
             .map(|node| node.id)
             .collect();
         let mut views = Vec::with_capacity(ids.len());
@@ -41,7 +38,7 @@ impl Graph {
                     facts
                 }
             };
-            let image = self.image_view(id, facts.length_bytes);
+            let image = self.image_view(id, facts.length_bytes, flat);
             let records = self.records.borrow();
             // A node may have gone while another was asked.
             let (Some(node), Some(image)) = (records.node(id), image) else {
@@ -50,54 +47,51 @@ impl Graph {
             views.push(NodeView {
                 node_name: node.name.clone(),
                 driver: node.driver.to_owned(),
-                filename: node.filename.clone(),
+                filename: node.filename.to_string(),
                 read_only: node.read_only,
                 active: true,
                 detect_zeroes: node.detect_zeroes,
                 cache_direct: node.cache_direct,
                 cache_no_flush: node.cache_no_flush,
                 backing_file: None,
-                backing_file_depth: 0,
+                backing_file_depth: if flat { 0 } else { records.filters_from(id) },
                 image,
             });
         }
         views
     }
 
-    fn image_view(&self, id: NodeId, length_bytes: u64) -> Option<ImageView> {
+    /// The image behind a node; the one below a filter shows as its backing image.
+    fn image_view(&self, id: NodeId, length_bytes: u64, flat: bool) -> Option<ImageView> {
         let records = self.records.borrow();
         let node = records.node(id)?;
-        let children = records
-            .children(id)
-            .map(|edge| (edge.role.to_owned(), edge.child));
-        let children: Vec<(String, NodeId)> = children.collect();
-        let (actual, specific) = match &node.plan {
-            NodePlan::File { file, .. } => (
-                file.allocated_bytes().ok(),
-                Some(FormatSpecific::File {
+        let below = records.children(id).map(|edge| edge.child).next();
+        let mut specific = None;
+        let actual = match &node.plan {
+            NodePlan::File { file, .. } => {
+                specific = Some(FormatSpecific::File {
                     extent_size_hint: None,
-                }),
-            ),
-            _ => (None, None),
+                });
+                file.allocated_bytes().ok()
+            }
+            NodePlan::Null(_) => Some(0),
+            // A protocol of its own, which cannot tell.
+            NodePlan::Blkdebug { .. } => None,
+            NodePlan::Raw { .. } | NodePlan::Filter { .. } => below
+                .and_then(|below| self.image_view(below, length_bytes, true))
+                .and_then(|image| image.actual_size_bytes),
         };
-        let (filename, format) = (node.filename.clone(), node.driver.to_owned());
-        drop(records);
-        let children: Vec<(String, ImageView)> = children
-            .into_iter()
-            .filter_map(|(role, child)| Some((role, self.image_view(child, length_bytes)?)))
-            .collect();
-        let below = children
-            .first()
-            .and_then(|(_, image)| image.actual_size_bytes);
+        let backing = below.filter(|_| !flat && node.is_filter());
+        let backing = backing.and_then(|below| self.image_view(below, length_bytes, false));
         Some(ImageView {
-            filename,
-            format,
+            filename: node.filename.to_string(),
+            format: node.driver.to_owned(),
             virtual_size_bytes: length_bytes,
-            actual_size_bytes: actual.or(below),
+            actual_size_bytes: actual,
             cluster_size_bytes: None,
-            dirty_flag: false,
+            dirty_flag: records.stands_on_file(id).then_some(false),
             format_specific: specific,
-            children,
+            backing_image: backing.map(Box::new),
         })
     }
 
@@ -105,7 +99,7 @@ impl Graph {
     pub fn block_graph(&self) -> GraphView {
         let records = self.records.borrow();
         let mut view = GraphView::default();
-        for node in records.nodes.iter().rev() {
+        for node in records.newest_first() {
             let (kind, name) = (GraphNodeKind::BlockDriver, node.name.clone());
             view.nodes.push(GraphNodeView {
                 id: node.id.0,

@@ -12,6 +12,7 @@ use blockyard_storage::error::EOPNOTSUPP;
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
 
 use crate::error::NodeError;
+use crate::node::fault_rules::DebugEvent;
 
 /// Facts about a node as of now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -85,6 +86,16 @@ pub trait Node {
 
     /// Changes the length in bytes. Who may is the graph's business.
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>>;
+
+    /// Whether this node, or one below, wants to [`hear`](Self::hear) what happens above it.
+    fn listens(&self) -> bool {
+        false
+    }
+
+    /// Something happens above that fault scripts may wait for.
+    fn hear(&self, event: DebugEvent) {
+        let _ = event;
+    }
 
     /// Where `range` lives in one host file, if it does as a whole and unchanged: descriptor and offset there.
     fn host_extent(&self, range: ByteRange) -> Option<(Arc<OwnedFd>, u64)> {

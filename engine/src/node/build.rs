@@ -9,6 +9,7 @@ use blockyard_storage::{Operation, StorageError};
 use crate::data::{DataContext, NodeId};
 use crate::error::NodeError;
 use crate::node::Node;
+use crate::node::blkdebug_node::{BlkdebugNode, BlkdebugOptions, SharedFaults};
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::filter_node::FilterNode;
 use crate::node::null_node::{NullNode, NullOptions};
@@ -40,6 +41,15 @@ pub enum NodePlan {
     },
     /// Nothing behind it.
     Null(NullOptions),
+    /// A filter that injects faults.
+    Blkdebug {
+        /// The child, on the same thread.
+        child: NodeId,
+        /// What the client chose.
+        options: BlkdebugOptions,
+        /// Its rules, which keep their state when the node moves.
+        faults: SharedFaults,
+    },
     /// A job's filter.
     Filter {
         /// The child, on the same thread.
@@ -83,6 +93,16 @@ pub fn build(
             *detect_zeroes,
         )),
         NodePlan::Null(options) => Rc::new(NullNode::new(name, *options, context.clock().clone())),
+        NodePlan::Blkdebug {
+            child,
+            options,
+            faults,
+        } => Rc::new(BlkdebugNode::new(
+            name,
+            child_of(*child)?,
+            *options,
+            faults.clone(),
+        )),
         NodePlan::Filter { child } => Rc::new(FilterNode::new(name, child_of(*child)?)),
     })
 }

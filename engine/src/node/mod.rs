@@ -1,10 +1,16 @@
 //! What moves bytes: nodes as they live on a data thread. Names, edges and permissions are the graph's, not theirs.
 
+mod announcing_node;
+pub mod blkdebug_node;
+#[cfg(test)]
+mod blkdebug_tests;
 pub mod block_node;
 pub mod build;
+pub mod fault_rules;
 pub mod file_node;
 pub mod filter_node;
 pub mod null_node;
+mod pieces;
 pub mod raw_node;
 pub mod zeroes;
 

@@ -9,6 +9,8 @@ use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError,
 
 use crate::error::NodeError;
 use crate::limits::SECTOR_BYTES;
+use crate::node::announcing_node::AnnouncingNode;
+use crate::node::fault_rules::DebugEvent;
 use crate::node::zeroes::is_zero;
 use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
 use crate::request::{DetectZeroes, Discard};
@@ -44,7 +46,7 @@ impl RawNode {
     ) -> Self {
         Self {
             name,
-            child,
+            child: AnnouncingNode::over(child),
             window,
             read_only,
             discard,
@@ -207,6 +209,14 @@ impl Node for RawNode {
                 }
             }
         })
+    }
+
+    fn listens(&self) -> bool {
+        self.child.listens()
+    }
+
+    fn hear(&self, event: DebugEvent) {
+        self.child.hear(event);
     }
 
     fn host_extent(&self, range: ByteRange) -> Option<(Arc<OwnedFd>, u64)> {

@@ -283,15 +283,15 @@ fn to_usize(length: u64) -> usize {
     usize::try_from(length).unwrap_or(usize::MAX)
 }
 
-/// The ranges being written, and who waits for one of them.
+/// The ranges being written, and who waits for one of them: keeps two writes from changing one block at the same time.
 #[derive(Default)]
-struct WritesInFlight {
+pub struct WritesInFlight {
     state: RefCell<(Vec<ByteRange>, Vec<Waker>)>,
 }
 
 impl WritesInFlight {
     /// Waits until no write in flight overlaps `range`, and counts as one until the answer is dropped.
-    async fn enter(&self, range: ByteRange) -> Turn<'_> {
+    pub async fn enter(&self, range: ByteRange) -> Turn<'_> {
         poll_fn(|cx| {
             let mut state = self.state.borrow_mut();
             if state.0.iter().any(|other| other.overlaps(&range)) {
@@ -309,8 +309,8 @@ impl WritesInFlight {
     }
 }
 
-/// A write in flight.
-struct Turn<'a> {
+/// A write in flight, until dropped.
+pub struct Turn<'a> {
     writes: &'a WritesInFlight,
     range: ByteRange,
 }

@@ -63,6 +63,8 @@ pub const EAGAIN: i32 = 11;
 pub const EBADF: i32 = 9;
 /// `EPERM`: not permitted.
 pub const EPERM: i32 = 1;
+/// `EISDIR`: a directory where a file has to be.
+pub const EISDIR: i32 = 21;
 /// `EINVAL`: an argument the operation cannot take.
 pub const EINVAL: i32 = 22;
 /// `EFBIG`: past the largest file the file system allows.

@@ -232,8 +232,8 @@ fn blkdebug(mut fields: Fields, depth: usize) -> Result<BlkdebugSpec, QmpError> 
         iotype: rule.word("iotype", IO_TYPES),
         errno: rule.int("errno"),
         sector: rule.int("sector"),
-        once: rule.flag("once").unwrap_or(false),
-        immediately: rule.flag("immediately").unwrap_or(false),
+        once: rule.flag("once"),
+        immediately: rule.flag("immediately"),
     };
     let set_state = |mut rule: Fields| SetState {
         event: rule.required_text("event"),
@@ -271,4 +271,16 @@ fn length(fields: &Fields, name: &str) -> Result<Option<u64>, QmpError> {
     let text = || format!("Value '{number}' is out of range for parameter '{name}'");
     let length = u64::try_from(number).map_err(|_| QmpError::generic(text()))?;
     Ok(Some(length))
+}
+
+#[cfg(test)]
+mod tests {
+    use blockyard_engine::request::BLKDEBUG_EVENTS;
+
+    use crate::schema::nodes::BLKDEBUG_EVENT;
+
+    #[test]
+    fn schema_and_engine_know_the_same_events() {
+        assert_eq!(BLKDEBUG_EVENT.words, BLKDEBUG_EVENTS);
+    }
 }

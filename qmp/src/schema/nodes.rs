@@ -55,7 +55,8 @@ static RAW: Object = Object::of(&[
     optional("size", Type::Int),
 ]);
 
-static BLKDEBUG_EVENT: Words = Words::of(&[
+/// `BlkdebugEvent`.
+pub static BLKDEBUG_EVENT: Words = Words::of(&[
     "l1_update",
     "l1_grow_alloc_table",
     "l1_grow_write_table",

@@ -1,0 +1,132 @@
+//! [`AnnouncingNode`]: what stands between a raw node and the fault filter below it, so that fault scripts can wait for
+//! what the raw node does. Requests pass, as long as the filter takes them; their events go first.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, ZeroMode};
+
+use crate::error::NodeError;
+use crate::node::fault_rules::DebugEvent;
+use crate::node::pieces::{read_in_pieces, write_in_pieces};
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+
+/// Tells the node below what the node above does.
+pub(super) struct AnnouncingNode {
+    child: Rc<dyn Node>,
+    /// Changes that were made, and how many of them a flush has covered.
+    changes: Cell<u64>,
+    flushed: Cell<u64>,
+}
+
+impl AnnouncingNode {
+    /// `child` itself if nothing below it listens.
+    pub(super) fn over(child: Rc<dyn Node>) -> Rc<dyn Node> {
+        if !child.listens() {
+            return child;
+        }
+        Rc::new(Self {
+            child,
+            changes: Cell::new(0),
+            flushed: Cell::new(0),
+        })
+    }
+
+    fn piece_max_bytes(&self) -> u64 {
+        u64::from(self.child.facts().transfer_max_bytes)
+    }
+
+    fn changed(&self) {
+        self.changes.set(self.changes.get() + 1);
+    }
+}
+
+impl Node for AnnouncingNode {
+    fn name(&self) -> String {
+        self.child.name()
+    }
+
+    fn facts(&self) -> NodeFacts {
+        self.child.facts()
+    }
+
+    fn status(
+        &self,
+        range: ByteRange,
+        extents_max: usize,
+    ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
+        self.child.status(range, extents_max)
+    }
+
+    fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(read_in_pieces(
+            offset,
+            into,
+            self.piece_max_bytes(),
+            async |offset, into| {
+                self.child.hear(DebugEvent::ReadAio);
+                self.child.read(offset, into).await
+            },
+        ))
+    }
+
+    fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(async move {
+            self.child.hear(DebugEvent::Pwritev);
+            let written = write_in_pieces(
+                offset,
+                from,
+                self.piece_max_bytes(),
+                async |offset, from| {
+                    self.child.hear(DebugEvent::WriteAio);
+                    self.child.write(offset, from).await
+                },
+            )
+            .await;
+            self.child.hear(DebugEvent::PwritevDone);
+            self.changed();
+            written
+        })
+    }
+
+    fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            self.child.hear(DebugEvent::PwritevZero);
+            let outcome = self.child.zero(range, mode).await;
+            self.child.hear(DebugEvent::PwritevDone);
+            self.changed();
+            outcome
+        })
+    }
+
+    fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.changed();
+        self.child.discard(range)
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            self.child.hear(DebugEvent::FlushToOs);
+            let changes = self.changes.get();
+            if self.flushed.get() < changes {
+                self.child.hear(DebugEvent::FlushToDisk);
+            }
+            self.child.flush().await?;
+            self.flushed.set(changes);
+            Ok(())
+        })
+    }
+
+    fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.changed();
+        self.child.resize(length_bytes)
+    }
+
+    fn listens(&self) -> bool {
+        true
+    }
+
+    fn hear(&self, event: DebugEvent) {
+        self.child.hear(event);
+    }
+}
