@@ -468,3 +468,30 @@ fn every_policy_for_flushes_of_a_mirror() {
     }
     compare(&script, files);
 }
+
+/// A source that cannot tell what it holds is copied; a target that cannot is zeroed.
+#[test]
+fn questions_about_allocation_that_fail() {
+    let fault = r#"{"event": "none", "iotype": "block-status", "errno": 5}"#;
+    let policies = ["report", "report"];
+    let mut script = String::new();
+    job(&mut script, "backup", "b", [fault, fault], policies, false);
+    end(&mut script, "b");
+    script += "equal s.raw full.raw\n";
+    job(&mut script, "mirror", "m", [fault, fault], policies, false);
+    script += r#"wait m ready
+        {"execute": "job-complete", "arguments": {"id": "m"}}
+        "#;
+    end(&mut script, "m");
+    script += "equal s.raw full.raw\n";
+    script += &add(&format!(
+        r#""node-name": "t", "inject-error": [{fault}], "image": {{"driver": "file", "filename": "full.raw"}}"#
+    ));
+    script += r#"
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "s", "filename": "t.raw"}}
+        {"execute": "blockdev-backup", "arguments": {"job-id": "z", "device": "s", "target": "t", "sync": "full", "auto-dismiss": false}}
+        "#;
+    end(&mut script, "z");
+    script += "equal t.raw full.raw\n";
+    compare(&script, files);
+}

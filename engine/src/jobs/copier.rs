@@ -147,24 +147,14 @@ impl Copier {
                 if wait_until.is_some() {
                     break;
                 }
-                match self.next_step(cx).await {
-                    Ok(Some(step)) => {
-                        if !(self.options.zeroes_are_free && step.kind == StepKind::Zero) {
-                            cx.charge(step.range.length());
-                        }
-                        self.in_flight.push(step.range);
-                        window.push(carry_out(step, &*source, &*target, cx, self.options));
-                    }
-                    Ok(None) => break,
-                    Err(error) => {
-                        if self.options.one_error_a_round {
-                            round_error.get_or_insert((Side::Source, error));
-                        } else {
-                            failed = self.by_policy(cx, Side::Source, error).await;
-                        }
-                        break;
-                    }
+                let Some(step) = self.next_step(cx).await else {
+                    break;
+                };
+                if !(self.options.zeroes_are_free && step.kind == StepKind::Zero) {
+                    cx.charge(step.range.length());
                 }
+                self.in_flight.push(step.range);
+                window.push(carry_out(step, &*source, &*target, cx, self.options));
             }
             if window.is_empty() {
                 match wait_until {
@@ -236,9 +226,9 @@ impl Copier {
         cx.held_until()
     }
 
-    async fn next_step(&mut self, cx: &JobContext) -> Result<Option<Step>, NodeError> {
+    async fn next_step(&mut self, cx: &JobContext) -> Option<Step> {
         if let Some(step) = self.retry.pop_front() {
-            return Ok(Some(step));
+            return Some(step);
         }
         let options = self.options;
         let chunk = |longest: u64| cx.chunk_bytes(options.granularity_bytes, longest);
@@ -390,9 +380,11 @@ async fn zero(range: ByteRange, target: &dyn Node, may_unmap: bool) -> Result<()
     };
     let mut rest = range;
     while !rest.is_empty() {
-        let extents = target
-            .status(rest, crate::limits::STATUS_EXTENTS_MAX)
-            .await?;
+        let answer = target.status(rest, crate::limits::STATUS_EXTENTS_MAX).await;
+        let extents = answer.unwrap_or_else(|error| {
+            tracing::debug!(%error, "what the target holds is not known, it is zeroed");
+            Vec::new()
+        });
         let mut covered = rest.offset();
         for extent in extents {
             if !extent.zero {

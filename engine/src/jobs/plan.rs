@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use blockyard_storage::ByteRange;
 
-use crate::error::NodeError;
 use crate::limits::STATUS_EXTENTS_MAX;
 use crate::node::{Node, StatusExtent};
 
@@ -134,10 +133,8 @@ impl Plan {
     }
 
     /// The next step, of at most `copy_max_bytes` if it is a copy; `chunk` cuts further by the rate limit, which zeroes
-    /// are not subject to if `zeroes_are_free`. `None` when every range was handed out.
-    ///
-    /// # Errors
-    /// When the source cannot say what it holds; asking again asks it again.
+    /// are not subject to if `zeroes_are_free`. `None` when every range was handed out. What the source cannot tell of is
+    /// copied.
     pub(crate) async fn next(
         &mut self,
         source: &dyn Node,
@@ -145,7 +142,7 @@ impl Plan {
         copy_max_bytes: u64,
         zeroes_are_free: bool,
         chunk: impl Fn(u64) -> u64,
-    ) -> Result<Option<Step>, NodeError> {
+    ) -> Option<Step> {
         while self.rest.is_empty()
             && let Some(later) = self.later.pop()
         {
@@ -153,16 +150,16 @@ impl Plan {
             self.known.clear();
         }
         if self.rest.is_empty() {
-            return Ok(None);
+            return None;
         }
         if self.sharing != Sharing::Refused {
             let (range, after) = self.rest.split_at(chunk(self.share_stride.now_bytes));
             if self.can_share(range, source, target).await {
                 self.rest = after;
-                return Ok(Some(Step {
+                return Some(Step {
                     range,
                     kind: StepKind::Share,
-                }));
+                });
             }
         }
         while self
@@ -171,9 +168,16 @@ impl Plan {
             .is_none_or(|extent| extent.range.end() <= self.rest.offset())
         {
             if self.known.pop_front().is_none() {
-                self.known = source.status(self.rest, STATUS_EXTENTS_MAX).await?.into();
+                let answer = source.status(self.rest, STATUS_EXTENTS_MAX).await;
+                self.known = answer
+                    .unwrap_or_else(|error| {
+                        tracing::debug!(%error, "what the source holds is not known, it is read");
+                        Vec::new()
+                    })
+                    .into();
                 if self.known.is_empty() {
-                    let range = self.rest;
+                    // Asked again behind the first request: that one part cannot be told says nothing of the rest.
+                    let (range, _) = self.rest.split_at(copy_max_bytes.max(1));
                     self.known.push_back(StatusExtent {
                         range,
                         zero: false,
@@ -182,9 +186,7 @@ impl Plan {
                 }
             }
         }
-        let Some(extent) = self.known.front() else {
-            return Ok(None);
-        };
+        let extent = self.known.front()?;
         let (kind, longest) = match extent.zero {
             true if zeroes_are_free => (StepKind::Zero, self.zero_stride.now_bytes),
             true => (StepKind::Zero, chunk(self.zero_stride.now_bytes)),
@@ -193,7 +195,7 @@ impl Plan {
         let run = ByteRange::between(self.rest.offset(), extent.range.end().min(self.rest.end()));
         let (range, _) = run.split_at(longest.max(1));
         self.rest = ByteRange::between(range.end(), self.rest.end());
-        Ok(Some(Step { range, kind }))
+        Some(Step { range, kind })
     }
 
     /// Finds out by trying, with the first range.
