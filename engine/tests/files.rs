@@ -1,6 +1,7 @@
 //! Jobs on real files: what they copy, what they leave alone, and what keeps two programs off one image.
 #![forbid(unsafe_code)]
 
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
@@ -17,6 +18,7 @@ use blockyard_engine::request::{
     BackupPerf, BackupSpec, CommonOptions, CopyMode, CreatePreallocation, CreateSpec, DriverSpec,
     FileSpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
+use blockyard_ring::file_attributes;
 use proptest::prelude::*;
 
 /// An engine, its events, and a folder for its files.
@@ -422,5 +424,56 @@ fn files_are_created_with_progress_and_without_leftovers() {
         yard.start("e", work).await.expect("started");
         yard.until(Status::Concluded);
         assert!(kept.exists(), "what was there before stays");
+    });
+}
+
+/// A created file carries what a file that is made by hand in the same folder can carry.
+#[test]
+fn created_files_carry_what_their_file_system_keeps() {
+    let create = |path: &Path, nocow, extent_size_hint| {
+        WorkSpec::Create(CreateSpec::File {
+            filename: path.to_owned(),
+            size: 1 << 20,
+            preallocation: None,
+            nocow,
+            extent_size_hint,
+        })
+    };
+    let kept = |path: &Path| {
+        let file = OwnedFd::from(std::fs::File::open(path).expect("there"));
+        let hint = file_attributes::extent_size_hint(&file).ok().flatten();
+        let nocow = file_attributes::avoids_copy_on_write(&file).unwrap_or(false);
+        (nocow, hint)
+    };
+    block_on(async {
+        let yard = Yard::new(BackendChoice::Auto);
+        let by_hand = yard.path("by-hand");
+        let file = OwnedFd::from(std::fs::File::create(&by_hand).expect("made"));
+        let outcomes = (
+            file_attributes::avoid_copy_on_write(&file),
+            file_attributes::set_extent_size_hint(&file, 1 << 20),
+        );
+        let (nocow, hint) = kept(&by_hand);
+        if !nocow || hint.is_none() {
+            eprintln!("SKIPPED in part: this file system keeps ({nocow}, {hint:?}): {outcomes:?}");
+        }
+        for (name, asked, expected) in [
+            ("both", (true, None), (nocow, hint)),
+            ("neither", (false, Some(0)), (false, None)),
+            ("small", (false, Some(65536)), (false, hint.map(|_| 65536))),
+        ] {
+            let path = yard.path(name);
+            let work = create(&path, asked.0, asked.1);
+            yard.start(name, work).await.expect("started");
+            yard.until(Status::Concluded);
+            assert_eq!(yard.error(name).await, None);
+            assert_eq!(kept(&path), expected, "{name}");
+        }
+        let work = create(&yard.path("large"), false, Some(1 << 32));
+        yard.start("large", work).await.expect("started");
+        yard.until(Status::Concluded);
+        let text = "Extent size hint is too large".to_owned();
+        assert_eq!(yard.error("large").await, Some(text));
+        assert!(!yard.path("large").exists());
     });
 }

@@ -237,11 +237,19 @@ pub(crate) fn created_files() {
         wait c concluded
         {"execute": "query-jobs"}
         {"execute": "job-dismiss", "arguments": {"id": "c"}}
+        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "file", "filename": "hint.raw", "size": 65536, "extent-size-hint": 4294967296}}}
+        wait c concluded
+        {"execute": "query-jobs"}
+        {"execute": "job-dismiss", "arguments": {"id": "c"}}
+        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "file", "filename": "hint.raw", "size": 65536, "extent-size-hint": 3, "nocow": true}}}
+        wait c concluded
+        {"execute": "query-jobs"}
+        {"execute": "job-dismiss", "arguments": {"id": "c"}}
         {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "file", "filename": ".", "size": 65536}}}
         wait c concluded
         {"execute": "query-jobs"}
         {"execute": "job-dismiss", "arguments": {"id": "c"}}
-        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "n", "filename": "new.raw"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "n", "filename": "hint.raw"}}
         "#,
         |_| {},
     );

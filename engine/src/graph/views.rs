@@ -1,5 +1,7 @@
 //! What queries see of the graph.
 
+use blockyard_ring::file_attributes;
+
 use crate::data::NodeId;
 use crate::graph::Graph;
 use crate::graph::records::User;
@@ -69,8 +71,9 @@ impl Graph {
         let mut specific = None;
         let actual = match &node.plan {
             NodePlan::File { file, .. } => {
+                let hint = file_attributes::extent_size_hint(file.descriptor());
                 specific = Some(FormatSpecific::File {
-                    extent_size_hint: None,
+                    extent_size_hint: hint.ok().flatten().map(u64::from),
                 });
                 file.allocated_bytes().ok()
             }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use blockyard_ring::{HostFile, OpenMode, ofd_lock};
+use blockyard_ring::{HostFile, OpenMode, file_attributes, ofd_lock};
 use blockyard_storage::error::errno_text;
 use blockyard_storage::{ByteRange, LocalFuture, Preallocation, Storage};
 
@@ -19,8 +19,8 @@ use crate::request::CreatePreallocation;
 /// Room reserved at once in bytes, if nothing else is wanted.
 pub(crate) const PIECE_BYTES: u64 = 64 << 20;
 
-/// Longest hint the file systems take, in bytes.
-const EXTENT_SIZE_HINT_MAX: u64 = u32::MAX as u64;
+/// Hint for the file system's extents if the client does not say, in bytes.
+const EXTENT_SIZE_HINT_BYTES: u64 = 1 << 20;
 
 /// What to make.
 #[derive(Clone, Debug)]
@@ -31,7 +31,9 @@ pub(crate) struct CreateFileOptions {
     pub(crate) size_bytes: u64,
     /// How room is reserved.
     pub(crate) preallocation: CreatePreallocation,
-    /// Hint for the file system's extents in bytes.
+    /// Switch copy-on-write of the file system off for it.
+    pub(crate) nocow: bool,
+    /// Hint for the file system's extents in bytes; `None`: 1 MiB, 0: leave.
     pub(crate) extent_size_hint: Option<u64>,
     /// Room reserved at once in bytes, a power of two: as often the job can be paused and cancelled.
     pub(crate) piece_bytes: u64,
@@ -72,20 +74,19 @@ impl CreateFile {
                 return Err(Stop::Failed(JobError::text(text)));
             }
         };
-        if self
+        let hint = self
             .options
             .extent_size_hint
-            .is_some_and(|hint| hint > EXTENT_SIZE_HINT_MAX)
-        {
-            return Err(Stop::Failed(JobError::text(
-                "Extent size hint is too large",
-            )));
-        }
+            .unwrap_or(EXTENT_SIZE_HINT_BYTES);
+        let Ok(hint) = u32::try_from(hint) else {
+            let text = "Extent size hint is too large";
+            return Err(Stop::Failed(JobError::text(text)));
+        };
         let reserves = how != Preallocation::Off && self.options.size_bytes > 0;
         cx.progress()
             .set_remaining(if reserves { self.options.size_bytes } else { 1 });
         cx.checkpoint().await?;
-        let opened = self.open().await.map_err(Stop::Failed)?;
+        let opened = self.open(hint).await.map_err(Stop::Failed)?;
         self.made = opened.made;
         let storage = self.files.storage(&opened.file, false);
         let resized = storage.resize(self.options.size_bytes).await;
@@ -127,9 +128,14 @@ impl CreateFile {
     }
 
     /// Opens or makes the file, locks it against other users and empties it.
-    async fn open(&self) -> Result<Opened, JobError> {
-        let path = self.options.filename.clone();
-        self.blocking(move || open_empty(&path)).await
+    async fn open(&self, hint_bytes: u32) -> Result<Opened, JobError> {
+        let (path, nocow) = (self.options.filename.clone(), self.options.nocow);
+        self.blocking(move || {
+            let opened = open_empty(&path)?;
+            advise(&opened.file, nocow, hint_bytes);
+            Ok(opened)
+        })
+        .await
     }
 
     /// A new name is durable once its folder is.
@@ -204,6 +210,19 @@ fn failed(text: String, errno: i32) -> Stop {
         errno: Some(errno),
         ..JobError::text(text)
     })
+}
+
+/// Tells the file system how the empty file will be used. Not every one listens, and no file is worse for that.
+fn advise(file: &HostFile, nocow: bool, hint_bytes: u32) {
+    let file = file.descriptor();
+    if nocow && let Err(errno) = file_attributes::avoid_copy_on_write(file) {
+        tracing::debug!(reason = errno_text(errno), "copy-on-write stays on");
+    }
+    if hint_bytes > 0
+        && let Err(errno) = file_attributes::set_extent_size_hint(file, hint_bytes)
+    {
+        tracing::debug!(reason = errno_text(errno), "no hint for extents");
+    }
 }
 
 /// Bytes that say "I write and resize" (taken) and "nobody else may resize" (not shared) to QEMU and to us.

@@ -50,13 +50,14 @@ pub fn work(
             filename,
             size,
             preallocation,
+            nocow,
             extent_size_hint,
-            ..
         }) => {
             let options = create::CreateFileOptions {
                 filename: filename.clone(),
                 size_bytes: *size,
                 preallocation: preallocation.unwrap_or(CreatePreallocation::Off),
+                nocow: *nocow,
                 extent_size_hint: *extent_size_hint,
                 piece_bytes: create::PIECE_BYTES,
             };

@@ -83,6 +83,7 @@ impl Place {
             filename: self.path(),
             size_bytes: SIZE,
             preallocation: self.how,
+            nocow: false,
             extent_size_hint: None,
             piece_bytes: PIECE,
         };
