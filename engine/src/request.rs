@@ -439,6 +439,15 @@ pub enum CreateSpec {
         /// Hint for the file system's extents in bytes; `None`: 1 MiB, 0: leave.
         extent_size_hint: Option<u64>,
     },
+    /// Raw data on an existing node: its length, and room for it.
+    Raw {
+        /// The node; one that is described inline is opened for the job.
+        file: NodeRef,
+        /// Length in bytes.
+        size: u64,
+        /// How room is reserved.
+        preallocation: Option<CreatePreallocation>,
+    },
     /// A driver that QEMU lists without create options.
     Unsupported {
         /// Its name.

@@ -168,8 +168,6 @@ fn files_that_jobs_create() {
         .expect("written");
     }
     script += r#"
-        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "raw"}}}
-        {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "raw", "size": 1}}}
         {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "null-aio"}}}
         {"execute": "blockdev-create", "arguments": {"job-id": "c", "options": {"driver": "host_device"}}}
         {"execute": "blockdev-create", "arguments": {"job-id": "hold", "options": {"driver": "file", "filename": "b", "size": 1}}}

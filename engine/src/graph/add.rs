@@ -100,15 +100,20 @@ impl Graph {
             let text = "'node-name' must be specified for the root node";
             return Err(EngineError::generic(text));
         };
-        check_depth(&spec)?;
-        let thread = self.thread_for(&spec);
-        let id = self.open(spec, None, thread).await?;
+        let id = self.open_unowned(spec).await?;
         let mut records = self.records.borrow_mut();
         if let Some(node) = records.node_mut(id) {
             node.monitor_owned = true;
         }
         tracing::debug!(node = name, "added");
         Ok(())
+    }
+
+    /// Opens a node and its inline children for somebody who closes it again.
+    pub(super) async fn open_unowned(&self, spec: NodeSpec) -> Result<NodeId, EngineError> {
+        check_depth(&spec)?;
+        let thread = self.thread_for(&spec);
+        self.open(spec, None, thread).await
     }
 
     /// A node goes where its existing child lives, else to the least loaded thread.
@@ -260,7 +265,7 @@ impl Graph {
     ) -> Result<NodeId, EngineError> {
         drop(child.held);
         if outcome.is_err() && child.inline {
-            self.close(child.id).await;
+            self.close_unused(child.id).await;
         }
         outcome
     }

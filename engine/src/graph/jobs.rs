@@ -9,7 +9,8 @@ use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
 use crate::request::{
-    BackupSpec, BitmapMode, CreateSpec, DetectZeroes, MirrorSpec, Permission, SyncMode, WorkSpec,
+    BackupSpec, BitmapMode, CreateSpec, DetectZeroes, MirrorSpec, NodeRef, Permission, SyncMode,
+    WorkSpec,
 };
 
 /// Unit of a backup in bytes.
@@ -26,18 +27,42 @@ pub struct JobNodes {
     pub target: Option<NodeId>,
     /// What it put above the source.
     pub filter: Option<NodeId>,
+    /// What was opened for it, and goes with it.
+    pub opened: Option<NodeId>,
 }
 
 impl Graph {
-    /// Every check that comes before a job exists, in QEMU's order, and the filter above the source.
+    /// Opens what a job's description describes inline. Opening may take long: the graph must not be held.
     ///
     /// # Errors
-    /// In QEMU's words; nothing has changed then.
-    pub async fn prepare_job(&self, work: &WorkSpec) -> Result<JobNodes, EngineError> {
+    /// In QEMU's words; nothing stays open then.
+    pub async fn open_for_job(&self, work: &WorkSpec) -> Result<Option<NodeId>, EngineError> {
+        match work {
+            WorkSpec::Create(CreateSpec::Raw {
+                file: NodeRef::Inline(spec),
+                ..
+            }) => self.open_unowned((**spec).clone()).await.map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Every check that comes before a job exists, in QEMU's order, and the filter above the source. What was `opened`
+    /// for the job is the job's from here on.
+    ///
+    /// # Errors
+    /// In QEMU's words; nothing has changed then, and nothing stays open.
+    pub async fn prepare_job(
+        &self,
+        work: &WorkSpec,
+        opened: Option<NodeId>,
+    ) -> Result<JobNodes, EngineError> {
         match work {
             WorkSpec::Backup(spec) => self.prepare_backup(spec).await,
             WorkSpec::Mirror(spec) => self.prepare_mirror(spec).await,
             WorkSpec::Create(CreateSpec::File { .. }) => Ok(JobNodes::default()),
+            WorkSpec::Create(CreateSpec::Raw { file, size, .. }) => {
+                self.prepare_create_raw(file, *size, opened).await
+            }
             WorkSpec::Create(CreateSpec::Unsupported { .. }) => Err(EngineError::generic(
                 "Driver does not support blockdev-create",
             )),
@@ -122,7 +147,41 @@ impl Graph {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
+            opened: None,
         })
+    }
+
+    async fn prepare_create_raw(
+        &self,
+        file: &NodeRef,
+        size: u64,
+        opened: Option<NodeId>,
+    ) -> Result<JobNodes, EngineError> {
+        let checked = async {
+            let target = match (file, opened) {
+                (NodeRef::Name(name), _) => self.look_up(name)?,
+                (NodeRef::Inline(_), Some(opened)) => opened,
+                (NodeRef::Inline(_), None) => {
+                    return Err(EngineError::generic("The node was not opened (bug)"));
+                }
+            };
+            self.records.borrow().check_free(target)?;
+            self.check_length(target, size).await?;
+            Ok(target)
+        };
+        match checked.await {
+            Ok(target) => Ok(JobNodes {
+                target: Some(target),
+                opened,
+                ..JobNodes::default()
+            }),
+            Err(error) => {
+                if let Some(opened) = opened {
+                    self.close_unused(opened).await;
+                }
+                Err(error)
+            }
+        }
     }
 
     async fn prepare_mirror(&self, spec: &MirrorSpec) -> Result<JobNodes, EngineError> {
@@ -169,6 +228,7 @@ impl Graph {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
+            opened: None,
         })
     }
 
@@ -306,8 +366,16 @@ impl Graph {
 
     /// Takes back what [`prepare_job`](Self::prepare_job) did.
     pub async fn abandon(&self, nodes: &JobNodes) {
+        self.take_away(nodes).await;
+    }
+
+    /// Takes away what was put into the graph for a job.
+    async fn take_away(&self, nodes: &JobNodes) {
         if let Some(filter) = nodes.filter {
             self.remove_filter(filter).await;
+        }
+        if let Some(opened) = nodes.opened {
+            self.close_unused(opened).await;
         }
     }
 
@@ -334,9 +402,10 @@ impl Graph {
             id: id.to_owned(),
             job_type,
         });
-        let (Some(source), Some(target)) = (nodes.source, nodes.target) else {
+        let Some(target) = nodes.target else {
             return Ok(());
         };
+        let source = nodes.source.unwrap_or(target);
         let read = Permissions::NONE.with(Permission::ConsistentRead);
         let write = Permissions::NONE.with(Permission::Write);
         let keeps_length = Permissions::EVERY.without(Permission::Resize);
@@ -348,6 +417,13 @@ impl Graph {
                 job(above, "main node", none, every),
                 job(target, TARGET_ROLE, none, every),
             ],
+            JobType::Create => vec![edge(
+                User::Backend(key),
+                target,
+                "root",
+                write.with(Permission::Resize),
+                read.with(Permission::WriteUnchanged),
+            )],
             _ => vec![
                 job(above, "main node", read, keeps_length),
                 job(source, "source", none, keeps_length),
@@ -366,6 +442,7 @@ impl Graph {
             return Err(error);
         }
         let blocked: &[NodeId] = match job_type {
+            JobType::Create => &[target],
             JobType::Backup => &[above, target],
             _ => &[above, source, target],
         };
@@ -382,9 +459,10 @@ impl Graph {
     /// # Errors
     /// When both sides have other jobs on different threads.
     pub async fn place(&self, nodes: &JobNodes) -> Result<ThreadId, EngineError> {
-        let (Some(source), Some(target)) = (nodes.source, nodes.target) else {
+        let Some(target) = nodes.target else {
             return Ok(self.threads.choose());
         };
+        let source = nodes.source.unwrap_or(target);
         let (here, there) = (self.thread_of(source), self.thread_of(target));
         if here == there {
             return Ok(here);
@@ -454,9 +532,7 @@ impl Graph {
                 tracing::error!(%error, "a job could not be detached");
             }
         }
-        if let Some(filter) = nodes.filter {
-            self.remove_filter(filter).await;
-        }
+        self.take_away(nodes).await;
     }
 
     /// A dismissed job is not shown any more.

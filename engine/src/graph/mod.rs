@@ -115,6 +115,14 @@ impl Graph {
         }
     }
 
+    /// The same unless somebody has come to use the node by its name: then it goes with its last user.
+    async fn close_unused(&self, id: NodeId) {
+        let used = self.records.borrow().users(id).next().is_some();
+        if !used {
+            self.close(id).await;
+        }
+    }
+
     /// Takes a node out of the records.
     fn unlink(&self, id: NodeId) -> Option<Unlinked> {
         let mut records = self.records.borrow_mut();
@@ -213,8 +221,11 @@ impl Graph {
         outcome
     }
 
-    /// Changes the length of a node whose resizing has been permitted.
-    async fn resize_held(&self, id: NodeId, size: u64) -> Result<(), EngineError> {
+    /// What a new length of a node comes to.
+    ///
+    /// # Errors
+    /// In QEMU's words, as far as the graph can tell that the node cannot have it.
+    async fn check_length(&self, id: NodeId, size: u64) -> Result<Resizing, EngineError> {
         if size > NODE_LENGTH_MAX {
             return Err(EngineError::generic(format!(
                 "offset({size}) exceeds maximum({NODE_LENGTH_MAX})"
@@ -225,10 +236,16 @@ impl Graph {
             device,
             needed_bytes,
         } = resizing
+            && self.facts(device).await?.length_bytes < needed_bytes
         {
-            if self.facts(device).await?.length_bytes < needed_bytes {
-                return Err(EngineError::generic("Cannot grow device files"));
-            }
+            return Err(EngineError::generic("Cannot grow device files"));
+        }
+        Ok(resizing)
+    }
+
+    /// Changes the length of a node whose resizing has been permitted.
+    async fn resize_held(&self, id: NodeId, size: u64) -> Result<(), EngineError> {
+        if let Resizing::Device { .. } = self.check_length(id, size).await? {
             return Ok(());
         }
         let thread = self.thread_of(id);

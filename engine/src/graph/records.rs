@@ -168,15 +168,17 @@ impl Records {
 
     /// Whether a node shows the content of a host file, and nothing in between has facts of its own.
     pub(super) fn stands_on_file(&self, id: NodeId) -> bool {
-        let mut next = self.node(id);
-        while let Some(node) = next {
-            if matches!(node.plan, NodePlan::File { .. }) {
-                return true;
-            }
-            let below = self.children(node.id).next();
-            next = below.and_then(|edge| self.node(edge.child));
+        let bottom = self.node(self.bottom(id));
+        bottom.is_some_and(|node| matches!(node.plan, NodePlan::File { .. }))
+    }
+
+    /// The node that a node stands on in the end, through all that have just one below.
+    pub(super) fn bottom(&self, id: NodeId) -> NodeId {
+        let mut bottom = id;
+        while let Some(edge) = self.children(bottom).next() {
+            bottom = edge.child;
         }
-        false
+        bottom
     }
 
     /// Whether something of the graph, or a job, is above a node.

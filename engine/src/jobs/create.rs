@@ -65,15 +65,7 @@ impl CreateFile {
     async fn create(&mut self, cx: &JobContext) -> Result<(), Stop> {
         // Whatever goes wrong before the room is known counts as one step.
         cx.progress().set_remaining(1);
-        let how = match self.options.preallocation {
-            CreatePreallocation::Off => Preallocation::Off,
-            CreatePreallocation::Falloc => Preallocation::Falloc,
-            CreatePreallocation::Full => Preallocation::Full,
-            CreatePreallocation::Metadata => {
-                let text = "Unsupported preallocation mode: metadata";
-                return Err(Stop::Failed(JobError::text(text)));
-            }
-        };
+        let how = checked(self.options.preallocation).map_err(Stop::Failed)?;
         let hint = self
             .options
             .extent_size_hint
@@ -195,13 +187,31 @@ impl Work for CreateFile {
             let outcome = self.create(cx).await;
             if outcome.is_err() {
                 self.remove().await;
-                let progress = cx.progress();
-                if progress.total_bytes() == 1 {
-                    progress.done(1 - progress.current_bytes());
-                }
+                count_failed_step(cx);
             }
             outcome
         })
+    }
+}
+
+/// The preallocation of raw data; there is no metadata that could be.
+pub(super) fn checked(preallocation: CreatePreallocation) -> Result<Preallocation, JobError> {
+    match preallocation {
+        CreatePreallocation::Off => Ok(Preallocation::Off),
+        CreatePreallocation::Falloc => Ok(Preallocation::Falloc),
+        CreatePreallocation::Full => Ok(Preallocation::Full),
+        CreatePreallocation::Metadata => {
+            let text = "Unsupported preallocation mode: metadata";
+            Err(JobError::text(text))
+        }
+    }
+}
+
+/// Work of a single step has made it, well or not.
+pub(super) fn count_failed_step(cx: &JobContext) {
+    let progress = cx.progress();
+    if progress.total_bytes() == 1 {
+        progress.done(1 - progress.current_bytes());
     }
 }
 

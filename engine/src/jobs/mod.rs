@@ -5,6 +5,7 @@ mod copier;
 #[cfg(test)]
 mod copier_tests;
 mod create;
+mod create_raw;
 mod mirror;
 mod plan;
 #[cfg(test)]
@@ -63,6 +64,16 @@ pub fn work(
             };
             Box::new(create::CreateFile::new(options, context))
         }
+        WorkSpec::Create(CreateSpec::Raw {
+            size,
+            preallocation,
+            ..
+        }) => Box::new(create_raw::CreateRaw::new(
+            node(nodes.target)?,
+            *size,
+            preallocation.unwrap_or(CreatePreallocation::Off),
+            create::PIECE_BYTES,
+        )),
         WorkSpec::Create(CreateSpec::Unsupported { driver }) => {
             return Err(JobError::text(format!(
                 "Driver '{driver}' cannot create images"

@@ -74,8 +74,9 @@ impl Manager {
 
     /// Everything that can fail before a job runs.
     async fn admit(&self, spec: JobSpec, group: GroupKey) -> Result<Admitted, EngineError> {
+        let opened = self.graph.open_for_job(&spec.work).await?;
         let _held = self.graph.hold().await;
-        let nodes = self.graph.prepare_job(&spec.work).await?;
+        let nodes = self.graph.prepare_job(&spec.work, opened).await?;
         let key = match self.create(&spec, nodes, group) {
             Ok(key) => key,
             Err(error) => {

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use blockyard_storage::{Buffer, ByteRange, LocalFuture, ZeroMode};
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, Preallocation, ZeroMode};
 
 use crate::error::NodeError;
 use crate::node::fault_rules::DebugEvent;
@@ -120,6 +120,19 @@ impl Node for AnnouncingNode {
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
         self.changed();
         self.child.resize(length_bytes)
+    }
+
+    fn exact_length_bytes(&self) -> u64 {
+        self.child.exact_length_bytes()
+    }
+
+    fn preallocate(
+        &self,
+        range: ByteRange,
+        how: Preallocation,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.changed();
+        self.child.preallocate(range, how)
     }
 
     fn listens(&self) -> bool {

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockyard_storage::aligned::WritesInFlight;
 use blockyard_storage::error::{EBADF, EIO, ENOSPC, EOPNOTSUPP};
-use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
+use blockyard_storage::{
+    Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
+};
 
 use crate::error::NodeError;
 use crate::limits::COPY_CHUNK_BYTES;
@@ -514,6 +516,25 @@ impl Node for BlkdebugNode {
             }
             self.changed();
             self.child.resize(length_bytes).await
+        })
+    }
+
+    fn exact_length_bytes(&self) -> u64 {
+        self.child.exact_length_bytes()
+    }
+
+    /// No rule is about reserving room.
+    fn preallocate(
+        &self,
+        range: ByteRange,
+        how: Preallocation,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if self.options.read_only {
+                return Err(self.error(Operation::Preallocate, Some(range), EBADF));
+            }
+            self.changed();
+            self.child.preallocate(range, how).await
         })
     }
 

@@ -9,7 +9,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use blockyard_storage::error::EOPNOTSUPP;
-use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
+use blockyard_storage::{
+    Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
+};
 
 use crate::error::NodeError;
 use crate::node::fault_rules::DebugEvent;
@@ -86,6 +88,32 @@ pub trait Node {
 
     /// Changes the length in bytes. Who may is the graph's business.
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>>;
+
+    /// Length in bytes before it is rounded to sectors: what [`resize`](Self::resize) takes to leave it as it is.
+    fn exact_length_bytes(&self) -> u64 {
+        self.facts().length_bytes
+    }
+
+    /// Reserves room for `range`, which lies within the length. What is there stays with `Falloc` and becomes zeroes with
+    /// `Full`.
+    ///
+    /// # Errors
+    /// [`EOPNOTSUPP`] where no room can be reserved, else what the storage says; part of it may have been done.
+    fn preallocate(
+        &self,
+        range: ByteRange,
+        how: Preallocation,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if how == Preallocation::Off {
+                return Ok(());
+            }
+            Err(NodeError {
+                node: self.name(),
+                source: StorageError::new(Operation::Preallocate, range, EOPNOTSUPP),
+            })
+        })
+    }
 
     /// Whether this node, or one below, wants to [`hear`](Self::hear) what happens above it.
     fn listens(&self) -> bool {

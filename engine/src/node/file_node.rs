@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use blockyard_storage::error::{EBADF, EINVAL, EIO, ENOSPC};
 use blockyard_storage::{
-    Aligned, Buffer, ByteRange, LocalFuture, Operation, Storage, StorageError, Transfer, ZeroMode,
+    Aligned, Buffer, ByteRange, LocalFuture, Operation, Preallocation, Storage, StorageError,
+    Transfer, ZeroMode,
 };
 
 use crate::error::NodeError;
@@ -212,10 +213,47 @@ impl Node for FileNode {
                 let range = ByteRange::new(0, length_bytes);
                 return Err(self.error(StorageError::new(Operation::Resize, range, EBADF)));
             }
+            let facts = self.storage.facts();
+            if facts.fixed_length && length_bytes <= facts.length_bytes {
+                // A device has the length that it has, and that is enough.
+                return Ok(());
+            }
             self.storage
                 .resize(length_bytes)
                 .await
                 .map_err(|error| self.error(error))
+        })
+    }
+
+    fn exact_length_bytes(&self) -> u64 {
+        self.storage.facts().length_bytes
+    }
+
+    fn preallocate(
+        &self,
+        range: ByteRange,
+        how: Preallocation,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if let Some(error) = self.refusal(Operation::Preallocate, range) {
+                return Err(self.error(error));
+            }
+            let whole = range.align_inward(u64::from(self.request_alignment.max(1)));
+            let reserved = async {
+                if how != Preallocation::Full || whole == range {
+                    return self.storage.preallocate(range, how).await;
+                }
+                // Only whole blocks can be written past the page cache; what is left at the edges is written around.
+                for edge in [
+                    ByteRange::between(range.offset(), whole.offset().min(range.end())),
+                    ByteRange::between(whole.end().max(range.offset()), range.end()),
+                ] {
+                    let zeroes = Buffer::zeroed(usize::try_from(edge.length()).unwrap_or(0));
+                    self.storage.write(edge.offset(), zeroes).await.outcome?;
+                }
+                self.storage.preallocate(whole, how).await
+            };
+            reserved.await.map_err(|error| self.error(error))
         })
     }
 

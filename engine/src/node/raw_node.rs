@@ -5,7 +5,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use blockyard_storage::error::{EBADF, EINVAL, EIO, ENOSPC};
-use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
+use blockyard_storage::{
+    Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
+};
 
 use crate::error::NodeError;
 use crate::limits::SECTOR_BYTES;
@@ -209,6 +211,29 @@ impl Node for RawNode {
                 }
             }
         })
+    }
+
+    fn exact_length_bytes(&self) -> u64 {
+        match self.window.size_bytes {
+            Some(_) => self.length(),
+            None => self
+                .child
+                .exact_length_bytes()
+                .saturating_sub(self.window.offset_bytes),
+        }
+    }
+
+    fn preallocate(
+        &self,
+        range: ByteRange,
+        how: Preallocation,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        if self.read_only {
+            let source = StorageError::new(Operation::Preallocate, range, EBADF);
+            let node = self.name.clone();
+            return Box::pin(async move { Err(NodeError { node, source }) });
+        }
+        self.child.preallocate(self.in_child(range), how)
     }
 
     fn listens(&self) -> bool {

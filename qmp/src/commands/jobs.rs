@@ -9,6 +9,7 @@ use blockyard_engine::request::{
     MirrorSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
 
+use crate::commands::nodes::node_reference;
 use crate::commands::{Action, Command, call};
 use crate::error::QmpError;
 use crate::schema::fields::Fields;
@@ -190,16 +191,20 @@ fn create(mut arguments: Fields) -> Result<Action, QmpError> {
     let id = arguments.text("job-id");
     let mut options = arguments.object("options").unwrap_or_default();
     let driver = options.required_text("driver");
-    let work = WorkSpec::Create(if driver == "file" {
-        CreateSpec::File {
+    let work = WorkSpec::Create(match driver.as_str() {
+        "file" => CreateSpec::File {
             filename: PathBuf::from(options.required_text("filename")),
             size: options.unsigned("size").unwrap_or(0),
             preallocation: options.word("preallocation", PREALLOCATIONS),
             nocow: options.flag("nocow").unwrap_or(false),
             extent_size_hint: options.unsigned("extent-size-hint"),
-        }
-    } else {
-        CreateSpec::Unsupported { driver }
+        },
+        "raw" => CreateSpec::Raw {
+            size: options.unsigned("size").unwrap_or(0),
+            preallocation: options.word("preallocation", PREALLOCATIONS),
+            file: node_reference(options, "file")?,
+        },
+        _ => CreateSpec::Unsupported { driver },
     });
     call(Request::StartJob(JobSpec {
         id,

@@ -181,6 +181,14 @@ fn nested_spec(mut fields: Fields, depth: usize) -> Result<NodeSpec, QmpError> {
     })
 }
 
+/// Reads a checked reference to a node: its name or its description.
+///
+/// # Errors
+/// As [`node_spec`].
+pub(super) fn node_reference(mut fields: Fields, name: &str) -> Result<NodeRef, QmpError> {
+    reference(&mut fields, name, 0)
+}
+
 fn reference(fields: &mut Fields, name: &str, depth: usize) -> Result<NodeRef, QmpError> {
     Ok(match fields.name_or_object(name) {
         Ok(name) => NodeRef::Name(name),

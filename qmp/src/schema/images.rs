@@ -1,6 +1,6 @@
 //! Types of images: how they are created and how queries show them.
 
-use crate::schema::nodes::{DETECT_ZEROES, DRIVER};
+use crate::schema::nodes::{DETECT_ZEROES, DRIVER, REFERENCE};
 use crate::schema::{Object, Type, Words, optional, required};
 
 static PREALLOCATION: Words = Words::of(&["off", "metadata", "falloc", "full"]);
@@ -11,11 +11,16 @@ static CREATE_FILE: Object = Object::of(&[
     optional("nocow", Type::Bool),
     optional("extent-size-hint", Type::Size),
 ]);
+static CREATE_RAW: Object = Object::of(&[
+    required("file", Type::Alternate(&REFERENCE)),
+    required("size", Type::Size),
+    optional("preallocation", Type::Word(&PREALLOCATION)),
+]);
 /// `BlockdevCreateOptions`.
 pub static CREATE_OPTIONS: Object = Object::union(
     &[required("driver", Type::Word(&DRIVER))],
     "driver",
-    &[("file", &CREATE_FILE)],
+    &[("file", &CREATE_FILE), ("raw", &CREATE_RAW)],
 );
 
 static FORMAT_SPECIFIC_TYPE: Words = Words::of(&["file"]);

@@ -20,7 +20,7 @@ use crate::request::CreatePreallocation;
 const PIECE: u64 = 64 << 10;
 const SIZE: u64 = 3 * PIECE + 512;
 
-const WAYS: [CreatePreallocation; 3] = [
+pub(super) const WAYS: [CreatePreallocation; 3] = [
     CreatePreallocation::Off,
     CreatePreallocation::Falloc,
     CreatePreallocation::Full,
