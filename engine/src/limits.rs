@@ -25,7 +25,7 @@ pub const NODE_LENGTH_MAX: u64 = 0x7fff_ffff_c000_0000;
 pub const BLKDEBUG_ALIGN_MAX_BYTES: u64 = 1 << 20;
 
 /// Longest file of rules of a `blkdebug` node, in bytes.
-pub const FAULT_CONFIG_BYTES_MAX: usize = 1 << 20;
+pub const FAULT_CONFIG_BYTES_MAX: usize = 64 << 10;
 
 const _: () = assert!(COPY_CHUNK_BYTES as usize * 4 <= BUFFER_BUDGET_BYTES);
 const _: () = assert!(COPY_CHUNK_BYTES.is_multiple_of(SECTOR_BYTES));

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockyard_storage::aligned::WritesInFlight;
-use blockyard_storage::error::{EBADF, EIO, ENOSPC, EOPNOTSUPP};
+use blockyard_storage::error::{EBADF, EOPNOTSUPP};
 use blockyard_storage::{
     Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
 };
@@ -18,7 +18,7 @@ use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::fault_rules::{DebugEvent, FaultRules};
 use crate::node::pieces::{read_in_pieces, to_usize, write_in_pieces};
 use crate::node::zeroes::is_zero;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, refused};
 use crate::request::{BlkdebugIo, DetectZeroes, Discard};
 
 /// What a client chose for one node. Sizes in bytes; 0: the child's.
@@ -129,14 +129,7 @@ impl BlkdebugNode {
 
     /// Why a request is refused before it is tried.
     fn refusal(&self, operation: Operation, range: ByteRange) -> Option<NodeError> {
-        let writes = operation != Operation::Read;
-        let errno = if writes && self.options.read_only {
-            EBADF
-        } else if range.end() > self.length() {
-            if writes { ENOSPC } else { EIO }
-        } else {
-            return None;
-        };
+        let errno = refused(operation, range, self.options.read_only, self.length())?;
         Some(self.error(operation, Some(range), errno))
     }
 

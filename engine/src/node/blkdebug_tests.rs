@@ -390,7 +390,12 @@ async fn only_what_was_written_since_is_flushed() {
         once: Some(true),
         ..fault("none", BlkdebugIo::Flush)
     };
-    let node = filter(&file, BlkdebugOptions::default(), &[once.clone()], &[]);
+    let node = filter(
+        &file,
+        BlkdebugOptions::default(),
+        std::slice::from_ref(&once),
+        &[],
+    );
     let flush = async || node.flush().await.map_err(|error| error.errno());
     assert_eq!(flush().await, Ok(()), "nothing was written");
     assert_eq!(write(&*node, 0, 512, 1).await, Ok(()));

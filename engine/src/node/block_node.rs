@@ -8,7 +8,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use blockyard_storage::error::EOPNOTSUPP;
+use blockyard_storage::error::{EBADF, EIO, ENOSPC, EOPNOTSUPP};
 use blockyard_storage::{
     Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
 };
@@ -53,6 +53,20 @@ pub struct StatusExtent {
     pub zero: bool,
     /// Held by this layer itself (not by one below). Raw layers hold everything.
     pub allocated: bool,
+}
+
+/// Why a request for `range` of a node this long is refused before it is tried: an error number.
+pub(super) fn refused(
+    operation: Operation,
+    range: ByteRange,
+    read_only: bool,
+    length_bytes: u64,
+) -> Option<i32> {
+    let writes = operation != Operation::Read;
+    if writes && read_only {
+        return Some(EBADF);
+    }
+    (range.end() > length_bytes).then_some(if writes { ENOSPC } else { EIO })
 }
 
 /// A node on its data thread. Methods may be called while others are in flight; see the module for what holds.

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use blockyard_storage::error::{EBADF, EINVAL, EIO, ENOSPC};
+use blockyard_storage::error::{EBADF, EINVAL};
 use blockyard_storage::{
     Aligned, Buffer, ByteRange, LocalFuture, Operation, Preallocation, Storage, StorageError,
     Transfer, ZeroMode,
@@ -13,7 +13,7 @@ use blockyard_storage::{
 use crate::error::NodeError;
 use crate::limits::SECTOR_BYTES;
 use crate::node::zeroes::is_zero;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, refused};
 use crate::request::{DetectZeroes, Discard};
 
 /// What a client chose for one node.
@@ -62,14 +62,7 @@ impl FileNode {
 
     /// Why a request is refused before it is tried.
     fn refusal(&self, operation: Operation, range: ByteRange) -> Option<StorageError> {
-        let writes = operation != Operation::Read;
-        let errno = if writes && self.options.read_only {
-            EBADF
-        } else if range.end() > self.length() {
-            if writes { ENOSPC } else { EIO }
-        } else {
-            return None;
-        };
+        let errno = refused(operation, range, self.options.read_only, self.length())?;
         Some(StorageError::new(operation, range, errno))
     }
 

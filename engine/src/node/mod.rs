@@ -14,4 +14,5 @@ mod pieces;
 pub mod raw_node;
 pub mod zeroes;
 
+use block_node::refused;
 pub use block_node::{Node, NodeFacts, NodeTransfer, StatusExtent};

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use blockyard_storage::error::{EBADF, EINVAL, EIO, ENOSPC};
+use blockyard_storage::error::{EBADF, EINVAL};
 use blockyard_storage::{
     Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
 };
@@ -14,7 +14,7 @@ use crate::limits::SECTOR_BYTES;
 use crate::node::announcing_node::AnnouncingNode;
 use crate::node::fault_rules::DebugEvent;
 use crate::node::zeroes::is_zero;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, refused};
 use crate::request::{DetectZeroes, Discard};
 
 /// A window's place in its child.
@@ -78,14 +78,7 @@ impl RawNode {
 
     /// Why a request is refused before it is tried.
     fn refusal(&self, operation: Operation, range: ByteRange) -> Option<NodeError> {
-        let writes = operation != Operation::Read;
-        let errno = if writes && self.read_only {
-            EBADF
-        } else if range.end() > self.length() {
-            if writes { ENOSPC } else { EIO }
-        } else {
-            return None;
-        };
+        let errno = refused(operation, range, self.read_only, self.length())?;
         let source = StorageError::new(operation, range, errno);
         Some(NodeError {
             node: self.name.clone(),

@@ -12,7 +12,7 @@ use blockyard_storage::{LocalFuture, Storage};
 
 use crate::data::{DataContext, HostFiles};
 use crate::job::context::{CancelMode, ErrorPolicies, JobShared, Report};
-use crate::job::work::Stop;
+use crate::job::work::{Stop, Work};
 use crate::jobs::create::{CreateFile, CreateFileOptions};
 use crate::jobs::test_support::{Running, VirtualClock};
 use crate::request::CreatePreallocation;
@@ -88,26 +88,8 @@ impl Place {
             piece_bytes: PIECE,
         };
         let mut work = CreateFile::new(options, &context);
-        let world = &self.world;
-        let running = Running::new(&clock, 0, ErrorPolicies::default());
-        let orders = running.orders.clone();
-        let parked_is_quiet = |report: &Report| {
-            if matches!(report, Report::Parked) {
-                assert_eq!(world.in_flight(), 0, "parked with something in flight");
-            }
-        };
-        let result = running.drive(&mut work, parked_is_quiet, |orders| {
-            look(world, orders);
-            world.step()
-        });
-        let result = result.expect("it does not hang");
-        assert_eq!(world.in_flight(), 0);
-        let progress = &orders.progress;
-        assert!(progress.current_bytes() <= progress.total_bytes());
+        let result = create(&self.world, &clock, &mut work, &mut look);
         self.judge(&result);
-        if result.is_ok() {
-            assert_eq!(progress.current_bytes(), progress.total_bytes());
-        }
         result
     }
 
@@ -131,6 +113,47 @@ impl Place {
             let reserved = self.disk.allocated_bytes() >= SIZE;
             let wanted = self.how != CreatePreallocation::Off;
             assert!(reserved || !wanted, "{:?}: room is reserved", self.how);
+        }
+    }
+}
+
+/// Runs the work of a creation with a look before each step; nothing is in flight when it is parked or has ended.
+pub(super) fn create(
+    world: &World,
+    clock: &VirtualClock,
+    work: &mut dyn Work,
+    look: &mut dyn FnMut(&World, &JobShared),
+) -> Result<(), Stop> {
+    let running = Running::new(clock, 0, ErrorPolicies::default());
+    let orders = running.orders.clone();
+    let parked_is_quiet = |report: &Report| {
+        if matches!(report, Report::Parked) {
+            assert_eq!(world.in_flight(), 0, "parked with something in flight");
+        }
+    };
+    let result = running.drive(work, parked_is_quiet, |orders| {
+        look(world, orders);
+        world.step()
+    });
+    let result = result.expect("it does not hang");
+    assert_eq!(world.in_flight(), 0);
+    let progress = &orders.progress;
+    assert!(progress.current_bytes() <= progress.total_bytes());
+    if result.is_ok() {
+        assert_eq!(progress.current_bytes(), progress.total_bytes());
+    }
+    result
+}
+
+/// Orders a pause or a cancel once `step` is reached.
+pub(super) fn order_at(step: u64, cancels: bool) -> impl FnMut(&World, &JobShared) {
+    let mut given = false;
+    move |world, orders| {
+        if !std::mem::replace(&mut given, world.steps() >= step) && given {
+            match cancels {
+                true => orders.order_cancel(CancelMode::Force),
+                false => orders.order_pause(true),
+            }
         }
     }
 }
@@ -185,15 +208,7 @@ fn paused_and_cancelled_at_every_step() {
                 let mut cancelled = 0;
                 for step in 0..8 {
                     let place = Place::new(how, was_there);
-                    let mut given = false;
-                    let result = place.create(|world, orders| {
-                        if !std::mem::replace(&mut given, world.steps() >= step) && given {
-                            match cancels {
-                                true => orders.order_cancel(CancelMode::Force),
-                                false => orders.order_pause(true),
-                            }
-                        }
-                    });
+                    let result = place.create(order_at(step, cancels));
                     match result {
                         Ok(()) => {}
                         Err(stop) => {

@@ -8,16 +8,15 @@ use blockyard_simulator::{Disk, DiskOptions, Fault, World};
 use blockyard_storage::Operation;
 use blockyard_storage::error::{EIO, ENOSPC};
 
-use super::create::WAYS;
-use crate::job::context::{CancelMode, ErrorPolicies, JobShared, Report};
+use super::create::{WAYS, create, order_at};
+use crate::job::context::JobShared;
 use crate::job::work::Stop;
 use crate::jobs::create_raw::CreateRaw;
-use crate::jobs::test_support::{Running, VirtualClock};
+use crate::jobs::test_support::VirtualClock;
 use crate::node::Node;
 use crate::node::file_node::{FileNode, FileOptions};
-use crate::request::{CreatePreallocation, DetectZeroes, Discard};
-
 use crate::node::raw_node::{RawNode, Window};
+use crate::request::{CreatePreallocation, DetectZeroes, Discard};
 
 const PIECE: u64 = 64 << 10;
 const SIZE: u64 = 3 * PIECE + 1000;
@@ -88,23 +87,8 @@ impl Place {
         );
         assert_eq!(raw.exact_length_bytes(), self.setup.held_bytes);
         let mut work = CreateRaw::new(Rc::new(raw), SIZE, self.setup.how, PIECE);
-        let world = &self.world;
-        let running = Running::new(&clock, 0, ErrorPolicies::default());
-        let orders = running.orders.clone();
-        let parked_is_quiet = |report: &Report| {
-            if matches!(report, Report::Parked) {
-                assert_eq!(world.in_flight(), 0, "parked with something in flight");
-            }
-        };
-        let result = running.drive(&mut work, parked_is_quiet, |orders| {
-            look(world, orders);
-            world.step()
-        });
-        let result = result.expect("it does not hang");
-        assert_eq!(world.in_flight(), 0);
-        let progress = &orders.progress;
+        let result = create(&self.world, &clock, &mut work, &mut look);
         if result.is_ok() {
-            assert_eq!(progress.current_bytes(), progress.total_bytes());
             self.judge_success();
         }
         result
@@ -182,15 +166,7 @@ fn paused_and_cancelled_at_every_step() {
             let mut cancelled = 0;
             for step in 0..8 {
                 let place = Place::new(setup);
-                let mut given = false;
-                let result = place.create(|world, orders| {
-                    if !std::mem::replace(&mut given, world.steps() >= step) && given {
-                        match cancels {
-                            true => orders.order_cancel(CancelMode::Force),
-                            false => orders.order_pause(true),
-                        }
-                    }
-                });
+                let result = place.create(order_at(step, cancels));
                 if let Err(stop) = result {
                     assert!(cancels && stop == Stop::Cancelled, "{stop:?}");
                     cancelled += 1;
