@@ -358,3 +358,28 @@ fn quit_with_jobs_in_every_state() {
         "#,
     );
 }
+
+#[test]
+fn windows_of_one_file() {
+    compare(
+        r#"
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "u", "filename": "t.raw"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "w1", "file": "u", "size": 1048576}}
+        {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "w2", "file": "u", "offset": 1048576, "size": 1048576}}
+        {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "w3", "file": "u", "offset": 1048576}}
+        {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "w4", "file": "u", "offset": 0}}
+        {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "w5", "file": "u", "offset": 512, "read-only": true}}
+        {"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "n", "size": 1048576}}
+        {"execute": "blockdev-mirror", "arguments": {"job-id": "j", "device": "n", "target": "w1", "sync": "full"}}
+        wait j ready
+        {"execute": "blockdev-mirror", "arguments": {"job-id": "k", "device": "w2", "target": "w3", "sync": "full"}}
+        {"execute": "block_resize", "arguments": {"node-name": "u", "size": 8388608}}
+        {"execute": "block_resize", "arguments": {"node-name": "w3", "size": 8388608}}
+        {"execute": "block_resize", "arguments": {"node-name": "w4", "size": 8388608}}
+        {"execute": "block_resize", "arguments": {"node-name": "w1", "size": 8388608}}
+        {"execute": "job-cancel", "arguments": {"id": "j"}}
+        wait j null
+        "#,
+        two_files,
+    );
+}

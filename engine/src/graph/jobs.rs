@@ -437,8 +437,16 @@ impl Graph {
                 ),
             ],
         };
-        if let Err(error) = records.change_edges(|all| all.extend(edges)) {
+        // One after the other, so that the first conflict is told that a client meets elsewhere too.
+        for edge in edges {
+            let Err(error) = records.change_edges(|all| all.push(edge)) else {
+                continue;
+            };
             records.jobs.retain(|job| job.key != key);
+            let taken_back = records.change_edges(|all| all.retain(|edge| !edge.is_of(key)));
+            if let Err(error) = taken_back {
+                tracing::error!(%error, "a job that never began keeps its edges");
+            }
             return Err(error);
         }
         let blocked: &[NodeId] = match job_type {
@@ -510,7 +518,7 @@ impl Graph {
         let mut records = self.records.borrow_mut();
         let moved = records.change_edges(|edges| {
             for edge in edges.iter_mut().filter(|edge| edge.child == from) {
-                if !matches!(edge.user, User::Job(other) | User::Backend(other) if other == key) {
+                if !edge.is_of(key) {
                     edge.child = target;
                 }
             }
@@ -524,9 +532,7 @@ impl Graph {
             let mut records = self.records.borrow_mut();
             records.blockers.retain(|blocker| blocker.job != key);
             let detached = records.change_edges(|edges| {
-                edges.retain(|edge| {
-                    !matches!(edge.user, User::Job(other) | User::Backend(other) if other == key)
-                });
+                edges.retain(|edge| !edge.is_of(key));
             });
             if let Err(error) = detached {
                 tracing::error!(%error, "a job could not be detached");

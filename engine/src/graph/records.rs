@@ -84,6 +84,13 @@ pub(super) struct Edge {
     pub(super) shared: Permissions,
 }
 
+impl Edge {
+    /// Whether it is a job's.
+    pub(super) fn is_of(&self, job: JobKey) -> bool {
+        matches!(self.user, User::Job(key) | User::Backend(key) if key == job)
+    }
+}
+
 /// A job that keeps others off a node.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Blocker {
