@@ -1,11 +1,11 @@
 //! A QMP client that knows nothing of ours: lines in, lines out, with a deadline on everything.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -53,9 +53,20 @@ impl Client {
         }
     }
 
-    /// Connects to a UNIX socket.
+    /// Connects to a UNIX socket. Its name is there a moment before anybody listens.
     pub(crate) fn connect(path: &Path) -> Self {
-        Self::unix(UnixStream::connect(path).expect("the socket listens"))
+        let started = Instant::now();
+        loop {
+            match UnixStream::connect(path) {
+                Err(error)
+                    if error.kind() == ErrorKind::ConnectionRefused
+                        && started.elapsed() < DEADLINE =>
+                {
+                    std::thread::yield_now();
+                }
+                connected => return Self::unix(connected.expect("the socket listens")),
+            }
+        }
     }
 
     /// Takes over a UNIX socket.
