@@ -99,7 +99,6 @@ impl Storage for HostStorage {
             request_alignment: self.file.request_alignment(),
             transfer_max_bytes: TRANSFER_MAX_BYTES,
             read_only: self.read_only,
-            zeroes_cheaply: true,
             discards: true,
             fixed_length: self.fixed_length(),
         }

@@ -116,7 +116,6 @@ impl Node for MemoryNode {
             transfer_max_bytes: 1 << 20,
             cluster_size_bytes: None,
             read_only: false,
-            zeroes_cheaply: true,
             unmaps: false,
         }
     }

@@ -16,8 +16,15 @@ use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
 use crate::request::CreatePreallocation;
 
-/// Room reserved at once in bytes, if nothing else is wanted.
-pub(crate) const PIECE_BYTES: u64 = 64 << 20;
+/// Bytes of room reserved at once: pause and cancel wait for that long, and writing takes longer than asking.
+pub(crate) const fn piece_bytes(preallocation: CreatePreallocation) -> u64 {
+    match preallocation {
+        CreatePreallocation::Full => 8 << 20,
+        CreatePreallocation::Off | CreatePreallocation::Metadata | CreatePreallocation::Falloc => {
+            64 << 20
+        }
+    }
+}
 
 /// Hint for the file system's extents if the client does not say, in bytes.
 const EXTENT_SIZE_HINT_BYTES: u64 = 1 << 20;

@@ -54,13 +54,14 @@ pub fn work(
             nocow,
             extent_size_hint,
         }) => {
+            let preallocation = preallocation.unwrap_or(CreatePreallocation::Off);
             let options = create::CreateFileOptions {
                 filename: filename.clone(),
                 size_bytes: *size,
-                preallocation: preallocation.unwrap_or(CreatePreallocation::Off),
+                preallocation,
                 nocow: *nocow,
                 extent_size_hint: *extent_size_hint,
-                piece_bytes: create::PIECE_BYTES,
+                piece_bytes: create::piece_bytes(preallocation),
             };
             Box::new(create::CreateFile::new(options, context))
         }
@@ -68,12 +69,15 @@ pub fn work(
             size,
             preallocation,
             ..
-        }) => Box::new(create_raw::CreateRaw::new(
-            node(nodes.target)?,
-            *size,
-            preallocation.unwrap_or(CreatePreallocation::Off),
-            create::PIECE_BYTES,
-        )),
+        }) => {
+            let preallocation = preallocation.unwrap_or(CreatePreallocation::Off);
+            Box::new(create_raw::CreateRaw::new(
+                node(nodes.target)?,
+                *size,
+                preallocation,
+                create::piece_bytes(preallocation),
+            ))
+        }
         WorkSpec::Create(CreateSpec::Unsupported { driver }) => {
             return Err(JobError::text(format!(
                 "Driver '{driver}' cannot create images"

@@ -29,8 +29,6 @@ pub struct NodeFacts {
     pub cluster_size_bytes: Option<u32>,
     /// Writes are refused.
     pub read_only: bool,
-    /// Zero requests cost no data transfer.
-    pub zeroes_cheaply: bool,
     /// Zero requests may give room back (opened with discard=unmap and able to).
     pub unmaps: bool,
 }

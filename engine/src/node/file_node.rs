@@ -107,7 +107,6 @@ impl Node for FileNode {
             transfer_max_bytes: facts.transfer_max_bytes,
             cluster_size_bytes: None,
             read_only: self.options.read_only,
-            zeroes_cheaply: facts.zeroes_cheaply,
             unmaps: self.options.discard == Discard::Unmap && facts.discards,
         }
     }

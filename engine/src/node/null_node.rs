@@ -78,7 +78,6 @@ impl Node for NullNode {
             transfer_max_bytes: 1 << 30,
             cluster_size_bytes: None,
             read_only: self.options.read_only,
-            zeroes_cheaply: true,
             unmaps: false,
         }
     }

@@ -13,8 +13,6 @@ pub struct StorageFacts {
     pub transfer_max_bytes: u32,
     /// Whether writes, zeroes, discards and resizes are refused with `EBADF`.
     pub read_only: bool,
-    /// Whether zeroing costs no data transfer (fallocate works, or holes read as zeroes).
-    pub zeroes_cheaply: bool,
     /// Whether discarded ranges give room back (punched holes read as zeroes).
     pub discards: bool,
     /// Whether the length is fixed, as a block device's.

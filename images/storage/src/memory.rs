@@ -139,7 +139,6 @@ impl Storage for MemoryStorage {
             request_alignment: self.request_alignment,
             transfer_max_bytes: 1 << 30,
             read_only: self.read_only,
-            zeroes_cheaply: true,
             discards: true,
             fixed_length: self.fixed_length,
         }

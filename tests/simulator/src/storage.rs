@@ -106,7 +106,6 @@ impl Storage for SimulatedStorage {
             request_alignment: state.options.request_alignment,
             transfer_max_bytes: 1 << 30,
             read_only: self.read_only,
-            zeroes_cheaply: true,
             discards: true,
             fixed_length: state.options.fixed_length,
         })
