@@ -48,6 +48,8 @@ struct InFlight {
     buffer: Buffer,
     /// Keeps the descriptor open until the kernel is done with it.
     _file: Arc<OwnedFd>,
+    /// The place in the table of files that its entry names.
+    file_index: Option<u32>,
     result: Option<i32>,
     waker: Option<Waker>,
     abandoned: bool,
@@ -67,6 +69,8 @@ pub(crate) struct Uring {
     /// Which slots of the pool the ring knows; `None`: buffers cannot be registered here.
     known_slots: RefCell<Option<Vec<bool>>>,
     free_files: RefCell<Vec<u32>>,
+    /// Places whose file is gone, but which an entry that the kernel has not seen yet may still name.
+    retired_files: RefCell<Vec<u32>>,
 }
 
 /// A ring with the best set-up this kernel takes.
@@ -125,6 +129,7 @@ impl Uring {
             } else {
                 Vec::new()
             }),
+            retired_files: RefCell::default(),
         }))
     }
 
@@ -146,11 +151,41 @@ impl Uring {
         }
     }
 
-    /// Takes a file out of the table. What is in flight on it keeps it.
+    /// Takes a file out of the table. What is in flight on it keeps its place: nobody else's file may come there before
+    /// an abandoned entry that names it has reached the kernel.
     pub(crate) fn release_file(&self, slot: &FileSlot) {
         let Some(index) = slot.0 else {
             return;
         };
+        if self.names_file(index) {
+            self.retired_files.borrow_mut().push(index);
+        } else {
+            self.free_file(index);
+        }
+    }
+
+    fn names_file(&self, index: u32) -> bool {
+        let table = self.in_flight.borrow();
+        let mut unended = table.iter().filter(|(_, op)| op.result.is_none());
+        unended.any(|(_, op)| op.file_index == Some(index))
+    }
+
+    /// Frees the retired places that no entry names any more.
+    fn free_retired(&self) {
+        if self.retired_files.borrow().is_empty() {
+            return;
+        }
+        let retired = self.retired_files.take();
+        let (named, free): (Vec<u32>, Vec<u32>) = retired
+            .into_iter()
+            .partition(|index| self.names_file(*index));
+        self.retired_files.replace(named);
+        for index in free {
+            self.free_file(index);
+        }
+    }
+
+    fn free_file(&self, index: u32) {
         let ring = self.ring.borrow();
         if ring.submitter().register_files_update(index, &[-1]).is_ok() {
             self.free_files.borrow_mut().push(index);
@@ -181,6 +216,7 @@ impl Uring {
         let number = self.in_flight.borrow_mut().insert(InFlight {
             buffer,
             _file: file.descriptor().clone(),
+            file_index: slot.0,
             result: None,
             waker: None,
             abandoned: false,
@@ -253,6 +289,7 @@ impl Uring {
         self.waker.wake_up();
         outcome?;
         self.reap();
+        self.free_retired();
         Ok(())
     }
 
