@@ -68,9 +68,10 @@ impl Workers {
         state.queue.push_back(call);
         if state.idle > 0 {
             self.shared.work.notify_one();
-            return;
         }
-        if state.threads >= self.shared.threads_max {
+        // A thread that was called but has not come yet still counts as idle: it takes one call, not two, and none may
+        // wait behind another that is stuck.
+        if state.idle >= state.queue.len() || state.threads >= self.shared.threads_max {
             return;
         }
         state.threads += 1;
@@ -157,5 +158,32 @@ impl<T> Future for Answer<T> {
         }
         cell.waker = Some(cx.waker().clone());
         Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// Two calls come before the one idle thread has woken: the second must not wait behind the first.
+    #[test]
+    fn no_call_waits_behind_a_stuck_one_while_threads_may_start() {
+        for _ in 0..100 {
+            let workers = Workers::new(4);
+            drop(workers.run(|| ()));
+            while lock(&workers.shared.state).idle == 0 {
+                std::thread::yield_now();
+            }
+            let (release, released) = channel();
+            let (done, ended) = channel();
+            drop(workers.run(move || {
+                // Only the second call ends this one; without it the wait is given up.
+                let _ = done.send(released.recv_timeout(Duration::from_secs(60)).is_ok());
+            }));
+            drop(workers.run(move || release.send(())));
+            assert_eq!(ended.recv(), Ok(true));
+        }
     }
 }
