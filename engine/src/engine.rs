@@ -90,6 +90,8 @@ impl Engine {
                         }
                     }
                 });
+                // An open that is stuck in the kernel holds nobody up, not even the end.
+                runtime.shutdown_background();
             })
             .map_err(|error| EngineError::generic(format!("Cannot start the manager: {error}")))?;
         match answer.recv() {

@@ -383,7 +383,7 @@ impl Drop for Uring {
             // Ends the read on the bell. Nobody arms it again.
             let _ = rustix::io::write(eventfd, &1_u64.to_le_bytes());
         }
-        let mut patience = 600;
+        let mut patience = 50;
         while patience > 0
             && (self.bell_armed.get()
                 || self
@@ -408,7 +408,7 @@ impl Drop for Uring {
             .iter()
             .any(|(_, op)| op.result.is_none())
         {
-            // A disk that does not answer for a minute: its buffers are left alone for good.
+            // A disk that still does not answer: its buffers are left alone for good.
             std::mem::forget(self.in_flight.take());
         }
     }

@@ -361,7 +361,7 @@ impl Graph {
             records.nodes.retain(|node| node.id != id);
         }
         self.threads.load(thread, -1);
-        self.drop_node(thread, id, "filter").await;
+        self.take_off(thread, id, "filter").await;
     }
 
     /// Takes back what [`prepare_job`](Self::prepare_job) did.

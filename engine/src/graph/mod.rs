@@ -174,17 +174,30 @@ impl Graph {
         }
     }
 
-    /// Closes every node, at the end of the daemon.
+    /// Takes a node that keeps nothing unwritten off its thread.
+    async fn take_off(&self, thread: ThreadId, id: NodeId, name: &str) {
+        let removed = self.threads.run(thread, move |context| {
+            Box::pin(async move { drop(context.remove_node(id)) })
+        });
+        if let Err(error) = removed.await {
+            tracing::error!(%error, node = name, "a node could not be taken off its thread");
+        }
+    }
+
+    /// Closes every node, at the end of the daemon: all at once, so that a disk that does not answer keeps no other from
+    /// being flushed.
     pub async fn close_all(&self) {
+        let mut closing = Vec::new();
         loop {
             let youngest = self.records.borrow().nodes.last().map(|node| node.id);
-            let Some(id) = youngest else { return };
+            let Some(id) = youngest else { break };
             {
                 let mut records = self.records.borrow_mut();
                 records.edges.retain(|edge| edge.child != id);
             }
-            self.close(id).await;
+            closing.extend(self.unlink(id));
         }
+        futures_util::future::join_all(closing.into_iter().map(|node| self.let_go(node))).await;
     }
 
     /// Changes a node's length.
@@ -349,8 +362,9 @@ impl Graph {
             .map_or(ThreadId(0), |node| node.thread)
     }
 
-    /// Moves everything connected with a node: flush and let go there, bring up here. Image locks stay all the while,
-    /// they belong to the descriptor.
+    /// Moves everything connected with a node: let go there, bring up here. Image locks stay all the while, they belong to
+    /// the descriptor, as does what is not flushed yet. Nothing here waits for a disk: one that does not answer would keep
+    /// every other change of the graph waiting.
     async fn move_component(&self, id: NodeId, thread: ThreadId) -> Result<(), EngineError> {
         let component = self.records.borrow().component(id);
         for id in component.iter().rev() {
@@ -359,7 +373,7 @@ impl Graph {
                 self.records.borrow().name_of(*id).to_owned(),
             );
             if from != thread {
-                self.drop_node(from, *id, &name).await;
+                self.take_off(from, *id, &name).await;
             }
         }
         for id in component {

@@ -15,6 +15,9 @@ use crate::request::Request;
 /// How long the end of the daemon waits for jobs that do not end.
 const JOBS_END_WAIT: Duration = Duration::from_secs(30);
 
+/// How long the end of the daemon waits for the last flushes.
+const NODES_END_WAIT: Duration = Duration::from_secs(30);
+
 /// Takes the answer to one request, on the manager's thread and in the step that made it: no event is raised in between.
 /// Must not block.
 pub(crate) type Answer = Box<dyn FnOnce(Result<Reply, EngineError>) + Send>;
@@ -120,7 +123,12 @@ impl Manager {
         {
             tracing::error!("some jobs did not end in time; the daemon ends without them");
         }
-        self.graph.close_all().await;
+        if tokio::time::timeout(NODES_END_WAIT, self.graph.close_all())
+            .await
+            .is_err()
+        {
+            tracing::error!("some nodes were not flushed in time; the daemon ends without them");
+        }
         self.threads.end();
     }
 

@@ -1,0 +1,119 @@
+//! A disk that does not answer, and whom it may hold up: its own jobs and clients, nobody else.
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use blockyard_engine::engine::{Engine, EngineConfig, EngineHandle};
+use blockyard_engine::error::EngineError;
+use blockyard_engine::job::error_policy::OnError;
+use blockyard_engine::reply::Reply;
+use blockyard_engine::request::{
+    BackupPerf, BackupSpec, CommonOptions, DriverSpec, JobSpec, NodeSpec, NullSpec, ObjectKind,
+    ObjectSpec, Request, SyncMode, WorkSpec,
+};
+
+/// No test lasts as long as this.
+const HOUR_NS: u64 = 3_600_000_000_000;
+
+/// When an answer is given up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn engine() -> EngineHandle {
+    let config = EngineConfig {
+        data_threads: 2,
+        ..EngineConfig::default()
+    };
+    Engine::start(config).expect("the engine starts").handle()
+}
+
+async fn call(engine: &EngineHandle, request: Request) -> Result<Reply, EngineError> {
+    let answer = tokio::time::timeout(PATIENCE, engine.call(request)).await;
+    answer.expect("answered although a disk does not")
+}
+
+fn node(name: &str, driver: DriverSpec) -> Request {
+    Request::BlockdevAdd(NodeSpec {
+        node_name: Some(name.to_owned()),
+        common: CommonOptions::default(),
+        driver,
+    })
+}
+
+/// Adds a node whose requests take so long.
+async fn add(engine: &EngineHandle, name: &str, latency_ns: u64) {
+    let null = NullSpec {
+        size: Some(1 << 20),
+        latency_ns: Some(latency_ns),
+        ..NullSpec::default()
+    };
+    let added = call(engine, node(name, DriverSpec::NullCo(null))).await;
+    added.expect("added");
+}
+
+fn backup(id: &str, source: &str, target: &str) -> Request {
+    Request::StartJob(JobSpec {
+        id: Some(id.to_owned()),
+        auto_finalize: true,
+        auto_dismiss: true,
+        work: WorkSpec::Backup(BackupSpec {
+            device: source.to_owned(),
+            target: target.to_owned(),
+            sync: SyncMode::None,
+            speed: 0,
+            bitmap: None,
+            bitmap_mode: None,
+            compress: false,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            filter_node_name: Some("filter".to_owned()),
+            discard_source: false,
+            perf: BackupPerf::default(),
+        }),
+    })
+}
+
+/// Others come and go, which needs the graph.
+async fn others_go_on(engine: &EngineHandle) {
+    add(engine, "other", 0).await;
+    let node_name = "other".to_owned();
+    let deleted = call(engine, Request::BlockdevDel { node_name }).await;
+    deleted.expect("deleted");
+}
+
+#[tokio::test]
+async fn a_refused_job_waits_for_no_disk() {
+    let engine = engine();
+    add(&engine, "stuck", HOUR_NS).await;
+    add(&engine, "target", 0).await;
+    let refused = call(&engine, backup("1 bad", "stuck", "target")).await;
+    refused.expect_err("not an id");
+    others_go_on(&engine).await;
+}
+
+#[tokio::test]
+async fn moving_to_another_thread_waits_for_no_disk() {
+    let engine = engine();
+    add(&engine, "source", 0).await;
+    // Each on a thread of its own.
+    add(&engine, "stuck", HOUR_NS).await;
+    let started = call(&engine, backup("job", "source", "stuck")).await;
+    started.expect("started");
+    add(&engine, "too", HOUR_NS).await;
+    let id = "thread".to_owned();
+    let object = call(
+        &engine,
+        Request::ObjectAdd(ObjectSpec {
+            id,
+            kind: ObjectKind::Iothread,
+        }),
+    )
+    .await;
+    object.expect("added");
+    let moved = Request::SetIothread {
+        node_name: "too".to_owned(),
+        iothread: Some("thread".to_owned()),
+        force: false,
+    };
+    call(&engine, moved).await.expect("moved");
+    others_go_on(&engine).await;
+}
