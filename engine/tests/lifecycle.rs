@@ -638,6 +638,28 @@ async fn quitting_ends_every_job_whatever_its_state() {
 
 /// What a query says is never older than an event that was heard before it.
 #[tokio::test]
+async fn nothing_is_opened_on_a_filter_that_goes_with_its_job() {
+    let yard = yard_with_nodes().await;
+    let mut work = backup("s", "t", 1);
+    if let WorkSpec::Backup(spec) = &mut work {
+        spec.filter_node_name = Some("filter".to_owned());
+    }
+    yard.start("job", work, true).await.expect("started");
+    let spec = NodeSpec {
+        node_name: Some("above".to_owned()),
+        common: CommonOptions::default(),
+        driver: DriverSpec::Raw {
+            file: NodeRef::Name("filter".to_owned()),
+            offset: None,
+            size: None,
+        },
+    };
+    let refused = yard.call(Request::BlockdevAdd(spec)).await;
+    let text = "Node 'filter' is the filter of a job and cannot have other users";
+    assert_eq!(refused, Err(EngineError::generic(text)));
+}
+
+#[tokio::test]
 async fn answers_and_events_have_one_order() {
     let yard = yard_with_nodes().await;
     let latest = Arc::new(Mutex::new(Status::Undefined));

@@ -14,7 +14,7 @@ use crate::error::EngineError;
 use crate::graph::filenames::FileName;
 use crate::graph::image_locks::HeldLocks;
 use crate::graph::permissions::{ExtraPermissions, Permissions};
-use crate::graph::records::{Edge, NodeRecord, User};
+use crate::graph::records::{Edge, NodeRecord, Records, User};
 use crate::graph::{Graph, names};
 use crate::limits::{NODE_DEPTH_MAX, NODE_LENGTH_MAX, SECTOR_BYTES};
 use crate::node::build::NodePlan;
@@ -308,6 +308,9 @@ impl Graph {
         let (id, thread) = (record.id, record.thread);
         {
             let mut records = self.records.borrow_mut();
+            if let Some((child, _)) = child {
+                check_stays(&records, child)?;
+            }
             let place = records.nodes.partition_point(|node| node.id < id);
             records.nodes.insert(place, record);
             let linked = records.change_edges(|edges| {
@@ -404,6 +407,19 @@ impl Graph {
         };
         record.plan = NodePlan::File { file, options };
         Ok(())
+    }
+}
+
+/// A job's filter goes with its job: what stood on it would go on reading through a node that the graph has forgotten, and
+/// could not be moved any more.
+fn check_stays(records: &Records, child: NodeId) -> Result<(), EngineError> {
+    match records.node(child) {
+        Some(node) if matches!(node.plan, NodePlan::Filter { .. }) => {
+            let name = &node.name;
+            let text = format!("Node '{name}' is the filter of a job and cannot have other users");
+            Err(EngineError::generic(text))
+        }
+        _ => Ok(()),
     }
 }
 
