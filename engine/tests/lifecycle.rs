@@ -637,6 +637,38 @@ async fn quitting_ends_every_job_whatever_its_state() {
 }
 
 /// What a query says is never older than an event that was heard before it.
+/// A node above the source does not lead past the job, whichever came first.
+#[tokio::test]
+async fn a_source_is_not_changed_through_a_node_above_it() {
+    let yard = yard_with_nodes().await;
+    yard.node("other", 8 * MIB).await;
+    let spec = NodeSpec {
+        node_name: Some("above".to_owned()),
+        common: CommonOptions::default(),
+        driver: DriverSpec::Raw {
+            file: NodeRef::Name("s".to_owned()),
+            offset: None,
+            size: None,
+        },
+    };
+    let added = yard.call(Request::BlockdevAdd(spec)).await;
+    added.expect("added");
+    let text = "Node 's' is the source of a block job and cannot be changed meanwhile";
+    for (first, second) in [
+        (backup("s", "t", 1), backup("other", "above", 0)),
+        (backup("other", "above", 1), backup("s", "t", 0)),
+    ] {
+        yard.start("first", first, true).await.expect("started");
+        let refused = yard.start("second", second, true).await;
+        let refused = refused.expect_err("leads past the job");
+        assert!(refused.text.ends_with(text), "{}", refused.text);
+        let force = true;
+        let cancelled = yard.verb("first", VerbCall::Cancel { force }).await;
+        cancelled.expect("accepted");
+        yard.until("first null");
+    }
+}
+
 #[tokio::test]
 async fn nothing_is_opened_on_a_filter_that_goes_with_its_job() {
     let yard = yard_with_nodes().await;

@@ -349,6 +349,16 @@ impl Records {
         if node.read_only && writes {
             return Err(EngineError::generic("Block node is read-only"));
         }
+        if let NodePlan::Filter { child } = node.plan
+            && (writes || taken.has(Permission::Resize))
+        {
+            // A filter saves no old data and tracks no new data, and a node that was above its source before still
+            // stands there on the data thread: it would write past the filter.
+            return Err(EngineError::generic(format!(
+                "Node '{}' is the source of a block job and cannot be changed meanwhile",
+                self.name_of(child)
+            )));
+        }
         Ok(())
     }
 
