@@ -99,6 +99,11 @@ impl Backup {
 impl Work for Backup {
     fn run<'a>(&'a mut self, cx: &'a JobContext) -> LocalFuture<'a, Result<(), Stop>> {
         Box::pin(async move {
+            // They were equal when the job was asked for; a file that shrank since would leave the target's end as it was.
+            if self.source.facts().length_bytes != self.target.facts().length_bytes {
+                let text = "Source and target image have different sizes";
+                return Err(Stop::Failed(JobError::text(text)));
+            }
             if self.spec.sync == SyncMode::None {
                 cx.progress().set_remaining(self.counted_bytes());
                 return idle(cx).await;
@@ -119,5 +124,58 @@ async fn idle(cx: &JobContext) -> Result<(), Stop> {
         cx.checkpoint().await?;
         cx.orders().set_busy(false);
         cx.orders_changed().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::job::context::ErrorPolicies;
+    use crate::job::error_policy::OnError;
+    use crate::jobs::test_support::{Running, VirtualClock};
+    use crate::node::null_node::{NullNode, NullOptions};
+    use crate::request::BackupPerf;
+
+    #[test]
+    fn a_source_that_has_become_shorter_is_no_success() {
+        let clock = VirtualClock::default();
+        let node = |length_bytes| -> Rc<dyn Node> {
+            let options = NullOptions {
+                length_bytes,
+                latency: Duration::ZERO,
+                read_zeroes: false,
+                read_only: false,
+            };
+            Rc::new(NullNode::new(
+                "null".to_owned(),
+                options,
+                Rc::new(clock.clone()),
+            ))
+        };
+        let spec = BackupSpec {
+            device: "s".to_owned(),
+            target: "t".to_owned(),
+            sync: SyncMode::Full,
+            speed: 0,
+            bitmap: None,
+            bitmap_mode: None,
+            compress: false,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            filter_node_name: None,
+            discard_source: false,
+            perf: BackupPerf::default(),
+        };
+        let outcome = |source, target| {
+            let mut work = Backup::new(node(source), node(target), spec.clone());
+            let running = Running::new(&clock, 0, ErrorPolicies::default());
+            running.drive(&mut work, |_| {}, |_| clock.advance())
+        };
+        let text = "Source and target image have different sizes";
+        let failed = Err(Stop::Failed(JobError::text(text)));
+        assert_eq!(outcome(1 << 20, 2 << 20), Some(failed));
+        assert_eq!(outcome(1 << 20, 1 << 20), Some(Ok(())));
     }
 }
