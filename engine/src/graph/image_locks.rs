@@ -20,7 +20,19 @@ pub(super) struct HeldLocks {
     pub(super) unshared: Permissions,
 }
 
-/// Changes the locks of `file` from `held` to `wanted`: new ones first, then the test, then the rest goes.
+impl HeldLocks {
+    /// What is in these and not in `held`.
+    fn beyond(self, held: Self) -> Self {
+        Self {
+            used: self.used.intersection(held.used.complement()),
+            unshared: self.unshared.intersection(held.unshared.complement()),
+        }
+    }
+}
+
+/// Changes the locks of `file` from `held` to `wanted`: new ones first, then the test, then the rest goes. Giving up locks
+/// cannot fail: what stays was tested when it was taken, and somebody who is just trying, and about to be refused, is not
+/// in the way.
 ///
 /// # Errors
 /// When somebody else is in the way; the text is QEMU's, with the holder's process where the kernel tells. Nothing has
@@ -30,7 +42,8 @@ pub(super) fn change(
     held: HeldLocks,
     wanted: HeldLocks,
 ) -> Result<(), EngineError> {
-    let taken = set(file, held, wanted).and_then(|()| conflict(file, wanted));
+    let more = wanted.beyond(held);
+    let taken = set(file, held, wanted).and_then(|()| conflict(file, more));
     let outcome = match taken {
         Ok(None) => Ok(()),
         Ok(Some(text)) => Err(EngineError::generic(text)),
@@ -88,5 +101,40 @@ fn release(file: &HostFile, from: HeldLocks, to: HeldLocks) {
         if let Err(error) = ofd_lock::unlock(file.descriptor(), byte) {
             tracing::warn!(%error, byte, "an image lock could not be given back");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blockyard_ring::OpenMode;
+
+    use super::*;
+    use crate::request::Permission;
+
+    #[test]
+    fn giving_up_a_lock_succeeds_while_somebody_else_tries() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mode = OpenMode {
+            write: true,
+            create: true,
+            ..OpenMode::default()
+        };
+        let open = || HostFile::open(&folder.path().join("image"), mode).expect("opened");
+        let (ours, other) = (open(), open());
+        let none = HeldLocks::default();
+        let reads = HeldLocks {
+            used: Permissions::of(&[Permission::ConsistentRead]),
+            unshared: Permissions::of(&[Permission::Write]),
+        };
+        let writes = HeldLocks {
+            used: reads.used.with(Permission::Write),
+            ..reads
+        };
+        change(&ours, none, writes).expect("nobody is there");
+        // The other's first step, before it looks.
+        set(&other, none, writes).expect("shared");
+        change(&ours, writes, reads).expect("less than before");
+        let refused = change(&ours, reads, writes);
+        refused.expect_err("more than before is tested");
     }
 }
