@@ -27,12 +27,43 @@ pub(super) fn bug(what: &str) -> JobError {
     JobError::text(format!("Internal error: {what} (this is a bug)"))
 }
 
+/// The one report of how a job's work ended. Dropped unsent, because the thread has gone, it says that: no job is left
+/// running without anybody who works.
+pub(super) struct EndReport {
+    key: JobKey,
+    reports: Option<mpsc::UnboundedSender<(JobKey, Report)>>,
+}
+
+impl EndReport {
+    /// A report that is owed from now on.
+    pub(super) fn owed(key: JobKey, reports: mpsc::UnboundedSender<(JobKey, Report)>) -> Self {
+        let reports = Some(reports);
+        Self { key, reports }
+    }
+
+    /// Pays.
+    pub(super) fn send(mut self, outcome: Result<(), Stop>) {
+        self.tell(outcome);
+    }
+
+    fn tell(&mut self, outcome: Result<(), Stop>) {
+        if let Some(reports) = self.reports.take() {
+            let _ = reports.send((self.key, Report::Ended(outcome)));
+        }
+    }
+}
+
+impl Drop for EndReport {
+    fn drop(&mut self) {
+        self.tell(Err(Stop::Failed(bug("the job's thread is gone"))));
+    }
+}
+
 /// Runs `work` to its end, then serves orders until the manager lets go.
 pub(super) async fn drive(
-    key: JobKey,
     mut work: Box<dyn Work>,
     cx: Rc<JobContext>,
-    reports: mpsc::UnboundedSender<(JobKey, Report)>,
+    end: EndReport,
     mut orders: mpsc::UnboundedReceiver<DriverOrder>,
 ) {
     let outcome = AssertUnwindSafe(work.run(&cx)).catch_unwind().await;
@@ -41,7 +72,7 @@ pub(super) async fn drive(
         tracing::error!(what, "a job panicked");
         Err(Stop::Failed(bug(&format!("the job panicked: {what}"))))
     });
-    let _ = reports.send((key, Report::Ended(outcome)));
+    end.send(outcome);
     while let Some(order) = orders.recv().await {
         match order {
             DriverOrder::Prepare(answer) => {
@@ -147,7 +178,8 @@ mod tests {
             BufferPool::new(1 << 20),
             ErrorPolicies::default(),
         );
-        drive(key, Box::new(work), Rc::new(cx), reports, orders).await;
+        let end = EndReport::owed(key, reports);
+        drive(Box::new(work), Rc::new(cx), end, orders).await;
         reverted.await.expect("answered in spite of the panic");
         let prepared = prepared.await.expect("answered");
         match heard.recv().await {
@@ -170,5 +202,21 @@ mod tests {
         );
         let (ended, _) = outcome(Clumsy { in_run: false }).await;
         assert_eq!(ended, Ok(()));
+    }
+
+    #[test]
+    fn a_job_whose_thread_goes_has_failed() {
+        let (reports, mut heard) = mpsc::unbounded_channel();
+        drop(EndReport::owed(JobKey(1), reports.clone()));
+        match heard.try_recv() {
+            Ok((JobKey(1), Report::Ended(outcome))) => {
+                assert_eq!(outcome, Err(Stop::Failed(bug("the job's thread is gone"))));
+            }
+            other => panic!("not an end: {other:?}"),
+        }
+        EndReport::owed(JobKey(2), reports).send(Ok(()));
+        let told = heard.try_recv();
+        assert!(matches!(told, Ok((JobKey(2), Report::Ended(Ok(()))))));
+        assert!(heard.try_recv().is_err(), "told once");
     }
 }

@@ -8,12 +8,12 @@ use tokio::sync::mpsc;
 use crate::data::ThreadId;
 use crate::error::EngineError;
 use crate::graph::{JobNodes, is_identifier};
-use crate::job::context::{ErrorPolicies, JobContext, JobKey, JobShared, Report};
+use crate::job::context::{ErrorPolicies, JobContext, JobKey, JobShared};
 use crate::job::status::{Status, Step};
 use crate::job::work::Stop;
 use crate::jobs;
 use crate::manager::Manager;
-use crate::manager::driver::{bug, drive};
+use crate::manager::driver::{EndReport, drive};
 use crate::manager::record::{GroupKey, JobRecord};
 use crate::manager::verbs::negative_speed;
 use crate::reply::IoStatus;
@@ -197,31 +197,23 @@ impl Manager {
         self.step(key, Step::Start);
         let policies = ErrorPolicies::of(&work);
         let (reports, pool) = (self.reports.clone(), self.pool.clone());
-        let sent = self.threads.spawn(thread, move |data| {
+        // A thread that is gone drops the work, and with it the report: that is the job's end.
+        let end = EndReport::owed(key, reports.clone());
+        let _ = self.threads.spawn(thread, move |data| {
             Box::pin(async move {
                 let cx = Rc::new(JobContext::new(
                     key,
                     shared,
-                    reports.clone(),
+                    reports,
                     data.clock().clone(),
                     pool,
                     policies,
                 ));
                 match jobs::work(&work, &nodes, &data) {
-                    Ok(work) => drive(key, work, cx, reports, orders).await,
-                    Err(error) => {
-                        let _ = reports.send((key, Report::Ended(Err(Stop::Failed(error)))));
-                    }
+                    Ok(work) => drive(work, cx, end, orders).await,
+                    Err(error) => end.send(Err(Stop::Failed(error))),
                 }
             })
         });
-        if !sent {
-            let manager = self.clone();
-            tokio::task::spawn_local(async move {
-                manager
-                    .ended(key, Err(Stop::Failed(bug("the data thread is gone"))))
-                    .await;
-            });
-        }
     }
 }
