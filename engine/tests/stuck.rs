@@ -6,10 +6,12 @@ use std::time::Duration;
 use blockyard_engine::engine::{Engine, EngineConfig, EngineHandle};
 use blockyard_engine::error::EngineError;
 use blockyard_engine::job::error_policy::OnError;
+use blockyard_engine::job::status::Status;
+use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::{
     BackupPerf, BackupSpec, CommonOptions, DriverSpec, JobSpec, NodeSpec, NullSpec, ObjectKind,
-    ObjectSpec, Request, SyncMode, WorkSpec,
+    ObjectSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
 
 /// No test lasts as long as this.
@@ -51,25 +53,29 @@ async fn add(engine: &EngineHandle, name: &str, latency_ns: u64) {
 }
 
 fn backup(id: &str, source: &str, target: &str) -> Request {
-    Request::StartJob(JobSpec {
+    Request::StartJob(job(id, source, target, SyncMode::None))
+}
+
+fn job(id: &str, source: &str, target: &str, sync: SyncMode) -> JobSpec {
+    JobSpec {
         id: Some(id.to_owned()),
         auto_finalize: true,
         auto_dismiss: true,
         work: WorkSpec::Backup(BackupSpec {
             device: source.to_owned(),
             target: target.to_owned(),
-            sync: SyncMode::None,
+            sync,
             speed: 0,
             bitmap: None,
             bitmap_mode: None,
             compress: false,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
-            filter_node_name: Some("filter".to_owned()),
+            filter_node_name: None,
             discard_source: false,
             perf: BackupPerf::default(),
         }),
-    })
+    }
 }
 
 /// Others come and go, which needs the graph.
@@ -115,5 +121,37 @@ async fn moving_to_another_thread_waits_for_no_disk() {
         force: false,
     };
     call(&engine, moved).await.expect("moved");
+    others_go_on(&engine).await;
+}
+
+/// One member of a group has been cancelled, and the group waits for the other, whose disk does not answer.
+#[tokio::test]
+async fn orders_for_a_job_whose_group_waits_for_it_are_taken() {
+    let engine = engine();
+    for (name, latency_ns) in [("s", 0), ("t", 0), ("stuck", HOUR_NS), ("target", 0)] {
+        add(&engine, name, latency_ns).await;
+    }
+    let jobs = vec![
+        job("idle", "s", "t", SyncMode::None),
+        job("slow", "stuck", "target", SyncMode::Full),
+    ];
+    let grouped = true;
+    let started = call(&engine, Request::StartJobs { jobs, grouped }).await;
+    started.expect("started");
+    let cancel = |id: &str| Request::JobVerb {
+        family: VerbFamily::Job,
+        id: id.to_owned(),
+        verb: VerbCall::Cancel { force: true },
+    };
+    call(&engine, cancel("idle")).await.expect("accepted");
+    loop {
+        let Ok(Reply::Jobs(jobs)) = call(&engine, Request::QueryJobs).await else {
+            panic!("not a list of jobs");
+        };
+        if jobs.iter().any(|job| job.status == Status::Aborting) {
+            break;
+        }
+    }
+    call(&engine, cancel("slow")).await.expect("accepted");
     others_go_on(&engine).await;
 }

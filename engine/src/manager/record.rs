@@ -205,10 +205,11 @@ impl JobTable {
         self.groups.get_mut(&group)
     }
 
-    /// Whether a job's group is being finalized or aborted.
+    /// Whether a job is being finalized or aborted with its group. One that still works is not: its group waits for it,
+    /// and it may take as long as its disk does.
     pub(super) fn settling(&self, key: JobKey) -> bool {
-        let group = self.by_key(key).and_then(|job| job.group);
-        group
+        let job = self.by_key(key).filter(|job| job.finished);
+        job.and_then(|job| job.group)
             .and_then(|group| self.groups.get(&group))
             .is_some_and(|group| group.settling)
     }
