@@ -184,3 +184,20 @@ fn the_architecture_shows_the_steps_of_the_job_machine() {
         "rows that are not steps any more"
     );
 }
+
+#[test]
+fn the_compatibility_tables_hold_every_command_and_event() {
+    use blockyard_qmp::{commands, schema::protocol::EVENTS};
+    let document = read(&root().join("docs/COMPATIBILITY.md"));
+    // The names are the odd pieces between backquotes in a row's first column.
+    let rows: Vec<&str> = document
+        .lines()
+        .filter_map(|line| line.strip_prefix('|')?.split('|').next())
+        .flat_map(|column| column.split('`').skip(1).step_by(2))
+        .collect();
+    let events = EVENTS.iter().map(|event| event.name);
+    for name in commands::names().chain(events) {
+        let count = rows.iter().filter(|row| **row == name).count();
+        assert_eq!(count, 1, "rows of docs/COMPATIBILITY.md that hold `{name}`");
+    }
+}
