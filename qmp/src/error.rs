@@ -1,5 +1,7 @@
 //! [`QmpError`]: a refused command, as its client sees it.
 
+use std::io;
+
 use blockyard_engine::error::{EngineError, ErrorKind};
 use serde_json::{Value, json};
 
@@ -47,5 +49,14 @@ impl From<EngineError> for QmpError {
             class,
             text: error.text,
         }
+    }
+}
+
+/// The operating system's words, without its number.
+pub(crate) fn reason(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((words, _)) => words.to_owned(),
+        None => text,
     }
 }

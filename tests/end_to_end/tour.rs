@@ -106,6 +106,11 @@ fn a_given_folder_is_used_and_must_be_free() {
         again.errors
     );
     assert_eq!(names(&above.path().join(&deep)), kept);
+    let file = format!("{deep}/disk.raw");
+    let on_file = run(above.path(), &["tour", "--directory", &file], "");
+    assert_eq!(on_file.code, Some(1));
+    let expected = format!("blockyard: cannot use '{file}': File exists\n");
+    assert_eq!(on_file.errors, expected);
 }
 
 /// A tour whose daemon runs, and that daemon.

@@ -104,7 +104,7 @@ impl Order {
 fn limit(text: &str) -> Result<i64, String> {
     size::parse(text)
         .and_then(|bytes| i64::try_from(bytes).ok())
-        .ok_or_else(|| format!("{} is expected", size::EXPECTED))
+        .ok_or_else(|| format!("expected {}", size::EXPECTED))
 }
 
 /// Runs the command.

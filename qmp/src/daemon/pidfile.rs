@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, fcntl_lock};
 
+use crate::error::reason;
+
 /// A pid file; removed when this is dropped.
 #[derive(Debug)]
 pub struct Pidfile {
@@ -50,11 +52,7 @@ impl Pidfile {
 }
 
 fn told(what: &str, error: &io::Error) -> String {
-    let text = error.to_string();
-    let reason = text
-        .find(" (os error")
-        .map_or(text.as_str(), |end| &text[..end]);
-    format!("cannot create PID file: {what}: {reason}")
+    format!("cannot create PID file: {what}: {}", reason(error))
 }
 
 fn is_same(file: &File, path: &Path) -> bool {

@@ -13,6 +13,7 @@ use rustix::net::{AddressFamily, SocketType};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
 use crate::daemon::chardev::Address;
+use crate::error::reason;
 use crate::server::connection::{Input, Output};
 
 /// Clients that may queue up before they are accepted.
@@ -152,15 +153,6 @@ pub async fn connect(address: &Address) -> Result<Halves, String> {
                 Err(format!("File descriptor '{number}' is a listening socket"))
             }
         },
-    }
-}
-
-/// The operating system's text, without its number.
-fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.find(" (os error") {
-        Some(end) => text[..end].to_owned(),
-        None => text,
     }
 }
 

@@ -8,6 +8,7 @@ use serde_json::{Map, json};
 
 use crate::client::runtime;
 use crate::control::table::columns;
+use crate::error::reason;
 use crate::signals::Signals;
 use crate::size;
 use crate::terminal::display::{Display, DisplayArguments, duration_shown};
@@ -22,7 +23,7 @@ use crate::tour::steps::STEPS;
 #[command(after_help = after_help(EXAMPLES))]
 pub struct TourArguments {
     /// Work in this folder, which is empty or not there yet [default: a new one among the temporary files]
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
     /// Keep the copies, too, not only the sample image and the transcript
     #[arg(long)]
@@ -69,7 +70,7 @@ async fn lead(
     ));
     scratch
         .write_image()
-        .map_err(|error| format!("{IMAGE}: {error}"))?;
+        .map_err(|error| format!("cannot write {IMAGE}: {}", reason(&error)))?;
     let (daemon, client) = tokio::select! {
         started = Daemon::start(scratch) => started?,
         () = signals.next() => return Ok(cancelled(display)),

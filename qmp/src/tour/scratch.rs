@@ -5,6 +5,9 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use crate::error::reason;
+use crate::terminal::copy::ends::shown;
+
 /// Length of the sample image in bytes.
 pub const IMAGE_BYTES: u64 = 128 << 20;
 /// The image is this piece again and again: data, zeroes that were written, and a hole for the rest.
@@ -37,7 +40,7 @@ impl Scratch {
     }
 
     fn given(folder: &Path) -> Result<Self, String> {
-        let told = |error: io::Error| format!("{}: {error}", folder.display());
+        let told = |error: io::Error| cannot_use(folder, &error);
         private(true).create(folder).map_err(told)?;
         let mut entries = std::fs::read_dir(folder).map_err(told)?;
         if entries.next().is_some() {
@@ -60,7 +63,7 @@ impl Scratch {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     number = number.wrapping_add(1);
                 }
-                Err(error) => return Err(format!("{}: {error}", folder.display())),
+                Err(error) => return Err(cannot_use(&folder, &error)),
             }
         }
     }
@@ -97,6 +100,10 @@ impl Scratch {
         }
         file.sync_all()
     }
+}
+
+fn cannot_use(folder: &Path, error: &io::Error) -> String {
+    format!("cannot use {}: {}", shown(folder), reason(error))
 }
 
 fn private(with_parents: bool) -> DirBuilder {

@@ -16,11 +16,12 @@ use blockyard_engine::request::{CreatePreallocation, DetectZeroes};
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::error::reason;
 use crate::size;
 use crate::terminal::bench::report::{Round, medians, table};
 use crate::terminal::bench::scratch::Scratch;
 use crate::terminal::copy::arguments::{CopyKind, PaceArguments, SOURCE, TARGET};
-use crate::terminal::copy::ends::{Source, Target, reason, shown};
+use crate::terminal::copy::ends::{Source, Target, shown};
 use crate::terminal::copy::job::{Copied, CopyOptions, add_source, add_target, copy_across};
 use crate::terminal::display::{Display, DisplayArguments, Ended, Fact, Outcome};
 use crate::terminal::embedded::{Embedded, EngineArguments, IoBackend, with_engine};
@@ -135,6 +136,11 @@ async fn bench(embedded: &mut Embedded, arguments: &BenchArguments) -> Result<Me
             outcome: Outcome::Cancelled,
             ..Copied::refused("")
         }),
+        Err(error) if error.kind() == io::ErrorKind::StorageFull => Err(Copied::refused(format!(
+            "{} has no room for two files of {}; --size and --directory choose others",
+            shown(folder),
+            size::shown(arguments.size)
+        ))),
         Err(error) => Err(cannot(error)),
     };
     scratch.remove().map_err(cannot)?;

@@ -9,6 +9,8 @@ use std::time::SystemTime;
 use blockyard_engine::limits::SECTOR_BYTES;
 use rustix::fs::{SeekFrom, seek};
 
+use crate::error::reason;
+
 /// Beginnings that say what a file is, where they stand, and its name.
 const MAGICS: [(u64, &[u8], &str); 10] = [
     (0, b"QFI\xfb", "qcow2"),
@@ -348,13 +350,4 @@ fn folder_of(path: &Path) -> &Path {
 /// A path as messages show it.
 pub(crate) fn shown(path: &Path) -> String {
     format!("'{}'", path.display())
-}
-
-/// The operating system's words, without its number.
-pub(crate) fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.split_once(" (os error") {
-        Some((words, _)) => words.to_owned(),
-        None => text,
-    }
 }

@@ -14,9 +14,10 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use crate::error::reason;
 use crate::size;
 use crate::terminal::copy::arguments::{CopyArguments, CopyKind, Preallocation};
-use crate::terminal::copy::ends::{Source, Target, reason, shown};
+use crate::terminal::copy::ends::{Source, Target, shown};
 use crate::terminal::copy::job::{Copied, CopyOptions, add_source, add_target, copy_across};
 use crate::terminal::copy::verify::{Compared, compare};
 use crate::terminal::display::{Display, Ended, Fact, Outcome};
