@@ -11,6 +11,7 @@ use tokio::sync::MutexGuard;
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
+use crate::graph::disk_facts::DiskQuestion;
 use crate::graph::filenames::FileName;
 use crate::graph::image_locks::HeldLocks;
 use crate::graph::permissions::{ExtraPermissions, Permissions};
@@ -204,6 +205,7 @@ impl Graph {
             thread,
             plan: NodePlan::Null(null_options(NullSpec::default(), true)?),
             locked: None,
+            disk: DiskQuestion::default(),
         };
         match spec.driver {
             DriverSpec::File(file) => self.open_file(&mut record, file, resolved, false).await?,

@@ -5,6 +5,7 @@
 
 mod add;
 mod blkdebug;
+mod disk_facts;
 mod fault_config;
 mod filenames;
 mod image_locks;
@@ -211,27 +212,44 @@ impl Graph {
         size: i64,
     ) -> Result<(), EngineError> {
         let (device, name) = (device.unwrap_or(""), node_name.unwrap_or(""));
-        let _held = self.hold().await;
-        let id = self.find(name).ok_or_else(|| not_found(device, name))?;
-        let Ok(size) = u64::try_from(size) else {
-            return Err(EngineError::generic("Parameter 'size' expects a >0 size"));
-        };
-        {
+        let id = {
+            let _held = self.hold().await;
+            let id = self.find(name).ok_or_else(|| not_found(device, name))?;
+            if size < 0 {
+                return Err(EngineError::generic("Parameter 'size' expects a >0 size"));
+            }
             let mut records = self.records.borrow_mut();
             records.check_free(id)?;
+            // Two changes at once would leave it open which length is the last.
+            records.check_unpinned(&records.component(id))?;
             records.change_edges(|edges| edges.push(resizer(id)))?;
-        }
-        let outcome = self.resize_held(id, size).await;
-        let mut records = self.records.borrow_mut();
-        let mine = resizer(id);
-        if let Some(place) = records.edges.iter().position(|edge| *edge == mine)
-            && let Err(error) = records.change_edges(|edges| {
-                edges.remove(place);
-            })
-        {
-            tracing::error!(%error, node = name, "a permission stays taken");
-        }
+            id
+        };
+        // The edge keeps the node where it is. Nothing else is held: cutting a file may wait for its disk.
+        let outcome = self.resize_pinned(id, size.unsigned_abs()).await;
+        self.release_resized(id).await;
         outcome
+    }
+
+    /// Takes back what kept a node where it is while its length changed.
+    async fn release_resized(&self, id: NodeId) {
+        let is_owned = {
+            let mut records = self.records.borrow_mut();
+            let mine = resizer(id);
+            if let Some(place) = records.edges.iter().position(|edge| *edge == mine)
+                && let Err(error) = records.change_edges(|edges| {
+                    edges.remove(place);
+                })
+            {
+                let node = records.name_of(id);
+                tracing::error!(%error, node, "a permission stays taken");
+            }
+            records.node(id).is_none_or(|node| node.monitor_owned)
+        };
+        // Its parent may have gone meanwhile.
+        if !is_owned {
+            self.close_unused(id).await;
+        }
     }
 
     /// What a new length of a node comes to.
@@ -257,7 +275,7 @@ impl Graph {
     }
 
     /// Changes the length of a node whose resizing has been permitted.
-    async fn resize_held(&self, id: NodeId, size: u64) -> Result<(), EngineError> {
+    async fn resize_pinned(&self, id: NodeId, size: u64) -> Result<(), EngineError> {
         if let Resizing::Device { .. } = self.check_length(id, size).await? {
             return Ok(());
         }
@@ -367,6 +385,7 @@ impl Graph {
     /// every other change of the graph waiting.
     async fn move_component(&self, id: NodeId, thread: ThreadId) -> Result<(), EngineError> {
         let component = self.records.borrow().component(id);
+        self.records.borrow().check_unpinned(&component)?;
         for id in component.iter().rev() {
             let (from, name) = (
                 self.thread_of(*id),

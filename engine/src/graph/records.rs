@@ -4,6 +4,7 @@ use blockyard_ring::{FileKind, HostFile};
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
+use crate::graph::disk_facts::DiskQuestion;
 use crate::graph::filenames::FileName;
 use crate::graph::image_locks::{self, HeldLocks};
 use crate::graph::jobs::TARGET_ROLE;
@@ -39,6 +40,8 @@ pub(super) struct NodeRecord {
     pub(super) exclusive: bool,
     pub(super) thread: ThreadId,
     pub(super) plan: NodePlan,
+    /// For what only the file system knows of its file.
+    pub(super) disk: DiskQuestion,
     /// The host file, if image locks are taken on it.
     pub(super) locked: Option<(HostFile, HeldLocks)>,
 }
@@ -277,6 +280,19 @@ impl Records {
         jobs
     }
 
+    /// Fails if a command is changing the length of one of these nodes, which must stay on its thread meanwhile.
+    pub(super) fn check_unpinned(&self, nodes: &[NodeId]) -> Result<(), EngineError> {
+        let pinned = |edge: &&Edge| edge.user == User::Command && nodes.contains(&edge.child);
+        match self.edges.iter().find(pinned) {
+            None => Ok(()),
+            Some(edge) => {
+                let name = self.name_of(edge.child);
+                let text = format!("Node '{name}' is busy: its length is being changed");
+                Err(EngineError::generic(text))
+            }
+        }
+    }
+
     /// Changes the edges, works permissions out anew from the top down, checks them, and takes the image locks that
     /// follow. All or nothing.
     ///
@@ -467,5 +483,28 @@ fn child_permissions(
             shared.without(Permission::Resize),
         ),
         _ => (taken, shared),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_whose_length_changes_stays_where_it_is() {
+        let mut records = Records::default();
+        let (changing, other) = (records.new_id(), records.new_id());
+        let edge = |user| Edge {
+            user,
+            child: changing,
+            role: "root",
+            taken: Permissions::NONE,
+            shared: Permissions::EVERY,
+        };
+        records.edges.push(edge(User::Node(other)));
+        assert_eq!(records.check_unpinned(&[other, changing]), Ok(()));
+        records.edges.push(edge(User::Command));
+        assert_eq!(records.check_unpinned(&[other]), Ok(()));
+        assert!(records.check_unpinned(&[other, changing]).is_err());
     }
 }

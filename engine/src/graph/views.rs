@@ -1,10 +1,11 @@
 //! What queries see of the graph.
 
-use blockyard_ring::file_attributes;
+use std::collections::HashMap;
 
 use crate::data::NodeId;
 use crate::graph::Graph;
-use crate::graph::records::User;
+use crate::graph::disk_facts::DiskFacts;
+use crate::graph::records::{NodeRecord, User};
 use crate::job::context::JobKey;
 use crate::node::build::NodePlan;
 use crate::reply::{
@@ -27,6 +28,7 @@ impl Graph {
             .iter()
             .map(|node| node.id)
             .collect();
+        let disk_facts = self.disk_facts().await;
         let mut views = Vec::with_capacity(ids.len());
         for id in ids {
             let facts = match self.facts(id).await {
@@ -40,7 +42,7 @@ impl Graph {
                     facts
                 }
             };
-            let image = self.image_view(id, facts.length_bytes, flat);
+            let image = self.image_view(id, facts.length_bytes, flat, &disk_facts);
             let records = self.records.borrow();
             // A node may have gone while another was asked.
             let (Some(node), Some(image)) = (records.node(id), image) else {
@@ -63,29 +65,53 @@ impl Graph {
         views
     }
 
+    /// What file systems say of all files that nodes stand on.
+    async fn disk_facts(&self) -> HashMap<NodeId, DiskFacts> {
+        let files: Vec<_> = {
+            let records = self.records.borrow();
+            let file_of = |node: &NodeRecord| match &node.plan {
+                NodePlan::File { file, .. } => Some((node.id, node.disk.clone(), file.clone())),
+                _ => None,
+            };
+            records.nodes.iter().filter_map(file_of).collect()
+        };
+        let mut facts = HashMap::with_capacity(files.len());
+        for (id, question, file) in files {
+            facts.insert(id, question.ask(file).await);
+        }
+        facts
+    }
+
     /// The image behind a node; the one below a filter shows as its backing image.
-    fn image_view(&self, id: NodeId, length_bytes: u64, flat: bool) -> Option<ImageView> {
+    fn image_view(
+        &self,
+        id: NodeId,
+        length_bytes: u64,
+        flat: bool,
+        disk_facts: &HashMap<NodeId, DiskFacts>,
+    ) -> Option<ImageView> {
         let records = self.records.borrow();
         let node = records.node(id)?;
         let below = records.children(id).map(|edge| edge.child).next();
         let mut specific = None;
         let actual = match &node.plan {
-            NodePlan::File { file, .. } => {
-                let hint = file_attributes::extent_size_hint(file.descriptor());
+            NodePlan::File { .. } => {
+                let facts = disk_facts.get(&id).copied().unwrap_or_default();
                 specific = Some(FormatSpecific::File {
-                    extent_size_hint: hint.ok().flatten().map(u64::from),
+                    extent_size_hint: facts.extent_size_hint_bytes.map(u64::from),
                 });
-                file.allocated_bytes().ok()
+                facts.allocated_bytes
             }
             NodePlan::Null(_) => Some(0),
             // A protocol of its own, which cannot tell.
             NodePlan::Blkdebug { .. } => None,
             NodePlan::Raw { .. } | NodePlan::Filter { .. } => below
-                .and_then(|below| self.image_view(below, length_bytes, true))
+                .and_then(|below| self.image_view(below, length_bytes, true, disk_facts))
                 .and_then(|image| image.actual_size_bytes),
         };
         let backing = below.filter(|_| !flat && node.is_filter());
-        let backing = backing.and_then(|below| self.image_view(below, length_bytes, false));
+        let backing =
+            backing.and_then(|below| self.image_view(below, length_bytes, false, disk_facts));
         Some(ImageView {
             filename: node.filename.to_string(),
             format: node.driver.to_owned(),
