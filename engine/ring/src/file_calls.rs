@@ -50,11 +50,13 @@ pub fn read_whole(
     alignment: u32,
 ) -> Result<usize, Failed> {
     let mut done = 0;
+    let mut stuck = false;
     while done < bytes.len() {
         let at = offset + done as u64;
         match rustix::io::pread(file, &mut bytes[done..], at) {
             Ok(0) => break,
             Ok(count) => {
+                let before = done;
                 done += count;
                 if !done.is_multiple_of(alignment as usize) {
                     // Direct I/O stops between blocks only at the end of the file.
@@ -62,6 +64,9 @@ pub fn read_whole(
                         break;
                     }
                     done -= done % alignment as usize;
+                    if done == before && std::mem::replace(&mut stuck, true) {
+                        return Err(EIO);
+                    }
                 }
             }
             Err(error) if matches!(error.raw_os_error(), EINTR | EAGAIN) => {}

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, fstat, open, statx,
@@ -36,10 +36,12 @@ pub enum FileKind {
     Other,
 }
 
-/// An open file of the host. Clones share the descriptor, and with it the image locks and the memory of a failed flush.
+/// An open file of the host. Clones share the descriptor, and with it the image locks, the length
+/// and the memory of a failed flush.
 #[derive(Clone, Debug)]
 pub struct HostFile {
     file: Arc<OwnedFd>,
+    length_bytes: Arc<AtomicU64>,
     kind: FileKind,
     direct: bool,
     write: bool,
@@ -75,7 +77,7 @@ impl HostFile {
     /// Takes an open descriptor over.
     ///
     /// # Errors
-    /// What fstat(2) says.
+    /// What fstat(2) says, or for a device lseek(2).
     pub fn from_fd(file: OwnedFd, mode: OpenMode) -> io::Result<Self> {
         let stat = fstat(&file)?;
         let kind = match FileType::from_raw_mode(stat.st_mode) {
@@ -84,8 +86,13 @@ impl HostFile {
             FileType::Directory => FileKind::Directory,
             _ => FileKind::Other,
         };
+        let length = match kind {
+            FileKind::BlockDevice => rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?,
+            _ => u64::try_from(stat.st_size).unwrap_or(0),
+        };
         let mut opened = Self {
             file: Arc::new(file),
+            length_bytes: Arc::new(AtomicU64::new(length)),
             kind,
             direct: mode.direct,
             write: mode.write,
@@ -149,17 +156,20 @@ impl HostFile {
         self.request_alignment
     }
 
-    /// Length in bytes now.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn length_bytes(&self) -> io::Result<u64> {
-        match self.kind {
-            FileKind::BlockDevice => {
-                Ok(rustix::fs::seek(&*self.file, rustix::fs::SeekFrom::End(0))?)
-            }
-            _ => Ok(u64::try_from(fstat(&*self.file)?.st_size).unwrap_or(0)),
-        }
+    /// Length in bytes: that at opening, and what this open file has made of it since, on whatever reactor. What others do
+    /// to the file does not show.
+    pub fn length_bytes(&self) -> u64 {
+        self.length_bytes.load(Ordering::Acquire)
+    }
+
+    /// A write has reached `end`.
+    pub(crate) fn grown_to(&self, end: u64) {
+        self.length_bytes.fetch_max(end, Ordering::AcqRel);
+    }
+
+    /// The file was given this length.
+    pub(crate) fn resized_to(&self, length_bytes: u64) {
+        self.length_bytes.store(length_bytes, Ordering::Release);
     }
 
     /// Room taken on the host in bytes now.

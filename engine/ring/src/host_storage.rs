@@ -1,7 +1,6 @@
 //! [`HostStorage`]: a host file as a `Storage`. Reads and writes go through the ring where there is one, everything that
 //! may block goes to the workers.
 
-use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -23,7 +22,6 @@ const TRANSFER_MAX_BYTES: u32 = 1 << 30;
 pub(crate) struct HostStorage {
     file: HostFile,
     read_only: bool,
-    length_bytes: Cell<u64>,
     abilities: Arc<Abilities>,
     workers: Workers,
     ring: Option<RingFile>,
@@ -37,10 +35,8 @@ impl HostStorage {
         workers: Workers,
         ring: Option<RingFile>,
     ) -> Self {
-        let length = file.length_bytes().unwrap_or(0);
         Self {
             read_only: read_only || !file.is_writable(),
-            length_bytes: Cell::new(length),
             abilities: Arc::default(),
             file,
             workers,
@@ -60,7 +56,7 @@ impl HostStorage {
         if let Some(errno) = self.file.failed_sync() {
             return Some(errno);
         }
-        (self.fixed_length() && range.end() > self.length_bytes.get()).then_some(ENOSPC)
+        (self.fixed_length() && range.end() > self.file.length_bytes()).then_some(ENOSPC)
     }
 
     fn is_misaligned(&self, offset: u64, length: usize) -> bool {
@@ -88,14 +84,14 @@ impl HostStorage {
     }
 
     fn grown_to(&self, end: u64) {
-        self.length_bytes.set(self.length_bytes.get().max(end));
+        self.file.grown_to(end);
     }
 }
 
 impl Storage for HostStorage {
     fn facts(&self) -> StorageFacts {
         StorageFacts {
-            length_bytes: self.length_bytes.get(),
+            length_bytes: self.file.length_bytes(),
             request_alignment: self.file.request_alignment(),
             transfer_max_bytes: TRANSFER_MAX_BYTES,
             read_only: self.read_only,
@@ -110,14 +106,14 @@ impl Storage for HostStorage {
             if self.is_misaligned(offset, into.len()) {
                 return failed(into, Operation::Read, range, EINVAL);
             }
-            if offset >= self.length_bytes.get() && !self.fixed_length() {
+            if offset >= self.file.length_bytes() && !self.fixed_length() {
                 into.as_mut_slice().fill(0);
                 return Transfer {
                     buffer: into,
                     outcome: Ok(()),
                 };
             }
-            let length_before = self.length_bytes.get();
+            let length_before = self.file.length_bytes();
             let (buffer, outcome) = match &self.ring {
                 Some(ring) => ring.read_whole(offset, into).await,
                 None => {
@@ -134,7 +130,7 @@ impl Storage for HostStorage {
                         .unwrap_or((Buffer::zeroed(0), Err(EIO)))
                 }
             };
-            let length = length_before.min(self.length_bytes.get());
+            let length = length_before.min(self.file.length_bytes());
             let outcome = outcome.and_then(|got| {
                 let expected = range.clamp_end(length).length();
                 if (got as u64) < expected {
@@ -192,7 +188,7 @@ impl Storage for HostStorage {
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
             let abilities = self.abilities.clone();
-            let range = range.clamp_end(self.length_bytes.get());
+            let range = range.clamp_end(self.file.length_bytes());
             self.change(Operation::Discard, range, move |file| {
                 file_calls::discard(file, &abilities, range)
             })
@@ -217,14 +213,14 @@ impl Storage for HostStorage {
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
             let range = ByteRange::new(0, length_bytes);
-            if self.fixed_length() && length_bytes != self.length_bytes.get() {
+            if self.fixed_length() && length_bytes != self.file.length_bytes() {
                 return Err(StorageError::new(Operation::Resize, range, EINVAL));
             }
             self.change(Operation::Resize, range, move |file| {
                 file_calls::resize(file, length_bytes)
             })
             .await?;
-            self.length_bytes.set(length_bytes);
+            self.file.resized_to(length_bytes);
             Ok(())
         })
     }

@@ -34,6 +34,7 @@ impl RingFile {
     ) -> (Buffer, Result<usize, Failed>) {
         let alignment = self.file.request_alignment() as usize;
         let mut done = 0;
+        let mut stuck = false;
         while done < buffer.len() {
             let (back, result) = self
                 .uring
@@ -50,6 +51,7 @@ impl RingFile {
             match result {
                 0 => break,
                 count if count > 0 => {
+                    let before = done;
                     done += count.unsigned_abs() as usize;
                     if done < buffer.len() && !done.is_multiple_of(alignment) {
                         // Direct I/O stops between blocks only at the end of the file.
@@ -57,6 +59,9 @@ impl RingFile {
                             Ok(length) if offset + done as u64 >= length => break,
                             Ok(_) => done -= done % alignment,
                             Err(errno) => return (buffer, Err(errno)),
+                        }
+                        if done == before && std::mem::replace(&mut stuck, true) {
+                            return (buffer, Err(EIO));
                         }
                     }
                 }

@@ -68,7 +68,7 @@ impl Graph {
 async fn read_config(path: PathBuf) -> Result<FaultConfig, EngineError> {
     let text = in_background(move || {
         let file = HostFile::open(&path, OpenMode::default())?;
-        let length = usize::try_from(file.length_bytes()?).unwrap_or(usize::MAX);
+        let length = usize::try_from(file.length_bytes()).unwrap_or(usize::MAX);
         let errno = match file.kind() {
             FileKind::Regular if length <= FAULT_CONFIG_BYTES_MAX => None,
             FileKind::Regular => Some(blockyard_storage::error::EFBIG),
