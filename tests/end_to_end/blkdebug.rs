@@ -495,3 +495,36 @@ fn questions_about_allocation_that_fail() {
     script += "equal t.raw full.raw\n";
     compare(&script, files);
 }
+
+/// What is tried again until somebody ends it is told to clients each time, and to the log once.
+#[test]
+fn a_failure_that_is_ignored_fills_no_log() {
+    let daemon = Daemon::start_logging();
+    files(daemon.folder.path());
+    let mut client = daemon.client();
+    client.run(
+        "blockdev-add",
+        json!({"driver": "file", "node-name": "s", "filename": "s.raw"}),
+    );
+    client.run(
+        "blockdev-add",
+        json!({"driver": "blkdebug", "node-name": "t",
+            "inject-error": [{"event": "none", "iotype": "write", "errno": 28}],
+            "image": {"driver": "file", "filename": "t.raw"}}),
+    );
+    client.run(
+        "blockdev-mirror",
+        json!({"job-id": "j", "device": "s", "target": "t", "sync": "full",
+            "on-target-error": "ignore"}),
+    );
+    let mut failures = 0;
+    while failures < 5 {
+        let message = client.message().expect("an event");
+        failures += u32::from(message["event"] == "BLOCK_JOB_ERROR");
+    }
+    client.run("job-cancel", json!({"id": "j"}));
+    client.wait_for("j", "null");
+    let log = std::fs::read_to_string(daemon.path("log")).expect("logged");
+    assert_eq!(log.matches("a request of a job failed").count(), 1, "{log}");
+    daemon.quit();
+}

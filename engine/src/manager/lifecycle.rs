@@ -93,8 +93,13 @@ impl Manager {
                 error,
                 heard,
             } => {
-                let id = self.with_job(key, |job| job.id.clone()).unwrap_or_default();
-                tracing::warn!(job = id, %error, ?action, "a request of a job failed");
+                let noted = self.with_job(key, |job| (job.id.clone(), job.is_news(&error)));
+                let (id, is_news) = noted.unwrap_or_default();
+                if is_news {
+                    tracing::warn!(job = id, %error, ?action, "a request of a job failed");
+                } else {
+                    tracing::debug!(job = id, %error, ?action, "a request of a job failed again");
+                }
                 self.publisher
                     .publish(EventKind::BlockJobError { id, side, action });
                 if action == ErrorAction::Stop {

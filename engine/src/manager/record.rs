@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use crate::data::ThreadId;
-use crate::error::JobError;
+use crate::error::{JobError, NodeError};
 use crate::event::BlockJobFigures;
 use crate::graph::JobNodes;
 use crate::job::context::{JobKey, JobShared};
@@ -38,6 +38,8 @@ pub(super) struct JobRecord {
     /// The work has returned.
     pub(super) finished: bool,
     pub(super) error: Option<JobError>,
+    /// The failed request that was logged last.
+    pub(super) logged_failure: Option<NodeError>,
     pub(super) io_status: IoStatus,
     pub(super) auto_finalize: bool,
     pub(super) auto_dismiss: bool,
@@ -57,6 +59,18 @@ impl JobRecord {
     /// Whether the work has come as far as being completed on request.
     pub(super) fn is_ready(&self) -> bool {
         matches!(self.status, Status::Ready | Status::Standby)
+    }
+
+    /// Whether a failed request is of another sort than the one that was logged last: what is tried again and again, here
+    /// and there, fills no logs.
+    pub(super) fn is_news(&mut self, error: &NodeError) -> bool {
+        let sort = |error: &NodeError| {
+            let source = &error.source;
+            (error.node.clone(), source.operation, source.errno)
+        };
+        let news = self.logged_failure.as_ref().map(sort) != Some(sort(error));
+        self.logged_failure = Some(error.clone());
+        news
     }
 
     /// Passes the pause counter on to the work.

@@ -142,6 +142,7 @@ impl Manager {
             started: false,
             finished: false,
             error: None,
+            logged_failure: None,
             io_status: IoStatus::Ok,
             auto_finalize: spec.auto_finalize,
             auto_dismiss: spec.auto_dismiss,
