@@ -25,6 +25,10 @@ use crate::wake::RemoteWaker;
 /// Files that can be registered at once; more work unregistered.
 const FILES_MAX: u32 = 1024;
 
+/// A transfer through the page cache is a copy in memory. From this length on, kernel workers make it, so that it uses
+/// another core and this thread goes on; below, handing over costs more than it brings.
+const COPIED_APART_BYTES: usize = 256 << 10;
+
 /// Marks the completion of the read that listens to the bell.
 const BELL: u64 = u64::MAX;
 
@@ -212,7 +216,10 @@ impl Uring {
             Some(index) => Target::Fixed(types::Fixed(index)),
             None => Target::Plain(types::Fd(file.descriptor().as_raw_fd())),
         };
-        let entry = target.entry(direction, address, length, at, index);
+        let mut entry = target.entry(direction, address, length, at, index);
+        if !file.is_direct() && bytes.len() >= COPIED_APART_BYTES {
+            entry = entry.flags(squeue::Flags::ASYNC);
+        }
         let number = self.in_flight.borrow_mut().insert(InFlight {
             buffer,
             _file: file.descriptor().clone(),
