@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::thread::JoinHandle;
 
+pub use blockyard_ring::heap::share_one_heap;
 pub use blockyard_ring::inherited::inherited_descriptor;
 pub use blockyard_ring::{BackendChoice, probe};
 use blockyard_storage::buffer::BufferPool;

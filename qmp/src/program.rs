@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::ExitCode;
 
+use blockyard_engine::engine::share_one_heap;
 use tracing_subscriber::EnvFilter;
 
 use crate::control;
@@ -14,6 +15,7 @@ use crate::tour;
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
+    share_one_heap();
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
     let name = arguments.first().map(Path::new).and_then(Path::file_name);
     let name = name

@@ -5,6 +5,7 @@
 
 pub mod file_attributes;
 pub mod file_calls;
+pub mod heap;
 pub mod host_file;
 mod host_storage;
 pub mod inherited;

@@ -19,7 +19,7 @@ use crate::wire::output::render;
 use crate::wire::reader::Reader;
 
 /// Bytes read from a client at once.
-const READ_BYTES: usize = 64 << 10;
+const READ_BYTES: usize = 256 << 10;
 /// Commands read ahead of the one that runs, when the client has enabled that.
 const QUEUE_MAX: usize = 8;
 
