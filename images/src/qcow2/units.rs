@@ -62,6 +62,18 @@ pub enum Version {
     V3,
 }
 
+/// How compressed clusters of an image are compressed.
+///
+/// Spec: qcow2, "Header" (`compression_type`).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub enum Compression {
+    /// Raw deflate, without header and checksum of zlib.
+    #[default]
+    Zlib,
+    /// Zstandard frames (version 3).
+    Zstd,
+}
+
 /// Smallest `cluster_bits`: 512 bytes.
 pub const CLUSTER_BITS_MIN: u32 = 9;
 /// Largest `cluster_bits`: 2 MiB.
