@@ -117,6 +117,7 @@ impl Node for MemoryNode {
             cluster_size_bytes: None,
             read_only: false,
             unmaps: false,
+            fixed_length: true,
         }
     }
 

@@ -39,6 +39,39 @@ impl AnnouncingNode {
     fn changed(&self) {
         self.changes.set(self.changes.get() + 1);
     }
+
+    async fn announced_write<'a>(
+        &'a self,
+        offset: u64,
+        from: Buffer,
+        write: impl Fn(u64, Buffer) -> LocalFuture<'a, NodeTransfer>,
+    ) -> NodeTransfer {
+        self.child.hear(DebugEvent::Pwritev);
+        let written = write_in_pieces(
+            offset,
+            from,
+            self.piece_max_bytes(),
+            async |offset, from| {
+                self.child.hear(DebugEvent::WriteAio);
+                write(offset, from).await
+            },
+        )
+        .await;
+        self.child.hear(DebugEvent::PwritevDone);
+        self.changed();
+        written
+    }
+
+    async fn announced_zero(
+        &self,
+        zero: LocalFuture<'_, Result<(), NodeError>>,
+    ) -> Result<(), NodeError> {
+        self.child.hear(DebugEvent::PwritevZero);
+        let outcome = zero.await;
+        self.child.hear(DebugEvent::PwritevDone);
+        self.changed();
+        outcome
+    }
 }
 
 impl Node for AnnouncingNode {
@@ -71,32 +104,29 @@ impl Node for AnnouncingNode {
     }
 
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
-        Box::pin(async move {
-            self.child.hear(DebugEvent::Pwritev);
-            let written = write_in_pieces(
-                offset,
-                from,
-                self.piece_max_bytes(),
-                async |offset, from| {
-                    self.child.hear(DebugEvent::WriteAio);
-                    self.child.write(offset, from).await
-                },
-            )
-            .await;
-            self.child.hear(DebugEvent::PwritevDone);
-            self.changed();
-            written
-        })
+        Box::pin(self.announced_write(offset, from, |offset, from| self.child.write(offset, from)))
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
-        Box::pin(async move {
-            self.child.hear(DebugEvent::PwritevZero);
-            let outcome = self.child.zero(range, mode).await;
-            self.child.hear(DebugEvent::PwritevDone);
-            self.changed();
-            outcome
-        })
+        Box::pin(self.announced_zero(self.child.zero(range, mode)))
+    }
+
+    fn grows(&self) -> bool {
+        self.child.grows()
+    }
+
+    fn write_growing(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(self.announced_write(offset, from, |offset, from| {
+            self.child.write_growing(offset, from)
+        }))
+    }
+
+    fn zero_growing(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(self.announced_zero(self.child.zero_growing(range, mode)))
     }
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {

@@ -31,6 +31,8 @@ pub struct NodeFacts {
     pub read_only: bool,
     /// Zero requests may give room back (opened with discard=unmap and able to).
     pub unmaps: bool,
+    /// The length is what it is, as a device's or a window's.
+    pub fixed_length: bool,
 }
 
 /// The end of a read or write on a node.
@@ -91,6 +93,26 @@ pub trait Node {
 
     /// Makes `range` read as zeroes. `may_unmap` only has an effect where [`NodeFacts::unmaps`].
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>>;
+
+    /// Whether [`write_growing`](Self::write_growing) and [`zero_growing`](Self::zero_growing) may pass the end.
+    fn grows(&self) -> bool {
+        false
+    }
+
+    /// [`write`](Self::write) that makes the node longer where it passes the end of one that [`grows`](Self::grows). For an
+    /// image's own file, whose length is the image's business; who may is the graph's.
+    fn write_growing(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        self.write(offset, from)
+    }
+
+    /// [`zero`](Self::zero), in the same way.
+    fn zero_growing(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.zero(range, mode)
+    }
 
     /// Gives room back where that is possible; content afterwards is zeroes or unchanged.
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>>;

@@ -66,6 +66,33 @@ impl FileNode {
         Some(StorageError::new(operation, range, errno))
     }
 
+    /// Why a request that may pass the end is refused before it is tried.
+    fn refusal_growing(&self, operation: Operation, range: ByteRange) -> Option<StorageError> {
+        if self.grows() && !self.options.read_only {
+            return None;
+        }
+        self.refusal(operation, range)
+    }
+
+    async fn write_allowed(&self, offset: u64, from: Buffer) -> NodeTransfer {
+        if let Some(mode) = self.zeroes_instead(from.as_slice()) {
+            let range = ByteRange::new(offset, from.len() as u64);
+            let outcome = self.storage.zero(range, mode).await;
+            return self.transfer(Transfer {
+                buffer: from,
+                outcome,
+            });
+        }
+        self.transfer(self.storage.write(offset, from).await)
+    }
+
+    async fn zero_allowed(&self, range: ByteRange, mode: ZeroMode) -> Result<(), NodeError> {
+        let may_unmap = mode.may_unmap && self.options.discard == Discard::Unmap;
+        let mode = ZeroMode { may_unmap, ..mode };
+        let zeroed = self.storage.zero(range, mode).await;
+        zeroed.map_err(|error| self.error(error))
+    }
+
     /// Written zeroes as a zero request, if that was asked for.
     fn zeroes_instead(&self, bytes: &[u8]) -> Option<ZeroMode> {
         let may_unmap = match self.options.detect_zeroes {
@@ -108,6 +135,7 @@ impl Node for FileNode {
             cluster_size_bytes: None,
             read_only: self.options.read_only,
             unmaps: self.options.discard == Discard::Unmap && facts.discards,
+            fixed_length: facts.fixed_length,
         }
     }
 
@@ -144,34 +172,52 @@ impl Node for FileNode {
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
         Box::pin(async move {
             let range = ByteRange::new(offset, from.len() as u64);
-            if let Some(error) = self.refusal(Operation::Write, range) {
-                return NodeTransfer {
+            match self.refusal(Operation::Write, range) {
+                Some(error) => NodeTransfer {
                     buffer: from,
                     outcome: Err(self.error(error)),
-                };
+                },
+                None => self.write_allowed(offset, from).await,
             }
-            if let Some(mode) = self.zeroes_instead(from.as_slice()) {
-                let outcome = self.storage.zero(range, mode).await;
-                return self.transfer(Transfer {
-                    buffer: from,
-                    outcome,
-                });
-            }
-            self.transfer(self.storage.write(offset, from).await)
         })
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            if let Some(error) = self.refusal(Operation::Zero, range) {
-                return Err(self.error(error));
+            match self.refusal(Operation::Zero, range) {
+                Some(error) => Err(self.error(error)),
+                None => self.zero_allowed(range, mode).await,
             }
-            let may_unmap = mode.may_unmap && self.options.discard == Discard::Unmap;
-            let mode = ZeroMode { may_unmap, ..mode };
-            self.storage
-                .zero(range, mode)
-                .await
-                .map_err(|error| self.error(error))
+        })
+    }
+
+    fn grows(&self) -> bool {
+        !self.storage.facts().fixed_length
+    }
+
+    fn write_growing(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(async move {
+            let range = ByteRange::new(offset, from.len() as u64);
+            match self.refusal_growing(Operation::Write, range) {
+                Some(error) => NodeTransfer {
+                    buffer: from,
+                    outcome: Err(self.error(error)),
+                },
+                None => self.write_allowed(offset, from).await,
+            }
+        })
+    }
+
+    fn zero_growing(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            match self.refusal_growing(Operation::Zero, range) {
+                Some(error) => Err(self.error(error)),
+                None => self.zero_allowed(range, mode).await,
+            }
         })
     }
 

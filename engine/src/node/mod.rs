@@ -6,6 +6,9 @@ pub mod blkdebug_node;
 mod blkdebug_tests;
 pub mod block_node;
 pub mod build;
+pub mod child_storage;
+#[cfg(test)]
+mod child_storage_tests;
 pub mod fault_rules;
 pub mod file_node;
 pub mod filter_node;

@@ -79,6 +79,7 @@ impl Node for NullNode {
             cluster_size_bytes: None,
             read_only: self.options.read_only,
             unmaps: false,
+            fixed_length: true,
         }
     }
 

@@ -85,6 +85,37 @@ impl RawNode {
             source,
         })
     }
+
+    /// Why a request that may pass the end is refused before it is tried.
+    fn refusal_growing(&self, operation: Operation, range: ByteRange) -> Option<NodeError> {
+        if self.grows() && !self.read_only {
+            return None;
+        }
+        self.refusal(operation, range)
+    }
+
+    /// Written zeroes as a zero request, if that was asked for.
+    fn zeroes_instead(&self, bytes: &Buffer) -> Option<ZeroMode> {
+        let looked_for = self.detect_zeroes != DetectZeroes::Off;
+        (looked_for && is_zero(bytes.as_slice())).then_some(ZeroMode {
+            may_unmap: self.detect_zeroes == DetectZeroes::Unmap,
+            no_fallback: false,
+        })
+    }
+
+    fn allowed(&self, mode: ZeroMode) -> ZeroMode {
+        let may_unmap = mode.may_unmap && self.discard == Discard::Unmap;
+        ZeroMode { may_unmap, ..mode }
+    }
+}
+
+fn refuse<'a>(buffer: Buffer, error: NodeError) -> LocalFuture<'a, NodeTransfer> {
+    Box::pin(async move {
+        NodeTransfer {
+            buffer,
+            outcome: Err(error),
+        }
+    })
 }
 
 impl Node for RawNode {
@@ -98,6 +129,7 @@ impl Node for RawNode {
             length_bytes: self.length(),
             read_only: self.read_only,
             unmaps: facts.unmaps && self.discard == Discard::Unmap,
+            fixed_length: facts.fixed_length || self.window.size_bytes.is_some(),
             ..facts
         }
     }
@@ -121,12 +153,7 @@ impl Node for RawNode {
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
         let range = ByteRange::new(offset, into.len() as u64);
         match self.refusal(Operation::Read, range) {
-            Some(error) => Box::pin(async move {
-                NodeTransfer {
-                    buffer: into,
-                    outcome: Err(error),
-                }
-            }),
+            Some(error) => refuse(into, error),
             None => self.child.read(self.in_child(range).offset(), into),
         }
     }
@@ -134,28 +161,18 @@ impl Node for RawNode {
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
         let range = ByteRange::new(offset, from.len() as u64);
         if let Some(error) = self.refusal(Operation::Write, range) {
-            return Box::pin(async move {
-                NodeTransfer {
-                    buffer: from,
-                    outcome: Err(error),
-                }
-            });
+            return refuse(from, error);
         }
-        if self.detect_zeroes != DetectZeroes::Off && is_zero(from.as_slice()) {
-            return Box::pin(async move {
-                let may_unmap = self.detect_zeroes == DetectZeroes::Unmap;
-                let mode = ZeroMode {
-                    may_unmap,
-                    no_fallback: false,
-                };
+        match self.zeroes_instead(&from) {
+            Some(mode) => Box::pin(async move {
                 let outcome = self.zero(range, mode).await;
                 NodeTransfer {
                     buffer: from,
                     outcome,
                 }
-            });
+            }),
+            None => self.child.write(self.in_child(range).offset(), from),
         }
-        self.child.write(self.in_child(range).offset(), from)
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
@@ -163,9 +180,46 @@ impl Node for RawNode {
             if let Some(error) = self.refusal(Operation::Zero, range) {
                 return Err(error);
             }
-            let may_unmap = mode.may_unmap && self.discard == Discard::Unmap;
             self.child
-                .zero(self.in_child(range), ZeroMode { may_unmap, ..mode })
+                .zero(self.in_child(range), self.allowed(mode))
+                .await
+        })
+    }
+
+    fn grows(&self) -> bool {
+        self.window.size_bytes.is_none() && self.child.grows()
+    }
+
+    fn write_growing(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        let range = ByteRange::new(offset, from.len() as u64);
+        if let Some(error) = self.refusal_growing(Operation::Write, range) {
+            return refuse(from, error);
+        }
+        match self.zeroes_instead(&from) {
+            Some(mode) => Box::pin(async move {
+                let outcome = self.zero_growing(range, mode).await;
+                NodeTransfer {
+                    buffer: from,
+                    outcome,
+                }
+            }),
+            None => self
+                .child
+                .write_growing(self.in_child(range).offset(), from),
+        }
+    }
+
+    fn zero_growing(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if let Some(error) = self.refusal_growing(Operation::Zero, range) {
+                return Err(error);
+            }
+            self.child
+                .zero_growing(self.in_child(range), self.allowed(mode))
                 .await
         })
     }
