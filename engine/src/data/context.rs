@@ -9,6 +9,7 @@ use blockyard_storage::buffer::BufferPool;
 use blockyard_storage::{LocalFuture, Storage};
 
 use crate::clock::Clock;
+use crate::data::CpuPool;
 use crate::node::Node;
 
 /// A node inside the engine; never reused.
@@ -32,16 +33,23 @@ pub trait HostFiles {
 pub struct DataContext {
     clock: Rc<dyn Clock>,
     pool: BufferPool,
+    cpu: CpuPool,
     files: Rc<dyn HostFiles>,
     nodes: RefCell<HashMap<NodeId, Rc<dyn Node>>>,
 }
 
 impl DataContext {
     /// A context without nodes.
-    pub fn new(clock: Rc<dyn Clock>, pool: BufferPool, files: Rc<dyn HostFiles>) -> Self {
+    pub fn new(
+        clock: Rc<dyn Clock>,
+        pool: BufferPool,
+        cpu: CpuPool,
+        files: Rc<dyn HostFiles>,
+    ) -> Self {
         Self {
             clock,
             pool,
+            cpu,
             files,
             nodes: RefCell::default(),
         }
@@ -60,6 +68,11 @@ impl DataContext {
     /// Where transfer buffers come from.
     pub fn pool(&self) -> &BufferPool {
         &self.pool
+    }
+
+    /// Threads for work that keeps a core busy.
+    pub fn cpu(&self) -> &CpuPool {
+        &self.cpu
     }
 
     /// The node, if it lives on this thread.

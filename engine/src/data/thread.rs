@@ -15,6 +15,7 @@ use blockyard_storage::buffer::BufferPool;
 use tokio::task::LocalSet;
 
 use crate::data::context::DataContext;
+use crate::data::cpu_pool::CpuPool;
 use crate::data::opener::ReactorOpener;
 use crate::data::timers::ThreadClock;
 use crate::error::EngineError;
@@ -38,6 +39,7 @@ impl DataThread {
         name: &str,
         config: ReactorConfig,
         pool: BufferPool,
+        cpu: CpuPool,
     ) -> Result<Self, EngineError> {
         let (mailbox, tasks) = channel();
         let (opened, answer) = channel();
@@ -47,7 +49,7 @@ impl DataThread {
                 Ok(reactor) => {
                     let reactor = Rc::new(reactor);
                     let _ = opened.send(Ok(reactor.waker()));
-                    run(&reactor, &tasks, pool);
+                    run(&reactor, &tasks, pool, cpu);
                 }
                 Err(error) => {
                     let _ = opened.send(Err(error.to_string()));
@@ -106,10 +108,10 @@ impl Wake for LoopWaker {
 }
 
 /// The loop: take in tasks, poll what is awake, submit and wait once, wake what is due.
-fn run(reactor: &Rc<Reactor>, tasks: &Receiver<Task>, pool: BufferPool) {
+fn run(reactor: &Rc<Reactor>, tasks: &Receiver<Task>, pool: BufferPool, cpu: CpuPool) {
     let clock = Rc::new(ThreadClock::new());
     let opener = Rc::new(ReactorOpener::new(reactor.clone()));
-    let context = Rc::new(DataContext::new(clock.clone(), pool, opener));
+    let context = Rc::new(DataContext::new(clock.clone(), pool, cpu, opener));
     let mut local = LocalSet::new();
     let remote = reactor.waker();
     let waker = Waker::from(Arc::new(LoopWaker(remote.clone())));

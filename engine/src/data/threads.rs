@@ -9,6 +9,7 @@ use blockyard_storage::buffer::BufferPool;
 use tokio::sync::oneshot;
 
 use crate::data::context::{DataContext, ThreadId};
+use crate::data::cpu_pool::CpuPool;
 use crate::data::thread::DataThread;
 use crate::error::EngineError;
 
@@ -32,6 +33,7 @@ pub struct ThreadSet {
     members: Rc<RefCell<Members>>,
     backend: BackendChoice,
     pool: BufferPool,
+    cpu: CpuPool,
 }
 
 impl ThreadSet {
@@ -52,6 +54,7 @@ impl ThreadSet {
             members,
             backend,
             pool,
+            cpu: CpuPool::new(),
         };
         for _ in 0..count.max(1) {
             threads.add(None)?;
@@ -66,7 +69,12 @@ impl ThreadSet {
             backend: self.backend,
             ..ReactorConfig::new(self.pool.clone())
         };
-        let thread = DataThread::start(&format!("data-{}", id.0), config, self.pool.clone())?;
+        let thread = DataThread::start(
+            &format!("data-{}", id.0),
+            config,
+            self.pool.clone(),
+            self.cpu.clone(),
+        )?;
         members.next_id += 1;
         members.list.push(Member {
             id,

@@ -10,7 +10,7 @@ use blockyard_storage::buffer::BufferPool;
 use blockyard_storage::error::{EIO, ENOSPC};
 use blockyard_storage::{LocalFuture, Storage};
 
-use crate::data::{DataContext, HostFiles};
+use crate::data::{CpuPool, DataContext, HostFiles};
 use crate::job::context::{CancelMode, ErrorPolicies, JobShared, Report};
 use crate::job::work::{Stop, Work};
 use crate::jobs::create::{CreateFile, CreateFileOptions};
@@ -78,7 +78,7 @@ impl Place {
         let clock = VirtualClock::default();
         let pool = BufferPool::new(1 << 20);
         let files = Rc::new(SimulatedFiles(self.disk.clone()));
-        let context = DataContext::new(Rc::new(clock.clone()), pool, files);
+        let context = DataContext::new(Rc::new(clock.clone()), pool, CpuPool::on_the_spot(), files);
         let options = CreateFileOptions {
             filename: self.path(),
             size_bytes: SIZE,
