@@ -1,8 +1,8 @@
 //! Headers that qemu-img writes are read and written again as they were.
 
 use blockyard_images::qcow2::layout::extensions::UnknownExtension;
-use blockyard_images::qcow2::layout::header::{Access, Compression, Header};
-use blockyard_images::qcow2::units::Version;
+use blockyard_images::qcow2::layout::header::{Access, Header};
+use blockyard_images::qcow2::units::{Compression, Version};
 
 use crate::oracle::Oracle;
 

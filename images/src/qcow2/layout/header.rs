@@ -6,7 +6,7 @@
 
 use crate::error::ImageError;
 use crate::qcow2::layout::extensions::Extensions;
-use crate::qcow2::units::{Geometry, HostOffset, Version};
+use crate::qcow2::units::{Compression, Geometry, HostOffset, Version};
 
 /// The first four bytes.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
@@ -68,16 +68,6 @@ pub enum Access {
     ReadWrite,
     /// A check or repair, which finds out itself what is broken.
     Check,
-}
-
-/// How compressed clusters are compressed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Compression {
-    /// Raw deflate streams.
-    #[default]
-    Zlib = 0,
-    /// One Zstandard frame each.
-    Zstd = 1,
 }
 
 /// A header whose fields fit to each other.
@@ -246,7 +236,10 @@ impl Header {
         bytes.extend(self.geometry.refcount_order().to_be_bytes());
         bytes.extend(word(self.header_bytes())?);
         if !self.is_without_compression_type() {
-            bytes.push(self.compression as u8);
+            bytes.push(match self.compression {
+                Compression::Zlib => 0,
+                Compression::Zstd => 1,
+            });
             bytes.extend(&self.extra);
         }
         Ok(())

@@ -8,11 +8,12 @@ use crate::qcow2::layout::extensions::{
 };
 use crate::qcow2::layout::fields::{bytes_at, u32_at, u64_at, until_nul};
 use crate::qcow2::layout::header::{
-    Access, BACKING_NAME_BYTES_MAX, Compression, Header, L1_TABLE_BYTES_MAX, MAGIC,
-    REFCOUNT_TABLE_BYTES_MAX, SNAPSHOTS_MAX, V2_HEADER_BYTES, V3_HEADER_BYTES_MIN, incompatible,
+    Access, BACKING_NAME_BYTES_MAX, Header, L1_TABLE_BYTES_MAX, MAGIC, REFCOUNT_TABLE_BYTES_MAX,
+    SNAPSHOTS_MAX, V2_HEADER_BYTES, V3_HEADER_BYTES_MIN, incompatible,
 };
 use crate::qcow2::units::{
-    CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, Geometry, HostOffset, REFCOUNT_ORDER_MAX, Version,
+    CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, Compression, Geometry, HostOffset, REFCOUNT_ORDER_MAX,
+    Version,
 };
 
 impl Header {

@@ -9,10 +9,9 @@ use crate::qcow2::layout::extensions::{
     BitmapsExtension, CryptoPointer, Extensions, FeatureNames, FeatureSet, UnknownExtension,
 };
 use crate::qcow2::layout::header::{
-    Access, Compression, Header, V2_HEADER_BYTES, V3_HEADER_BYTES, V3_HEADER_BYTES_MIN, autoclear,
-    incompatible,
+    Access, Header, V2_HEADER_BYTES, V3_HEADER_BYTES, V3_HEADER_BYTES_MIN, autoclear, incompatible,
 };
-use crate::qcow2::units::{Geometry, HostOffset, Version};
+use crate::qcow2::units::{Compression, Geometry, HostOffset, Version};
 
 const ACCESSES: [Access; 4] = [
     Access::Metadata,
