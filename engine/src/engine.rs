@@ -16,6 +16,7 @@ use crate::event::Event;
 use crate::graph::Graph;
 use crate::limits::BUFFER_BUDGET_BYTES;
 use crate::manager::{Call, Manager, serve};
+use crate::node::news::News;
 use crate::reply::Reply;
 use crate::request::Request;
 
@@ -168,17 +169,33 @@ impl Manager {
     /// A manager with its threads, its graph and a task that hears reports.
     fn new(config: EngineConfig) -> Result<Rc<Self>, EngineError> {
         let pool = BufferPool::new(config.buffer_budget_bytes);
-        let threads = ThreadSet::start(config.data_threads, config.backend, pool.clone())?;
+        let (news, mut told) = News::channel();
+        let threads = ThreadSet::start(config.data_threads, config.backend, pool.clone(), news)?;
         let (reports, mut heard) = mpsc::unbounded_channel();
         let graph = Graph::new(threads.clone());
         let manager = Rc::new(Self::with(graph, threads, pool, reports));
         let listener = Rc::downgrade(&manager);
         tokio::task::spawn_local(async move {
-            while let Some((key, report)) = heard.recv().await {
+            loop {
+                let report = tokio::select! {
+                    biased;
+                    Some(news) = told.recv() => Err(news),
+                    Some(report) = heard.recv() => Ok(report),
+                    else => return,
+                };
                 let Some(manager) = listener.upgrade() else {
                     return;
                 };
-                manager.hear(key, report);
+                match report {
+                    Err(news) => manager.tell(news),
+                    Ok((key, report)) => {
+                        // What a node has told before a job failed by it is published before.
+                        while let Ok(news) = told.try_recv() {
+                            manager.tell(news);
+                        }
+                        manager.hear(key, report);
+                    }
+                }
             }
         });
         Ok(manager)

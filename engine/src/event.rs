@@ -52,6 +52,19 @@ pub enum EventKind {
         /// What is done about it.
         action: ErrorAction,
     },
+    /// `BLOCK_IMAGE_CORRUPTED`.
+    BlockImageCorrupted {
+        /// Name of the image's node.
+        node_name: String,
+        /// What is wrong.
+        message: String,
+        /// Where in the file, in bytes, if that is known.
+        offset: Option<u64>,
+        /// How many bytes it is about.
+        size: Option<u64>,
+        /// The node takes no further request.
+        fatal: bool,
+    },
 }
 
 /// The figures of a block job that its events carry.

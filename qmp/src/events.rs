@@ -49,6 +49,27 @@ fn content(kind: &EventKind) -> (&'static str, Value) {
             let data = json!({"device": id, "operation": operation, "action": action});
             ("BLOCK_JOB_ERROR", data)
         }
+        EventKind::BlockImageCorrupted {
+            node_name,
+            message,
+            offset,
+            size,
+            fatal,
+        } => {
+            let mut data = json!({
+                "device": "",
+                "node-name": node_name,
+                "msg": message,
+                "fatal": fatal,
+            });
+            if let Some(offset) = offset {
+                data["offset"] = json!(offset);
+            }
+            if let Some(size) = size {
+                data["size"] = json!(size);
+            }
+            ("BLOCK_IMAGE_CORRUPTED", data)
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use blockyard_storage::{LocalFuture, Storage};
 use crate::clock::Clock;
 use crate::data::CpuPool;
 use crate::node::Node;
+use crate::node::news::News;
 
 /// A node inside the engine; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,6 +35,7 @@ pub struct DataContext {
     clock: Rc<dyn Clock>,
     pool: BufferPool,
     cpu: CpuPool,
+    news: News,
     files: Rc<dyn HostFiles>,
     nodes: RefCell<HashMap<NodeId, Rc<dyn Node>>>,
 }
@@ -44,12 +46,14 @@ impl DataContext {
         clock: Rc<dyn Clock>,
         pool: BufferPool,
         cpu: CpuPool,
+        news: News,
         files: Rc<dyn HostFiles>,
     ) -> Self {
         Self {
             clock,
             pool,
             cpu,
+            news,
             files,
             nodes: RefCell::default(),
         }
@@ -73,6 +77,11 @@ impl DataContext {
     /// Threads for work that keeps a core busy.
     pub fn cpu(&self) -> &CpuPool {
         &self.cpu
+    }
+
+    /// Where nodes tell what clients have to know.
+    pub fn news(&self) -> &News {
+        &self.news
     }
 
     /// The node, if it lives on this thread.

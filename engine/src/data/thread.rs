@@ -19,6 +19,7 @@ use crate::data::cpu_pool::CpuPool;
 use crate::data::opener::ReactorOpener;
 use crate::data::timers::ThreadClock;
 use crate::error::EngineError;
+use crate::node::news::News;
 
 /// Work sent to a data thread.
 pub(super) type Task = Box<dyn FnOnce(Rc<DataContext>) -> LocalFuture<'static, ()> + Send>;
@@ -40,6 +41,7 @@ impl DataThread {
         config: ReactorConfig,
         pool: BufferPool,
         cpu: CpuPool,
+        news: News,
     ) -> Result<Self, EngineError> {
         let (mailbox, tasks) = channel();
         let (opened, answer) = channel();
@@ -49,7 +51,7 @@ impl DataThread {
                 Ok(reactor) => {
                     let reactor = Rc::new(reactor);
                     let _ = opened.send(Ok(reactor.waker()));
-                    run(&reactor, &tasks, pool, cpu);
+                    run(&reactor, &tasks, pool, cpu, news);
                 }
                 Err(error) => {
                     let _ = opened.send(Err(error.to_string()));
@@ -108,10 +110,10 @@ impl Wake for LoopWaker {
 }
 
 /// The loop: take in tasks, poll what is awake, submit and wait once, wake what is due.
-fn run(reactor: &Rc<Reactor>, tasks: &Receiver<Task>, pool: BufferPool, cpu: CpuPool) {
+fn run(reactor: &Rc<Reactor>, tasks: &Receiver<Task>, pool: BufferPool, cpu: CpuPool, news: News) {
     let clock = Rc::new(ThreadClock::new());
     let opener = Rc::new(ReactorOpener::new(reactor.clone()));
-    let context = Rc::new(DataContext::new(clock.clone(), pool, cpu, opener));
+    let context = Rc::new(DataContext::new(clock.clone(), pool, cpu, news, opener));
     let mut local = LocalSet::new();
     let remote = reactor.waker();
     let waker = Waker::from(Arc::new(LoopWaker(remote.clone())));

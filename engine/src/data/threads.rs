@@ -12,6 +12,7 @@ use crate::data::context::{DataContext, ThreadId};
 use crate::data::cpu_pool::CpuPool;
 use crate::data::thread::DataThread;
 use crate::error::EngineError;
+use crate::node::news::News;
 
 /// One thread and what is known of it.
 struct Member {
@@ -34,10 +35,11 @@ pub struct ThreadSet {
     backend: BackendChoice,
     pool: BufferPool,
     cpu: CpuPool,
+    news: News,
 }
 
 impl ThreadSet {
-    /// Starts `count` threads (at least one) that share `pool`.
+    /// Starts `count` threads (at least one) that share `pool` and tell what is new to `news`.
     ///
     /// # Errors
     /// When a thread or its reactor cannot be had.
@@ -45,6 +47,7 @@ impl ThreadSet {
         count: usize,
         backend: BackendChoice,
         pool: BufferPool,
+        news: News,
     ) -> Result<Self, EngineError> {
         let members = Rc::new(RefCell::new(Members {
             next_id: 0,
@@ -55,6 +58,7 @@ impl ThreadSet {
             backend,
             pool,
             cpu: CpuPool::new(),
+            news,
         };
         for _ in 0..count.max(1) {
             threads.add(None)?;
@@ -74,6 +78,7 @@ impl ThreadSet {
             config,
             self.pool.clone(),
             self.cpu.clone(),
+            self.news.clone(),
         )?;
         members.next_id += 1;
         members.list.push(Member {

@@ -361,7 +361,9 @@ impl Graph {
             records.nodes.retain(|node| node.id != id);
         }
         self.threads.load(thread, -1);
-        self.take_off(thread, id, "filter").await;
+        if let Err(error) = self.take_off(thread, id).await {
+            tracing::error!(%error, "a filter could not be taken off its thread");
+        }
     }
 
     /// Takes back what [`prepare_job`](Self::prepare_job) did.

@@ -22,7 +22,7 @@ use blockyard_storage::error::errno_text;
 use tokio::sync::{Mutex, MutexGuard};
 
 use crate::data::{NodeId, ThreadId, ThreadSet};
-use crate::error::EngineError;
+use crate::error::{EngineError, NodeError};
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, NodeRecord, Records, Resizing, User};
 use crate::limits::NODE_LENGTH_MAX;
@@ -162,10 +162,13 @@ impl Graph {
     async fn drop_node(&self, thread: ThreadId, id: NodeId, name: &str) {
         let flushed = self.threads.run(thread, move |context| {
             Box::pin(async move {
-                match context.remove_node(id) {
-                    Some(node) if !node.facts().read_only => node.flush().await,
-                    _ => Ok(()),
+                let Some(node) = context.remove_node(id) else {
+                    return Ok(());
+                };
+                if !node.facts().read_only {
+                    node.flush().await?;
                 }
+                node.close().await
             })
         });
         match flushed.await {
@@ -175,14 +178,23 @@ impl Graph {
         }
     }
 
-    /// Takes a node that keeps nothing unwritten off its thread.
-    async fn take_off(&self, thread: ThreadId, id: NodeId, name: &str) {
+    /// Takes a node off its thread that is brought up elsewhere, or is not needed any more.
+    ///
+    /// # Errors
+    /// It could not write back what only it holds; it stays where it is.
+    async fn take_off(&self, thread: ThreadId, id: NodeId) -> Result<(), EngineError> {
         let removed = self.threads.run(thread, move |context| {
-            Box::pin(async move { drop(context.remove_node(id)) })
+            Box::pin(async move {
+                if let Some(node) = context.node(id) {
+                    node.close().await?;
+                }
+                context.remove_node(id);
+                Ok(())
+            })
         });
-        if let Err(error) = removed.await {
-            tracing::error!(%error, node = name, "a node could not be taken off its thread");
-        }
+        removed
+            .await?
+            .map_err(|error: NodeError| EngineError::generic(error.to_string()))
     }
 
     /// Closes every node, at the end of the daemon: all at once, so that a disk that does not answer keeps no other from
@@ -381,18 +393,27 @@ impl Graph {
     }
 
     /// Moves everything connected with a node: let go there, bring up here. Image locks stay all the while, they belong to
-    /// the descriptor, as does what is not flushed yet. Nothing here waits for a disk: one that does not answer would keep
-    /// every other change of the graph waiting.
+    /// the descriptor, as does what is not flushed yet. Only images that have something to write wait for a disk: one that
+    /// does not answer would keep every other change of the graph waiting.
+    ///
+    /// # Errors
+    /// An image could not write back what only its memory holds; everything stays where it was.
     async fn move_component(&self, id: NodeId, thread: ThreadId) -> Result<(), EngineError> {
         let component = self.records.borrow().component(id);
         self.records.borrow().check_unpinned(&component)?;
-        for id in component.iter().rev() {
-            let (from, name) = (
-                self.thread_of(*id),
-                self.records.borrow().name_of(*id).to_owned(),
-            );
-            if from != thread {
-                self.take_off(from, *id, &name).await;
+        for (place, id) in component.iter().enumerate().rev() {
+            let from = self.thread_of(*id);
+            if from == thread {
+                continue;
+            }
+            if let Err(error) = self.take_off(from, *id).await {
+                // What stood above it goes back up where it was.
+                for id in component.iter().skip(place + 1) {
+                    if self.thread_of(*id) != thread {
+                        self.bring_up(*id).await?;
+                    }
+                }
+                return Err(error);
             }
         }
         for id in component {
@@ -429,7 +450,7 @@ impl Graph {
         });
         built
             .await?
-            .map_err(|error: crate::error::NodeError| EngineError::generic(error.to_string()))
+            .map_err(|error: NodeError| EngineError::generic(error.to_string()))
     }
 
     /// Facts of a node as of now.

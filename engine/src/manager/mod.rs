@@ -28,6 +28,7 @@ use blockyard_storage::buffer::BufferPool;
 use tokio::sync::{Notify, mpsc};
 
 use crate::data::ThreadSet;
+use crate::event::EventKind;
 use crate::graph::Graph;
 use crate::job::context::{JobKey, Report};
 
@@ -67,5 +68,10 @@ impl Manager {
             changed: Notify::new(),
             ending: Cell::new(false),
         }
+    }
+
+    /// Tells every listener what a node has told.
+    pub(crate) fn tell(&self, news: EventKind) {
+        self.publisher.publish(news);
     }
 }

@@ -134,6 +134,10 @@ impl Node for AnnouncingNode {
         self.child.discard(range)
     }
 
+    fn backing(&self) -> Option<Rc<dyn Node>> {
+        self.child.backing()
+    }
+
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
             self.child.hear(DebugEvent::FlushToOs);

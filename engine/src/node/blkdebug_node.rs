@@ -482,6 +482,10 @@ impl Node for BlkdebugNode {
         })
     }
 
+    fn backing(&self) -> Option<Rc<dyn Node>> {
+        self.child.backing()
+    }
+
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
             let (changes, flushed) = {

@@ -6,6 +6,7 @@
 //! - A request that passes the end is refused with `EIO` (reads) or `ENOSPC` (writes); nothing is clipped silently.
 
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use blockyard_storage::error::{EBADF, EIO, ENOSPC, EOPNOTSUPP};
@@ -147,6 +148,41 @@ pub trait Node {
                 source: StorageError::new(Operation::Preallocate, range, EOPNOTSUPP),
             })
         })
+    }
+
+    /// The node that decides where [`status`](Self::status) says that this layer holds nothing; `None`: zeroes. A filter,
+    /// whose status is that of its child, answers for it too.
+    fn backing(&self) -> Option<Rc<dyn Node>> {
+        None
+    }
+
+    /// Writes the whole of `from` at `offset`, compressed. Both are whole clusters, but for a last one that the end of the
+    /// node cuts. What does not get shorter is stored as it is.
+    ///
+    /// # Errors
+    /// [`EOPNOTSUPP`] where nothing is ever compressed, `EINVAL` for a part of a cluster, else as
+    /// [`write`](Self::write).
+    fn write_compressed(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(async move {
+            let range = ByteRange::new(offset, from.len() as u64);
+            NodeTransfer {
+                buffer: from,
+                outcome: Err(NodeError {
+                    node: self.name(),
+                    source: StorageError::new(Operation::Write, range, EOPNOTSUPP),
+                }),
+            }
+        })
+    }
+
+    /// Writes back what only this node's memory holds, so that the same can be brought up anew on what is below. Waits for a
+    /// disk only if there is something to write; it is durable afterwards. No request may be in flight, and none is made
+    /// any more.
+    ///
+    /// # Errors
+    /// Something is not written: dropping the node would lose what it has promised.
+    fn close(&self) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async { Ok(()) })
     }
 
     /// Whether this node, or one below, wants to [`hear`](Self::hear) what happens above it.

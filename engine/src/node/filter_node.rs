@@ -74,6 +74,10 @@ impl Node for FilterNode {
         Box::pin(async move { Err(self.refuse(Operation::Discard, range)) })
     }
 
+    fn backing(&self) -> Option<Rc<dyn Node>> {
+        self.child.backing()
+    }
+
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
         self.child.flush()
     }

@@ -12,6 +12,7 @@ mod child_storage_tests;
 pub mod fault_rules;
 pub mod file_node;
 pub mod filter_node;
+pub mod news;
 pub mod null_node;
 mod pieces;
 pub mod raw_node;

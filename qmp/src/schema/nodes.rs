@@ -210,6 +210,16 @@ pub static OBJECT: Object = Object::union(
 /// Arguments of `object-del`.
 pub static OBJECT_BY_ID: Object = Object::of(&[required("id", Type::Text)]);
 
+/// Data of `BLOCK_IMAGE_CORRUPTED`.
+pub static IMAGE_CORRUPTED: Object = Object::of(&[
+    required("device", Type::Text),
+    optional("node-name", Type::Text),
+    required("msg", Type::Text),
+    optional("offset", Type::Int),
+    optional("size", Type::Int),
+    required("fatal", Type::Bool),
+]);
+
 static GRAPH_NODE_TYPE: Words = Words::of(&["block-backend", "block-job", "block-driver"]);
 static GRAPH_NODE: Object = Object::of(&[
     required("id", Type::Uint64),

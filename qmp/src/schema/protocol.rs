@@ -3,6 +3,7 @@
 use crate::schema::jobs::{
     BLOCK_JOB_ENDED, BLOCK_JOB_ERROR, BLOCK_JOB_FAILED, BLOCK_JOB_PENDING, JOB_STATUS_CHANGE,
 };
+use crate::schema::nodes::IMAGE_CORRUPTED;
 use crate::schema::{EventType, Object, Type, Words, optional, required};
 
 static CAPABILITY: Words = Words::of(&["oob"]);
@@ -118,5 +119,9 @@ pub static EVENTS: &[EventType] = &[
     EventType {
         name: "BLOCK_JOB_PENDING",
         data: &BLOCK_JOB_PENDING,
+    },
+    EventType {
+        name: "BLOCK_IMAGE_CORRUPTED",
+        data: &IMAGE_CORRUPTED,
     },
 ];

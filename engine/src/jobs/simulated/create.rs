@@ -15,6 +15,7 @@ use crate::job::context::{CancelMode, ErrorPolicies, JobShared, Report};
 use crate::job::work::{Stop, Work};
 use crate::jobs::create::{CreateFile, CreateFileOptions};
 use crate::jobs::test_support::{Running, VirtualClock};
+use crate::node::news::News;
 use crate::request::CreatePreallocation;
 
 const PIECE: u64 = 64 << 10;
@@ -78,7 +79,13 @@ impl Place {
         let clock = VirtualClock::default();
         let pool = BufferPool::new(1 << 20);
         let files = Rc::new(SimulatedFiles(self.disk.clone()));
-        let context = DataContext::new(Rc::new(clock.clone()), pool, CpuPool::on_the_spot(), files);
+        let context = DataContext::new(
+            Rc::new(clock.clone()),
+            pool,
+            CpuPool::on_the_spot(),
+            News::channel().0,
+            files,
+        );
         let options = CreateFileOptions {
             filename: self.path(),
             size_bytes: SIZE,
