@@ -5,6 +5,9 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod measure;
+pub mod pace;
 pub mod qcow2;
 
 pub use error::{Corruption, ImageError};
+pub use pace::{Cancelled, Pace};

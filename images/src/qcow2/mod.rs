@@ -3,5 +3,6 @@
 //! Spec: the public document "qcow2" (docs/interop in QEMU's tree); section names are cited where code obeys them.
 
 pub mod compressed;
+pub mod create;
 pub mod layout;
 pub mod units;
