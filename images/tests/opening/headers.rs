@@ -1,7 +1,9 @@
 //! Headers that qemu-img writes are read and written again as they were.
 
+use blockyard_images::qcow2::layout::bitmaps::Bitmap;
 use blockyard_images::qcow2::layout::extensions::UnknownExtension;
 use blockyard_images::qcow2::layout::header::{Access, Header};
+use blockyard_images::qcow2::layout::snapshots::Snapshot;
 use blockyard_images::qcow2::units::{Compression, Version};
 
 use crate::oracle::Oracle;
@@ -112,4 +114,29 @@ fn bitmaps_and_snapshots_of_qemu_are_found() {
     assert_eq!(header.snapshots, 1);
     let written = header.encode().expect("fits");
     assert_eq!(written, image[..written.len()]);
+
+    let at = usize::try_from(header.snapshot_table.0).expect("a small file");
+    let snapshot = Snapshot::parse(&image[at..]);
+    assert_eq!(
+        (&snapshot.id[..], &snapshot.name[..]),
+        (&b"1"[..], &b"s0"[..])
+    );
+    assert_eq!(snapshot.disk_bytes, Some(64 << 20));
+    let file_bytes = image.len() as u64;
+    assert_eq!(
+        snapshot.check_l1_table(&header.geometry, file_bytes),
+        Ok(())
+    );
+    let written = snapshot.encode().expect("short");
+    let entry = &image[at..(at + written.len()).min(image.len())];
+    assert_eq!(written[..entry.len()], *entry);
+    assert!(written[entry.len()..].iter().all(|byte| *byte == 0));
+
+    let at = usize::try_from(bitmaps.directory.0).expect("a small file");
+    let directory = &image[at..at + usize::try_from(bitmaps.directory_bytes).expect("small")];
+    let first = Bitmap::parse(directory, &header.geometry, header.guest_bytes()).expect("valid");
+    assert_eq!((&first.name[..], first.granularity_bits), (&b"b0"[..], 16));
+    assert!(first.is_auto() && !first.is_in_use());
+    let written = first.encode().expect("short");
+    assert_eq!(written, directory[..written.len()]);
 }

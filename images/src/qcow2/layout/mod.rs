@@ -1,5 +1,6 @@
 //! What stands in the file, byte for byte: codecs between bytes and types. Pure: no storage, no state.
 
+pub mod bitmaps;
 pub mod entries;
 pub mod extensions;
 pub mod fields;
@@ -8,3 +9,4 @@ mod header_parse;
 #[cfg(test)]
 mod header_tests;
 pub mod refcounts;
+pub mod snapshots;
