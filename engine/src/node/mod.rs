@@ -6,6 +6,7 @@ pub mod blkdebug_node;
 mod blkdebug_tests;
 pub mod block_node;
 pub mod build;
+pub mod chain;
 pub mod child_storage;
 #[cfg(test)]
 mod child_storage_tests;

@@ -1,0 +1,166 @@
+//! [`chain_status`]: what a node holds through the layers of its backing chain: data, zeroes, or nothing above the layer
+//! where the question ends.
+//!
+//! A layer that is shorter than those above it ends in zeroes: whatever is below it is not seen there.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use blockyard_storage::ByteRange;
+
+use crate::error::NodeError;
+use crate::node::{Node, StatusExtent};
+
+/// What a run of bytes is, seen from the top.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// There may be data.
+    Data,
+    /// Reads as zeroes for certain.
+    Zero,
+    /// None of the layers that were asked holds it.
+    Unallocated,
+}
+
+/// A run of bytes of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChainExtent {
+    /// Which bytes.
+    pub range: ByteRange,
+    /// What they are.
+    pub content: Content,
+    /// The layer that decides, counted from the top, which is 0. Filters do not count.
+    pub depth: usize,
+}
+
+/// What kind of content `range` of `top` has in its first `layers_max` layers (`None`: in all of them, and then nothing is
+/// unallocated). Ascending from the first byte of `range`, neighbours of one kind and layer merged; covers at least that
+/// byte and may stop early after `extents_max` extents.
+///
+/// # Errors
+/// When a layer cannot tell of the first byte.
+pub async fn chain_status(
+    top: &Rc<dyn Node>,
+    layers_max: Option<usize>,
+    range: ByteRange,
+    extents_max: usize,
+) -> Result<Vec<ChainExtent>, NodeError> {
+    let mut layers = vec![Layer::of(top.clone())];
+    while layers_max.is_none_or(|layers_max| layers.len() < layers_max)
+        && let Some(below) = layers.last().and_then(|layer| layer.node.backing())
+    {
+        layers.push(Layer::of(below));
+    }
+    let beyond = match layers_max {
+        Some(_) => Content::Unallocated,
+        None => Content::Zero,
+    };
+    let (mut rest, mut found) = (range, Vec::<ChainExtent>::new());
+    while !rest.is_empty() {
+        let extent = match first_extent(&mut layers, rest, beyond, extents_max).await {
+            Ok(extent) => extent,
+            Err(error) if found.is_empty() => return Err(error),
+            Err(_) => break,
+        };
+        rest = ByteRange::between(extent.range.end(), rest.end());
+        let full = found.len() >= extents_max.max(1);
+        match found.last_mut() {
+            Some(last) if (last.content, last.depth) == (extent.content, extent.depth) => {
+                last.range = ByteRange::between(last.range.offset(), extent.range.end());
+            }
+            _ if full => break,
+            _ => found.push(extent),
+        }
+    }
+    Ok(found)
+}
+
+/// One layer, and what it has told of the bytes ahead.
+struct Layer {
+    node: Rc<dyn Node>,
+    length_bytes: u64,
+    known: VecDeque<StatusExtent>,
+}
+
+impl Layer {
+    fn of(node: Rc<dyn Node>) -> Self {
+        let length_bytes = node.facts().length_bytes;
+        Self {
+            node,
+            length_bytes,
+            known: VecDeque::new(),
+        }
+    }
+
+    /// What this layer holds at the first byte of `range`, and how far at most within it. Ranges come in ascending order.
+    async fn first(
+        &mut self,
+        range: ByteRange,
+        extents_max: usize,
+    ) -> Result<StatusExtent, NodeError> {
+        while let Some(extent) = self.known.front()
+            && extent.range.end() <= range.offset()
+        {
+            self.known.pop_front();
+        }
+        if self.known.is_empty() {
+            self.known = self.node.status(range, extents_max).await?.into();
+        }
+        let covers =
+            |extent: &&StatusExtent| extent.range.contains(&ByteRange::new(range.offset(), 1));
+        // A node that says nothing has told of no hole.
+        let extent = self.known.front().filter(covers).copied();
+        let extent = extent.unwrap_or(StatusExtent {
+            range,
+            zero: false,
+            allocated: true,
+        });
+        Ok(StatusExtent {
+            range: extent.range.intersection(&range),
+            ..extent
+        })
+    }
+}
+
+/// What the first byte of `rest` is, and all behind it of which the same is known.
+async fn first_extent(
+    layers: &mut [Layer],
+    rest: ByteRange,
+    beyond: Content,
+    extents_max: usize,
+) -> Result<ChainExtent, NodeError> {
+    let mut bound = rest;
+    let deepest = layers.len().saturating_sub(1);
+    for (depth, layer) in layers.iter_mut().enumerate() {
+        let inside = bound.clamp_end(layer.length_bytes);
+        if inside.is_empty() {
+            return Ok(ChainExtent {
+                range: bound,
+                content: Content::Zero,
+                depth,
+            });
+        }
+        let extent = layer.first(inside, extents_max).await?;
+        bound = extent.range;
+        if extent.allocated {
+            let content = match extent.zero {
+                true => Content::Zero,
+                false => Content::Data,
+            };
+            return Ok(ChainExtent {
+                range: bound,
+                content,
+                depth,
+            });
+        }
+    }
+    Ok(ChainExtent {
+        range: bound,
+        content: beyond,
+        depth: deepest,
+    })
+}
+
+#[cfg(test)]
+#[path = "chain_tests.rs"]
+mod tests;
