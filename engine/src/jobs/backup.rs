@@ -10,6 +10,7 @@ use crate::error::JobError;
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
 use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use crate::jobs::plan::Layers;
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
 use crate::request::{BackupSpec, SyncMode};
@@ -61,6 +62,13 @@ impl Backup {
         let workers = usize::try_from(self.spec.perf.max_workers).unwrap_or(usize::MAX);
         let max_chunk = u64::try_from(self.spec.perf.max_chunk).unwrap_or(0);
         let options = CopyOptions {
+            layers: match self.spec.sync {
+                SyncMode::Top => Layers::Top {
+                    count: 1,
+                    unit_bytes: cluster,
+                },
+                _ => Layers::All,
+            },
             window_max: workers.min(WINDOW_MAX),
             chunk_max_bytes: if max_chunk == 0 {
                 COPY_CHUNK_BYTES

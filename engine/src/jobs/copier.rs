@@ -16,7 +16,7 @@ use crate::error::{JobError, NodeError};
 use crate::job::context::{Cursor, JobContext};
 use crate::job::error_policy::{ErrorAction, Side};
 use crate::job::work::Stop;
-use crate::jobs::plan::{Plan, Step, StepKind};
+use crate::jobs::plan::{Layers, Plan, Step, StepKind};
 use crate::node::Node;
 
 /// Requests in flight at first, before it is known how slow they are.
@@ -39,6 +39,8 @@ pub(crate) const REMEMBER_BYTES: u64 = 1 << 30;
 pub(crate) struct CopyOptions {
     /// Requests in flight at most.
     pub(crate) window_max: usize,
+    /// What of the source is copied.
+    pub(crate) layers: Layers,
     /// Bytes per request at most.
     pub(crate) chunk_max_bytes: u64,
     /// Pieces are multiples of this where the rate limit cuts them.
@@ -88,7 +90,7 @@ impl Copier {
     /// A copier of the whole of `source` onto `target`, which is as long.
     pub(crate) fn new(source: Rc<dyn Node>, target: Rc<dyn Node>, options: CopyOptions) -> Self {
         let length = source.facts().length_bytes;
-        let plan = Plan::new(ByteRange::new(0, length));
+        let plan = Plan::new(ByteRange::new(0, length), options.layers);
         Self {
             source,
             target,
@@ -150,6 +152,10 @@ impl Copier {
                 let Some(step) = self.next_step(cx).await else {
                     break;
                 };
+                if step.kind == StepKind::Skip {
+                    cx.progress().decrease_remaining(step.range.length());
+                    continue;
+                }
                 if !(self.options.zeroes_are_free && step.kind == StepKind::Zero) {
                     cx.charge(step.range.length());
                 }
@@ -234,7 +240,7 @@ impl Copier {
         let chunk = |longest: u64| cx.chunk_bytes(options.granularity_bytes, longest);
         self.plan
             .next(
-                &*self.source,
+                &self.source,
                 &*self.target,
                 options.chunk_max_bytes,
                 options.zeroes_are_free,
@@ -339,6 +345,7 @@ fn carry_out<'a>(
                 .await
                 .map_err(|error| Failure::Io(Side::Target, error)),
             StepKind::Share => share(step.range, source, target).await,
+            StepKind::Skip => Ok(()),
         };
         Ended {
             step,
@@ -372,7 +379,7 @@ async fn copy(
     Ok(())
 }
 
-/// Makes one range of the target read as zeroes, leaving alone what does already: holes stay holes.
+/// Makes one range of the target read as zeroes, leaving alone what does already and will: holes stay holes.
 async fn zero(range: ByteRange, target: &dyn Node, may_unmap: bool) -> Result<(), NodeError> {
     let mode = ZeroMode {
         may_unmap,
@@ -387,7 +394,8 @@ async fn zero(range: ByteRange, target: &dyn Node, may_unmap: bool) -> Result<()
         });
         let mut covered = rest.offset();
         for extent in extents {
-            if !extent.zero {
+            let stays = extent.allocated || !target.names_backing();
+            if !extent.zero || !stays {
                 target.zero(extent.range, mode).await?;
             }
             covered = extent.range.end();

@@ -15,6 +15,7 @@ use futures_util::future::{Either, select};
 use tokio::sync::mpsc;
 
 use super::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use super::plan::Layers;
 use super::test_support::{Running, VirtualClock, answer};
 use crate::clock::{Clock, Moment};
 use crate::error::NodeError;
@@ -274,6 +275,7 @@ impl Case {
             speed: 0,
             order: Order::Nothing,
             options: CopyOptions {
+                layers: Layers::All,
                 window_max: 4,
                 chunk_max_bytes: 1 << 20,
                 granularity_bytes: CLUSTER,

@@ -13,6 +13,7 @@ use crate::error::JobError;
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
 use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use crate::jobs::plan::Layers;
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
 use crate::request::{CopyMode, MirrorSpec, SyncMode};
@@ -43,6 +44,20 @@ impl Mirror {
         }
     }
 
+    /// What of the source is copied. A top layer without anything below it is the whole disk.
+    fn layers(&self, granularity: u64) -> Layers {
+        if self.spec.sync != SyncMode::Top || self.source.backing().is_none() {
+            return Layers::All;
+        }
+        // A part of a cluster that the target does not have yet would be filled up from below, where the backing that it
+        // has in the end may be missing still.
+        let of_target = self.target.facts().cluster_size_bytes.map_or(0, u64::from);
+        Layers::Top {
+            count: 1,
+            unit_bytes: granularity.max(of_target).max(BLOCK_BYTES),
+        }
+    }
+
     fn copier(&self) -> Copier {
         let granularity = self.spec.granularity.map_or(GRANULARITY_BYTES, u64::from);
         let asked = self
@@ -53,12 +68,14 @@ impl Mirror {
         let in_flight = if asked == 0 { BUF_SIZE_BYTES } else { asked };
         // Whole blocks, so that no two requests share one of the target.
         let chunk = COPY_CHUNK_BYTES.min(in_flight.max(BLOCK_BYTES)) / BLOCK_BYTES * BLOCK_BYTES;
+        let granularity_bytes = granularity.clamp(BLOCK_BYTES, chunk);
         let options = CopyOptions {
+            layers: self.layers(granularity),
             window_max: usize::try_from(in_flight / chunk)
                 .unwrap_or(usize::MAX)
                 .clamp(1, 16),
             chunk_max_bytes: chunk,
-            granularity_bytes: granularity.clamp(BLOCK_BYTES, chunk),
+            granularity_bytes,
             may_unmap: true,
             // As QEMU's: zero requests cost nothing where the target unmaps.
             zeroes_are_free: self.target.facts().unmaps,

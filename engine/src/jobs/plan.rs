@@ -2,12 +2,15 @@
 //! follows the window and its time follows the data, never the size of the disk.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::time::Duration;
 
 use blockyard_storage::ByteRange;
 
+use crate::error::NodeError;
 use crate::limits::STATUS_EXTENTS_MAX;
-use crate::node::{Node, StatusExtent};
+use crate::node::Node;
+use crate::node::chain::{ChainExtent, Content, chain_status};
 
 /// Longest range zeroed at once.
 const ZERO_MAX_BYTES: u64 = 1 << 30;
@@ -33,6 +36,23 @@ pub(crate) enum StepKind {
     Zero,
     /// Let the target share the source's extents.
     Share,
+    /// Nothing: the layers that are copied do not hold it.
+    Skip,
+}
+
+/// Which layers of the source are copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layers {
+    /// What is seen from the top.
+    All,
+    /// What the first `count` layers hold, as it is seen from the top.
+    Top {
+        /// How many.
+        count: usize,
+        /// A unit of so many bytes (a power of two) is copied as a whole if any of it is held there, so that the target
+        /// has nothing to fill up from a backing that it may not have yet.
+        unit_bytes: u64,
+    },
 }
 
 /// One range and what is done with it.
@@ -83,22 +103,32 @@ pub(crate) struct Plan {
     rest: ByteRange,
     /// Planned after `rest`: what was left of the disk when a range came back.
     later: Vec<ByteRange>,
-    known: VecDeque<StatusExtent>,
+    known: VecDeque<ChainExtent>,
+    layers: Layers,
+    /// What lies ahead within the layers that are copied: a range, and whether it is copied.
+    span: (ByteRange, bool),
     zero_stride: Stride,
     share_stride: Stride,
     sharing: Sharing,
 }
 
 impl Plan {
-    /// A plan for `range`.
-    pub(crate) fn new(range: ByteRange) -> Self {
+    /// A plan for `range`, whose ends are multiples of the unit or the end of the disk.
+    pub(crate) fn new(range: ByteRange, layers: Layers) -> Self {
+        let sharing = match layers {
+            Layers::All => Sharing::Untried,
+            // An extent of a host file tells nothing of layers.
+            Layers::Top { .. } => Sharing::Refused,
+        };
         Self {
             rest: range,
             later: Vec::new(),
             known: VecDeque::new(),
+            layers,
+            span: (ByteRange::default(), true),
             zero_stride: Stride::up_to(ZERO_MAX_BYTES),
             share_stride: Stride::up_to(SHARE_MAX_BYTES),
-            sharing: Sharing::Untried,
+            sharing,
         }
     }
 
@@ -106,7 +136,7 @@ impl Plan {
     /// write back the whole source first, and nobody can tell beforehand.
     pub(crate) fn took(&mut self, kind: StepKind, took: Duration) {
         match kind {
-            StepKind::Copy => {}
+            StepKind::Copy | StepKind::Skip => {}
             StepKind::Zero => self.zero_stride.adapt(took),
             StepKind::Share => self.share_stride.adapt(took),
         }
@@ -123,7 +153,13 @@ impl Plan {
         self.sharing = Sharing::Refused;
         let rest = std::mem::replace(&mut self.rest, range);
         self.later.push(rest);
+        self.forget();
+    }
+
+    /// What is known lies elsewhere.
+    fn forget(&mut self) {
         self.known.clear();
+        self.span = (ByteRange::default(), true);
     }
 
     /// First byte that was not handed out.
@@ -137,7 +173,7 @@ impl Plan {
     /// copied.
     pub(crate) async fn next(
         &mut self,
-        source: &dyn Node,
+        source: &Rc<dyn Node>,
         target: &dyn Node,
         copy_max_bytes: u64,
         zeroes_are_free: bool,
@@ -147,14 +183,14 @@ impl Plan {
             && let Some(later) = self.later.pop()
         {
             self.rest = later;
-            self.known.clear();
+            self.forget();
         }
         if self.rest.is_empty() {
             return None;
         }
         if self.sharing != Sharing::Refused {
             let (range, after) = self.rest.split_at(chunk(self.share_stride.now_bytes));
-            if self.can_share(range, source, target).await {
+            if self.can_share(range, &**source, target).await {
                 self.rest = after;
                 return Some(Step {
                     range,
@@ -162,40 +198,74 @@ impl Plan {
                 });
             }
         }
+        let span = self.span_ahead(source, copy_max_bytes).await;
+        if let (range, false) = span {
+            self.rest = ByteRange::between(range.end(), self.rest.end());
+            return Some(Step {
+                range,
+                kind: StepKind::Skip,
+            });
+        }
+        let ahead = span.0;
         while self
             .known
             .front()
             .is_none_or(|extent| extent.range.end() <= self.rest.offset())
         {
             if self.known.pop_front().is_none() {
-                let answer = source.status(self.rest, STATUS_EXTENTS_MAX).await;
+                let answer = chain_status(source, None, ahead, STATUS_EXTENTS_MAX).await;
                 self.known = answer
+                    .map(|extents| merged(&extents))
                     .unwrap_or_else(|error| {
                         tracing::debug!(%error, "what the source holds is not known, it is read");
-                        Vec::new()
-                    })
-                    .into();
+                        VecDeque::new()
+                    });
                 if self.known.is_empty() {
                     // Asked again behind the first request: that one part cannot be told says nothing of the rest.
-                    let (range, _) = self.rest.split_at(copy_max_bytes.max(1));
-                    self.known.push_back(StatusExtent {
+                    let (range, _) = ahead.split_at(copy_max_bytes.max(1));
+                    self.known.push_back(ChainExtent {
                         range,
-                        zero: false,
-                        allocated: true,
+                        content: Content::Data,
+                        depth: 0,
                     });
                 }
             }
         }
         let extent = self.known.front()?;
-        let (kind, longest) = match extent.zero {
-            true if zeroes_are_free => (StepKind::Zero, self.zero_stride.now_bytes),
-            true => (StepKind::Zero, chunk(self.zero_stride.now_bytes)),
-            false => (StepKind::Copy, chunk(copy_max_bytes)),
+        let (kind, longest) = match extent.content {
+            Content::Zero if zeroes_are_free => (StepKind::Zero, self.zero_stride.now_bytes),
+            Content::Zero => (StepKind::Zero, chunk(self.zero_stride.now_bytes)),
+            Content::Data | Content::Unallocated => (StepKind::Copy, chunk(copy_max_bytes)),
         };
-        let run = ByteRange::between(self.rest.offset(), extent.range.end().min(self.rest.end()));
+        let run = ByteRange::between(ahead.offset(), extent.range.end().min(ahead.end()));
         let (range, _) = run.split_at(longest.max(1));
         self.rest = ByteRange::between(range.end(), self.rest.end());
         Some(Step { range, kind })
+    }
+
+    /// The rest, as far as it is copied or skipped as a whole, and which of the two.
+    async fn span_ahead(
+        &mut self,
+        source: &Rc<dyn Node>,
+        copy_max_bytes: u64,
+    ) -> (ByteRange, bool) {
+        let Layers::Top { count, unit_bytes } = self.layers else {
+            return (self.rest, true);
+        };
+        if self.span.0.end() <= self.rest.offset() {
+            self.span = match held_ahead(source, count, unit_bytes, self.rest).await {
+                Ok(span) => span,
+                Err(error) => {
+                    tracing::debug!(%error, "what the source holds is not known, it is read");
+                    let (range, _) = self.rest.split_at(copy_max_bytes.max(1));
+                    (
+                        range.align_outward(unit_bytes).intersection(&self.rest),
+                        true,
+                    )
+                }
+            };
+        }
+        (self.span.0.intersection(&self.rest), self.span.1)
     }
 
     /// Finds out by trying, with the first range.
@@ -217,13 +287,65 @@ impl Plan {
     }
 }
 
+/// Neighbours of one content as one, whichever layer they are in.
+fn merged(extents: &[ChainExtent]) -> VecDeque<ChainExtent> {
+    let mut merged = VecDeque::<ChainExtent>::new();
+    for extent in extents {
+        match merged.back_mut() {
+            Some(last) if last.content == extent.content => {
+                last.range = ByteRange::between(last.range.offset(), extent.range.end());
+            }
+            _ => merged.push_back(*extent),
+        }
+    }
+    merged
+}
+
+/// The front of `rest` in whole units that the first `count` layers hold something of, or nothing: which of the two.
+///
+/// # Errors
+/// When a layer cannot tell of the first unit.
+async fn held_ahead(
+    source: &Rc<dyn Node>,
+    count: usize,
+    unit_bytes: u64,
+    rest: ByteRange,
+) -> Result<(ByteRange, bool), NodeError> {
+    let mut free_to = rest.offset();
+    while free_to < rest.end() {
+        let unknown = ByteRange::between(free_to, rest.end());
+        for extent in chain_status(source, Some(count), unknown, STATUS_EXTENTS_MAX).await? {
+            if extent.content == Content::Unallocated {
+                free_to = extent.range.end();
+                continue;
+            }
+            let skipped = ByteRange::between(rest.offset(), free_to - free_to % unit_bytes);
+            if !skipped.is_empty() {
+                return Ok((skipped, false));
+            }
+            let end = extent.range.align_outward(unit_bytes).end();
+            return Ok((ByteRange::between(rest.offset(), end.min(rest.end())), true));
+        }
+        let whole = free_to - free_to % unit_bytes;
+        if whole > rest.offset() && free_to < rest.end() {
+            return Ok((ByteRange::between(rest.offset(), whole), false));
+        }
+    }
+    Ok((rest, false))
+}
+
 #[cfg(test)]
 mod tests {
+    use blockyard_simulator::Seed;
+    use blockyard_storage::Buffer;
+
     use super::*;
+    use crate::node::chain::tests::{BLOCK, LayerNode};
+    use crate::node::zeroes::is_zero;
 
     #[test]
     fn strides_grow_where_they_are_cheap_and_shrink_where_they_are_not() {
-        let mut plan = Plan::new(ByteRange::new(0, u64::MAX));
+        let mut plan = Plan::new(ByteRange::new(0, u64::MAX), Layers::All);
         for _ in 0..8 {
             plan.took(StepKind::Zero, Duration::from_millis(1));
             plan.took(StepKind::Share, Duration::from_secs(1));
@@ -237,12 +359,94 @@ mod tests {
 
     #[test]
     fn the_position_is_below_everything_that_came_back() {
-        let mut plan = Plan::new(ByteRange::new(0, 1 << 20));
+        let mut plan = Plan::new(ByteRange::new(0, 1 << 20), Layers::All);
         plan.rest = ByteRange::between(300_000, 1 << 20);
         plan.give_back_unshared(ByteRange::new(100_000, 50_000));
         assert_eq!(plan.position(), 100_000);
         plan.give_back_unshared(ByteRange::new(200_000, 50_000));
         assert_eq!(plan.position(), 100_000);
         assert!(!plan.is_done());
+    }
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        blockyard_simulator::run(future, || false).expect("waits for nothing")
+    }
+
+    /// Every step of a plan, and whether the source could tell of everything.
+    fn steps(plan: &mut Plan, source: &Rc<dyn Node>, copy_max_bytes: u64) -> Vec<Step> {
+        let mut steps = Vec::new();
+        let next = async |plan: &mut Plan| {
+            plan.next(source, &**source, copy_max_bytes, false, |longest| longest)
+                .await
+        };
+        while let Some(step) = run(next(plan)) {
+            steps.push(step);
+        }
+        steps
+    }
+
+    #[test]
+    fn a_plan_of_the_whole_chain_copies_data_and_zeroes_the_rest() {
+        for seed in 0..300 {
+            let dice = Seed::new(seed);
+            let bottom: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, None));
+            let middle: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, Some(bottom)));
+            let top: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, Some(middle)));
+            let all = ByteRange::new(0, top.facts().length_bytes);
+            let mut plan = Plan::new(all, Layers::All);
+            let mut reached = 0;
+            for step in steps(&mut plan, &top, 3 * BLOCK) {
+                assert_eq!(step.range.offset(), reached, "seed {seed}");
+                reached = step.range.end();
+                let length = usize::try_from(step.range.length()).expect("short");
+                let read = run(top.read(step.range.offset(), Buffer::zeroed(length)));
+                let zero = is_zero(read.buffer.as_slice());
+                match step.kind {
+                    StepKind::Copy => assert!(length as u64 <= 3 * BLOCK && !zero, "seed {seed}"),
+                    StepKind::Zero => assert!(zero, "seed {seed}"),
+                    StepKind::Share | StepKind::Skip => panic!("seed {seed}: {step:?}"),
+                }
+            }
+            assert_eq!(reached, all.end());
+        }
+    }
+
+    #[test]
+    fn a_plan_of_the_top_layer_copies_whole_units_that_it_holds_something_of() {
+        for seed in 0..300 {
+            let dice = Seed::new(seed);
+            let bottom: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, None));
+            let mut layer = LayerNode::random(&dice, Some(bottom));
+            if dice.one_in(4) {
+                layer.dumb_at = Some(dice.below(20) as usize);
+            }
+            let (blocks, dumb_at) = (layer.blocks.clone(), layer.dumb_at);
+            let top: Rc<dyn Node> = Rc::new(layer);
+            let all = ByteRange::new(0, top.facts().length_bytes);
+            let unit_blocks = 1 << dice.below(4);
+            let layers = Layers::Top {
+                count: 1,
+                unit_bytes: unit_blocks as u64 * BLOCK,
+            };
+            let mut plan = Plan::new(all, layers);
+            let mut reached = 0;
+            for step in steps(&mut plan, &top, 3 * BLOCK) {
+                assert_eq!(step.range.offset(), reached, "seed {seed}");
+                reached = step.range.end();
+                for piece in step.range.pieces(BLOCK) {
+                    let block = (piece.offset() / BLOCK) as usize;
+                    let unit = block - block % unit_blocks;
+                    let unit = unit..(unit + unit_blocks).min(blocks.len());
+                    let held = blocks[unit.clone()].iter().any(Option::is_some);
+                    // What cannot be told may be held.
+                    let told = dumb_at.is_none_or(|dumb| dumb >= blocks.len());
+                    assert!(
+                        (step.kind != StepKind::Skip) == held || (!told && !held),
+                        "seed {seed}: {step:?}"
+                    );
+                }
+            }
+            assert_eq!(reached, all.end());
+        }
     }
 }

@@ -138,6 +138,10 @@ impl Node for AnnouncingNode {
         self.child.backing()
     }
 
+    fn names_backing(&self) -> bool {
+        self.child.names_backing()
+    }
+
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
             self.child.hear(DebugEvent::FlushToOs);

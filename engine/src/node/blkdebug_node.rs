@@ -486,6 +486,10 @@ impl Node for BlkdebugNode {
         self.child.backing()
     }
 
+    fn names_backing(&self) -> bool {
+        self.child.names_backing()
+    }
+
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
             let (changes, flushed) = {

@@ -156,6 +156,12 @@ pub trait Node {
         None
     }
 
+    /// Whether what this layer does not hold may be read from a backing file one day, although none is attached now: its
+    /// zeroes are only there to stay where they are [allocated](StatusExtent::allocated).
+    fn names_backing(&self) -> bool {
+        false
+    }
+
     /// Writes the whole of `from` at `offset`, compressed. Both are whole clusters, but for a last one that the end of the
     /// node cuts. What does not get shorter is stored as it is.
     ///

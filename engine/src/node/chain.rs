@@ -163,4 +163,4 @@ async fn first_extent(
 
 #[cfg(test)]
 #[path = "chain_tests.rs"]
-mod tests;
+pub(crate) mod tests;

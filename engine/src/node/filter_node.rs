@@ -78,6 +78,10 @@ impl Node for FilterNode {
         self.child.backing()
     }
 
+    fn names_backing(&self) -> bool {
+        self.child.names_backing()
+    }
+
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
         self.child.flush()
     }

@@ -9,6 +9,7 @@ use crate::job::context::{Cursor, JobContext, JobShared};
 use crate::job::error_policy::OnError;
 use crate::job::work::{Stop, Work};
 use crate::jobs::copier::{Copier, CopyOptions};
+use crate::jobs::plan::Layers;
 
 /// Cuts the power after so many steps.
 struct CutAfter(u64);
@@ -62,6 +63,7 @@ impl Copy {
     fn on(yard: &Yard) -> Self {
         let (source, target) = yard.nodes();
         let options = CopyOptions {
+            layers: Layers::All,
             window_max: 8,
             chunk_max_bytes: 8192,
             granularity_bytes: 4096,
