@@ -5,4 +5,8 @@
 pub mod compressed;
 pub mod create;
 pub mod layout;
+pub mod open;
+mod places;
+mod reading;
+mod stale_bitmaps;
 pub mod units;
