@@ -4,6 +4,7 @@
 
 pub mod compressed;
 pub mod create;
+pub mod info;
 pub mod layout;
 pub mod open;
 mod places;

@@ -62,6 +62,7 @@ fn walk(mut image: OpenedImage, file_bytes: u64) {
         let again = Header::parse(&bytes, image.access).expect("it was valid");
         assert_eq!(again, image.header);
     }
+    let _ = blockyard_images::qcow2::info::ImageInfo::of(&image);
     let changes = image.mark_before(blockyard_images::qcow2::open::DiskChange::Length);
     changes.expect("entries that were read can be written");
 }

@@ -7,6 +7,7 @@ mod header_rows;
 mod headers;
 mod hostile;
 mod images;
+mod info;
 mod oracle;
 mod rows;
 mod stale_bitmaps;
