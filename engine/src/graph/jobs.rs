@@ -2,7 +2,6 @@
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::{EngineError, JobError};
-use crate::graph::creating::{Opened, image_edges};
 use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{Blocker, Edge, JobLabel, NodeRecord, User};
 use crate::graph::{Graph, names};
@@ -20,7 +19,7 @@ const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
 pub(super) const TARGET_ROLE: &str = "target";
 
 /// The nodes of one job.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct JobNodes {
     /// Where it reads.
     pub source: Option<NodeId>,
@@ -28,14 +27,8 @@ pub struct JobNodes {
     pub target: Option<NodeId>,
     /// What it put above the source.
     pub filter: Option<NodeId>,
-    /// Where it writes guest data of an image that keeps it outside.
-    pub data_file: Option<NodeId>,
-    /// What such an image calls that node.
-    pub data_file_name: Option<String>,
-    /// The target becomes an image.
-    pub makes_image: bool,
     /// What was opened for it, and goes with it.
-    pub opened: Opened,
+    pub opened: Option<NodeId>,
 }
 
 impl Graph {
@@ -43,17 +36,13 @@ impl Graph {
     ///
     /// # Errors
     /// In QEMU's words; nothing stays open then.
-    pub async fn open_for_job(&self, work: &WorkSpec) -> Result<Opened, EngineError> {
+    pub async fn open_for_job(&self, work: &WorkSpec) -> Result<Option<NodeId>, EngineError> {
         match work {
             WorkSpec::Create(CreateSpec::Raw {
                 file: NodeRef::Inline(spec),
                 ..
-            }) => Ok(Opened {
-                target: Some(self.open_unowned((**spec).clone()).await?),
-                data_file: None,
-            }),
-            WorkSpec::Create(CreateSpec::Qcow2(spec)) => self.open_for_qcow2(spec).await,
-            _ => Ok(Opened::default()),
+            }) => self.open_unowned((**spec).clone()).await.map(Some),
+            _ => Ok(None),
         }
     }
 
@@ -65,7 +54,7 @@ impl Graph {
     pub async fn prepare_job(
         &self,
         work: &WorkSpec,
-        opened: Opened,
+        opened: Option<NodeId>,
     ) -> Result<JobNodes, EngineError> {
         match work {
             WorkSpec::Backup(spec) => self.prepare_backup(spec).await,
@@ -73,9 +62,6 @@ impl Graph {
             WorkSpec::Create(CreateSpec::File { .. }) => Ok(JobNodes::default()),
             WorkSpec::Create(CreateSpec::Raw { file, size, .. }) => {
                 self.prepare_create_raw(file, *size, opened).await
-            }
-            WorkSpec::Create(CreateSpec::Qcow2(spec)) => {
-                self.prepare_create_qcow2(spec, opened).await
             }
             WorkSpec::Create(CreateSpec::Unsupported { .. }) => Err(EngineError::generic(
                 "Driver does not support blockdev-create",
@@ -161,7 +147,7 @@ impl Graph {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
-            ..JobNodes::default()
+            opened: None,
         })
     }
 
@@ -169,10 +155,10 @@ impl Graph {
         &self,
         file: &NodeRef,
         size: u64,
-        opened: Opened,
+        opened: Option<NodeId>,
     ) -> Result<JobNodes, EngineError> {
         let checked = async {
-            let target = match (file, opened.target) {
+            let target = match (file, opened) {
                 (NodeRef::Name(name), _) => self.look_up(name)?,
                 (NodeRef::Inline(_), Some(opened)) => opened,
                 (NodeRef::Inline(_), None) => {
@@ -190,7 +176,9 @@ impl Graph {
                 ..JobNodes::default()
             }),
             Err(error) => {
-                self.close_opened(&opened).await;
+                if let Some(opened) = opened {
+                    self.close_unused(opened).await;
+                }
                 Err(error)
             }
         }
@@ -240,7 +228,7 @@ impl Graph {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
-            ..JobNodes::default()
+            opened: None,
         })
     }
 
@@ -388,7 +376,9 @@ impl Graph {
         if let Some(filter) = nodes.filter {
             self.remove_filter(filter).await;
         }
-        self.close_opened(&nodes.opened).await;
+        if let Some(opened) = nodes.opened {
+            self.close_unused(opened).await;
+        }
     }
 
     /// Gives an existing job its edges and keeps others off its nodes.
@@ -404,11 +394,8 @@ impl Graph {
     ) -> Result<(), EngineError> {
         let mut records = self.records.borrow_mut();
         // Until here nothing keeps others from taking the target away.
-        let written = [nodes.target, nodes.data_file];
-        if written
-            .into_iter()
-            .flatten()
-            .any(|id| records.node(id).is_none())
+        if let Some(target) = nodes.target
+            && records.node(target).is_none()
         {
             return Err(EngineError::generic("The target node is gone"));
         }
@@ -432,15 +419,6 @@ impl Graph {
                 job(above, "main node", none, every),
                 job(target, TARGET_ROLE, none, every),
             ],
-            JobType::Create if nodes.makes_image => {
-                match image_edges(&mut records, key, nodes, target) {
-                    Ok(edges) => edges,
-                    Err(error) => {
-                        records.jobs.retain(|job| job.key != key);
-                        return Err(error);
-                    }
-                }
-            }
             JobType::Create => vec![edge(
                 User::Backend(key),
                 target,
@@ -473,14 +451,13 @@ impl Graph {
             }
             return Err(error);
         }
-        let blocked = match job_type {
-            JobType::Create => vec![target],
-            JobType::Backup => vec![above, target],
-            _ => vec![above, source, target],
+        let blocked: &[NodeId] = match job_type {
+            JobType::Create => &[target],
+            JobType::Backup => &[above, target],
+            _ => &[above, source, target],
         };
-        let blocked = blocked.into_iter().chain(nodes.data_file);
-        records.blockers.extend(blocked.map(|node| Blocker {
-            node,
+        records.blockers.extend(blocked.iter().map(|node| Blocker {
+            node: *node,
             job: key,
             job_type,
         }));
@@ -495,8 +472,7 @@ impl Graph {
         let Some(target) = nodes.target else {
             return Ok(self.threads.choose());
         };
-        // A data file is brought to its image, as a source to its target.
-        let source = nodes.source.or(nodes.data_file).unwrap_or(target);
+        let source = nodes.source.unwrap_or(target);
         let (here, there) = (self.thread_of(source), self.thread_of(target));
         if here == there {
             return Ok(here);
@@ -574,7 +550,7 @@ impl Graph {
     }
 }
 
-pub(super) fn edge(
+fn edge(
     user: User,
     child: NodeId,
     role: &'static str,

@@ -5,7 +5,6 @@
 
 mod add;
 mod blkdebug;
-mod creating;
 mod disk_facts;
 mod fault_config;
 mod filenames;

@@ -204,7 +204,7 @@ impl Manager {
                 job.error.is_some(),
                 pivots,
                 replaces,
-                job.nodes.clone(),
+                job.nodes,
                 job.driver.clone(),
             )
         });

@@ -2,12 +2,8 @@
 //!
 //! Spec: the public document "qcow2" (docs/interop in QEMU's tree); section names are cited where code obeys them.
 
+pub mod check;
 pub mod compressed;
 pub mod create;
-pub mod info;
 pub mod layout;
-pub mod open;
-mod places;
-mod reading;
-mod stale_bitmaps;
 pub mod units;
