@@ -4,6 +4,34 @@
 
 pub mod check;
 pub mod compressed;
+pub mod compressed_room;
 pub mod create;
+mod frees;
+mod fresh;
+mod growth;
+mod header_updates;
+pub mod image;
 pub mod layout;
+pub mod leases;
+mod life;
+pub mod lookup;
+pub mod options;
+pub mod overlap;
+mod publish;
+mod refcounts;
+pub mod reserve;
+mod resize;
+mod runs;
+mod table_cache;
 pub mod units;
+mod waiting;
+mod word_table;
+mod write_order;
+pub mod zero;
+
+pub use compressed_room::CompressedReservation;
+pub use image::{Parts, Qcow2};
+pub use lookup::{Extent, Source};
+pub use options::Options;
+pub use reserve::{InPlace, Reservation, WritePlan};
+pub use zero::{ZeroRequest, Zeroing};

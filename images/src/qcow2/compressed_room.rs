@@ -1,0 +1,283 @@
+//! Room for compressed clusters: they stand one behind the other, at any byte, and share host clusters. The count of a host
+//! cluster says how many of them touch it.
+//!
+//! Spec: qcow2, "Compressed Clusters Descriptor".
+
+use std::rc::Rc;
+
+use blockyard_storage::error::{EFBIG, EINVAL, EOPNOTSUPP};
+use blockyard_storage::{ByteRange, Operation, StorageError};
+
+use crate::error::ImageError;
+use crate::qcow2::frees::Why;
+use crate::qcow2::image::{ImageState, Qcow2};
+use crate::qcow2::layout::entries::{CompressedAt, L2Entry};
+use crate::qcow2::lookup::Look;
+use crate::qcow2::refcounts::{Claim, Counted};
+use crate::qcow2::units::{ClusterCount, GuestCluster, HostCluster, HostOffset};
+use crate::qcow2::waiting::Turn;
+
+/// Room for one compressed cluster. Dropping it says that the write may still be under way: its room is not used again then
+/// while the image is open.
+#[must_use = "a reservation is to be published, or given back"]
+pub struct CompressedReservation {
+    cluster: GuestCluster,
+    place: CompressedAt,
+    references: References,
+    _turn: Turn,
+    state: Rc<ImageState>,
+}
+
+/// References on the host clusters that a compressed cluster touches.
+struct References {
+    first: HostCluster,
+    count: ClusterCount,
+}
+
+impl Qcow2 {
+    /// Room for a cluster that has been compressed to `length_bytes`, in place of all that was there. Nothing of it is visible
+    /// before [`publish_compressed`](Self::publish_compressed). Waits for others who change the same cluster.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` with an external data file, `EINVAL` for a length of 0 or more than a cluster, and as
+    /// [`prepare_write`](Self::prepare_write).
+    ///
+    /// # Cancel safety
+    /// Dropping the future changes nothing that anybody can see.
+    pub async fn prepare_compressed(
+        &self,
+        cluster: GuestCluster,
+        length_bytes: u64,
+    ) -> Result<CompressedReservation, ImageError> {
+        let geometry = self.state.geometry;
+        let start = geometry.guest_offset(cluster).0;
+        let range = ByteRange::new(start, geometry.cluster_bytes());
+        self.state.check_change(Operation::Write, range)?;
+        let refusal = match () {
+            () if self.state.has_data_file() => Some(EOPNOTSUPP),
+            () if length_bytes == 0 || length_bytes > geometry.cluster_bytes() => Some(EINVAL),
+            () => None,
+        };
+        if let Some(errno) = refusal {
+            return Err(StorageError::new(Operation::Write, range, errno).into());
+        }
+        self.before_change().await?;
+        match self.reserve_compressed(cluster, range, length_bytes).await {
+            Ok(reservation) => Ok(reservation),
+            Err(error) => Err(self.failed(error).await),
+        }
+    }
+
+    /// The compressed bytes have been written: readers see them from now on; durable with the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// As [`publish`](Self::publish).
+    ///
+    /// # Cancel safety
+    /// As [`publish`](Self::publish).
+    pub async fn publish_compressed(
+        &self,
+        mut written: CompressedReservation,
+    ) -> Result<(), ImageError> {
+        let settled = written.take_references();
+        let _lease = self.state.leases.take();
+        let published = loop {
+            let published = match self.state.check_sound() {
+                Ok(()) => self.state.publish_compressed_now(&written),
+                Err(error) => Err(error),
+            };
+            match published {
+                Ok(Look::Is(())) => break Ok(()),
+                Ok(Look::Load(slice)) => {
+                    if let Err(error) = self.load_l2(slice).await {
+                        break Err(error);
+                    }
+                }
+                Err(error) => break Err(error),
+            }
+        };
+        match published {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.state.unlink(settled.first, settled.count, Why::Other);
+                Err(self.failed(error).await)
+            }
+        }
+    }
+
+    async fn reserve_compressed(
+        &self,
+        cluster: GuestCluster,
+        range: ByteRange,
+        length_bytes: u64,
+    ) -> Result<CompressedReservation, ImageError> {
+        let turn = self.state.turns.enter(range).await;
+        self.state.check_change(Operation::Write, range)?;
+        self.own_table(cluster).await?;
+        let (at, references) = self.claim_bytes(length_bytes).await?;
+        let place = CompressedAt { at, length_bytes };
+        let reservation = CompressedReservation {
+            cluster,
+            place,
+            references,
+            _turn: turn,
+            state: Rc::clone(&self.state),
+        };
+        let whole = ByteRange::new(at.0, length_bytes);
+        if place.encode(&self.state.geometry).is_none() {
+            reservation.give_back();
+            return Err(StorageError::new(Operation::Write, whole, EFBIG).into());
+        }
+        if let Err(corruption) = self.state.overlaps.check(&self.state, whole, None) {
+            reservation.give_back();
+            return Err(ImageError::Corrupt(corruption));
+        }
+        Ok(reservation)
+    }
+
+    /// Takes `length_bytes` behind the last compressed cluster if that is possible, else at the start of a free one.
+    async fn claim_bytes(&self, length_bytes: u64) -> Result<(HostOffset, References), ImageError> {
+        loop {
+            match self.state.append_now(length_bytes)? {
+                Counted::Done(Some(taken)) => return Ok(taken),
+                Counted::Done(None) | Counted::Full => {}
+                Counted::Load(slice) => {
+                    self.load_counts(slice).await?;
+                    continue;
+                }
+                Counted::Write => {
+                    self.commit_counts().await?;
+                    continue;
+                }
+                Counted::GrowTable => {
+                    self.grow_refcount_table().await?;
+                    continue;
+                }
+                Counted::Wait => {
+                    self.wait_for_cut().await;
+                    continue;
+                }
+            }
+            let claim = self.claim(ClusterCount(1)).await?;
+            return Ok(self.state.begin_compressed(claim, length_bytes));
+        }
+    }
+}
+
+impl ImageState {
+    /// Takes room behind the last compressed cluster; `None`: there is none.
+    fn append_now(
+        self: &Rc<Self>,
+        length_bytes: u64,
+    ) -> Result<Counted<Option<(HostOffset, References)>>, ImageError> {
+        let Some(at) = self.compressed_end.get() else {
+            return Ok(Counted::Done(None));
+        };
+        let cluster = self.geometry.host_cluster(at);
+        let room = self.geometry.cluster_bytes() - self.geometry.in_cluster(at.0);
+        let next = cluster.plus(ClusterCount(1));
+        let mut behind: Option<Claim> = None;
+        if length_bytes > room {
+            match self.claim_cluster(next)? {
+                Counted::Done(true) => behind = Some(self.claimed_cluster(next)),
+                Counted::Done(false) | Counted::Full => return Ok(Counted::Done(None)),
+                Counted::Load(slice) => return Ok(Counted::Load(slice)),
+                Counted::Write => return Ok(Counted::Write),
+                Counted::GrowTable => return Ok(Counted::GrowTable),
+                Counted::Wait => return Ok(Counted::Wait),
+            }
+        }
+        // What was taken behind goes back where this fails.
+        match self.raise(cluster)? {
+            Counted::Done(true) => {}
+            Counted::Load(slice) => return Ok(Counted::Load(slice)),
+            _ => return Ok(Counted::Done(None)),
+        }
+        let count = ClusterCount(1 + u64::from(behind.is_some()));
+        if let Some(claim) = behind {
+            claim.keep();
+        }
+        self.set_compressed_end(at.plus(length_bytes));
+        let references = References {
+            first: cluster,
+            count,
+        };
+        Ok(Counted::Done(Some((at, references))))
+    }
+
+    /// A compressed cluster goes to the start of a free one.
+    fn begin_compressed(&self, claim: Claim, length_bytes: u64) -> (HostOffset, References) {
+        let at = self.geometry.host_offset(claim.first());
+        let references = References {
+            first: claim.first(),
+            count: ClusterCount(1),
+        };
+        claim.keep();
+        self.set_compressed_end(at.plus(length_bytes));
+        (at, references)
+    }
+
+    fn set_compressed_end(&self, end: HostOffset) {
+        let room = !self.geometry.is_cluster_start(end);
+        self.compressed_end.set(room.then_some(end));
+    }
+
+    fn publish_compressed_now(
+        &self,
+        written: &CompressedReservation,
+    ) -> Result<Look<()>, ImageError> {
+        let place = match self.own_entry_place(written.cluster)? {
+            Look::Is(place) => place,
+            Look::Load(slice) => return Ok(Look::Load(slice)),
+        };
+        let word = written.place.encode(&self.geometry).unwrap_or(0);
+        let changed = self.change_entry(place, written.cluster, 0, |old| {
+            self.unlink_entry(old, Why::Other);
+            L2Entry { word, bitmap: 0 }
+        })?;
+        Ok(match changed {
+            true => Look::Is(()),
+            false => Look::Load(place.slice),
+        })
+    }
+}
+
+impl CompressedReservation {
+    /// The cluster that it is for.
+    pub const fn cluster(&self) -> GuestCluster {
+        self.cluster
+    }
+
+    /// Where its first byte goes, in the image file.
+    pub const fn at(&self) -> HostOffset {
+        self.place.at
+    }
+
+    /// The write failed or was not begun, and nothing of it is under way.
+    pub fn give_back(mut self) {
+        let references = self.take_references();
+        // Nothing leads there, but it has neighbours: it goes the way of what is unlinked.
+        self.state
+            .unlink(references.first, references.count, Why::Other);
+    }
+
+    /// Dropping this leaves the references where they are from now on.
+    fn take_references(&mut self) -> References {
+        std::mem::replace(
+            &mut self.references,
+            References {
+                first: HostCluster(0),
+                count: ClusterCount(0),
+            },
+        )
+    }
+}
+
+impl std::fmt::Debug for CompressedReservation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CompressedReservation")
+            .field("cluster", &self.cluster)
+            .field("place", &self.place)
+            .finish_non_exhaustive()
+    }
+}

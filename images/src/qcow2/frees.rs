@@ -1,0 +1,140 @@
+//! Clusters that are given up: when their counts are lowered, and when they may be used again.
+//!
+//! ```text
+//!   unlinked   nothing in memory leads there; something on the medium may
+//!   retired    nothing on the medium leads there; somebody who looked it up before may still read or write it
+//!   released   nobody does: it is discarded in the file where that is wanted, its count is lowered, it may be used again
+//! ```
+
+use blockyard_storage::ByteRange;
+
+use crate::qcow2::image::ImageState;
+use crate::qcow2::layout::entries::CompressedAt;
+use crate::qcow2::refcounts::{Lowered, Peeked};
+use crate::qcow2::units::{ClusterCount, HostCluster, HostOffset};
+
+/// Runs of clusters that may wait for their unlinking to be durable, before it is made so.
+const UNLINKED_MAX: usize = 4096;
+
+/// Host clusters that lose one reference each.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Free {
+    pub(super) first: HostCluster,
+    pub(super) count: ClusterCount,
+    pub(super) why: Why,
+}
+
+/// Why clusters are given up, which decides whether they are discarded in the file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Why {
+    /// The guest discarded them.
+    Request,
+    /// Anything else.
+    Other,
+}
+
+impl ImageState {
+    /// A run of clusters is not referred to any more by what is in memory.
+    pub(super) fn unlink(&self, first: HostCluster, count: ClusterCount, why: Why) {
+        let mut unlinked = self.unlinked.borrow_mut();
+        match unlinked.last_mut() {
+            Some(last) if last.why == why && last.first.plus(last.count) == first => {
+                last.count.0 += count.0;
+            }
+            _ => unlinked.push(Free { first, count, why }),
+        }
+    }
+
+    /// The cluster that begins at `at` is not referred to any more.
+    pub(super) fn unlink_cluster(&self, at: HostOffset, why: Why) {
+        self.unlink(self.geometry.host_cluster(at), ClusterCount(1), why);
+    }
+
+    /// A compressed cluster is not referred to any more: every host cluster it touches has one reference less.
+    pub(super) fn unlink_compressed(&self, place: CompressedAt, why: Why) {
+        let first = self.geometry.host_cluster(place.at);
+        let last = place.at.plus(place.length_bytes.saturating_sub(1));
+        let count = self.geometry.host_cluster(last).0.saturating_sub(first.0) + 1;
+        self.unlink(first, ClusterCount(count), why);
+    }
+
+    /// Whether so much was given up that it should be made durable.
+    pub(super) fn has_much_unlinked(&self) -> bool {
+        self.unlinked.borrow().len() > UNLINKED_MAX
+    }
+
+    /// Nothing on the medium leads to `frees` any more.
+    pub(super) fn retire(&self, frees: Vec<Free>) {
+        if !frees.is_empty() {
+            self.leases.retire(frees);
+        }
+    }
+
+    /// Lowers the counts of everything that was given up and that nobody looks at any more. What cannot be done now for want of
+    /// room in the cache, or because a table cannot be read, waits for the next commit.
+    pub(super) async fn free_released(&self) {
+        while let Some(frees) = self.leases.next_released() {
+            let mut frees = frees.into_iter();
+            while let Some(free) = frees.next() {
+                let left = self.free(free).await;
+                if left.count.0 > 0 {
+                    let mut unlinked = self.unlinked.borrow_mut();
+                    unlinked.push(left);
+                    unlinked.extend(frees);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Frees as much of a run as it can and says what is left.
+    async fn free(&self, free: Free) -> Free {
+        let mut left = free;
+        let discards = match free.why {
+            Why::Request => self.options.pass_discard_request,
+            Why::Other => self.options.pass_discard_other,
+        };
+        while left.count.0 > 0 {
+            let done = match self.peek(left.first, left.count) {
+                Peeked::Load(at) => match self.load(at, &self.counts.blocks).await {
+                    Ok(true) => continue,
+                    Ok(false) | Err(_) => return left,
+                },
+                // Counted as free already, or not counted at all: the image is not sound, and nothing is lost by leaving it.
+                Peeked::Unused(count) => count,
+                Peeked::Shared(count) => match self.lower(left.first, count) {
+                    Lowered::Done => count,
+                    Lowered::Load => continue,
+                },
+                Peeked::Last(count) => {
+                    self.forget_compressed_end(left.first, count);
+                    if discards {
+                        let at = self.geometry.host_offset(left.first);
+                        let length = count.0.saturating_mul(self.geometry.cluster_bytes());
+                        // Only room is lost where it fails.
+                        let _ = self.file.discard(ByteRange::new(at.0, length)).await;
+                    }
+                    match self.lower(left.first, count) {
+                        Lowered::Done => count,
+                        Lowered::Load => continue,
+                    }
+                }
+            };
+            left.first = left.first.plus(done);
+            left.count.0 = left.count.0.saturating_sub(done.0.max(1));
+        }
+        left
+    }
+
+    /// No further compressed cluster goes into a cluster that is being given up.
+    fn forget_compressed_end(&self, first: HostCluster, count: ClusterCount) {
+        let end = self.compressed_end.get();
+        let inside = end.is_some_and(|end| {
+            let cluster = self.geometry.host_cluster(end);
+            cluster >= first && cluster < first.plus(count)
+        });
+        if inside {
+            self.compressed_end.set(None);
+        }
+    }
+}

@@ -1,0 +1,394 @@
+//! [`Qcow2`]: an image in use.
+//!
+//! All of its metadata is changed in memory and at once; only reading a table, and writing what was changed, wait for the
+//! storage. So no lock is ever held while something is waited for, except turns on clusters of the guest's disk, and whoever
+//! gives up waiting leaves tables that are whole.
+
+use std::cell::{Cell, Ref, RefCell};
+use std::rc::Rc;
+
+use blockyard_storage::error::{EBADF, EINVAL};
+use blockyard_storage::{Buffer, ByteRange, Operation, Storage, StorageError};
+
+use crate::error::{Corruption, ImageError};
+use crate::qcow2::frees::Free;
+use crate::qcow2::fresh::{FreshTables, SliceSource};
+use crate::qcow2::layout::entries::{l2_entry_at, put_l2_entry};
+use crate::qcow2::layout::header::{Header, incompatible};
+use crate::qcow2::leases::Leases;
+use crate::qcow2::options::Options;
+use crate::qcow2::overlap::{Metadata, Overlaps};
+use crate::qcow2::refcounts::Refcounts;
+use crate::qcow2::runs::ClusterRuns;
+use crate::qcow2::table_cache::{Begin, TableCache};
+use crate::qcow2::units::{Geometry, GuestOffset, HostOffset, Version};
+use crate::qcow2::waiting::{Serial, Turns};
+use crate::qcow2::word_table::WordTable;
+
+/// Smallest slice of a refcount block that is read at once, in bytes; a cluster where that is smaller.
+const REFCOUNT_SLICE_BYTES: u64 = 4096;
+
+/// What is known of an image when it is opened, all of it checked.
+pub struct Parts {
+    /// The header as it stands in the file.
+    pub header: Header,
+    /// The L1 table, as many entries as the header says.
+    pub l1: Vec<u64>,
+    /// The refcount table, all clusters of it.
+    pub refcount_table: Vec<u64>,
+    /// Metadata that neither of the two leads to: internal snapshots, bitmaps.
+    pub other_metadata: Vec<(Metadata, ByteRange)>,
+}
+
+/// A qcow2 image in use. Its methods may be called while others are in flight.
+pub struct Qcow2 {
+    pub(super) state: Rc<ImageState>,
+    /// Whatever writes metadata.
+    pub(super) serial: Serial,
+    pub(super) commits: Rc<Commits>,
+}
+
+/// How many commits have begun and ended, and how the last one ended.
+#[derive(Default)]
+pub(super) struct Commits {
+    pub(super) begun: Cell<u64>,
+    pub(super) ended: Cell<u64>,
+    pub(super) last: RefCell<Option<ImageError>>,
+}
+
+/// Everything that is known of an image, apart from the work that is under way.
+pub(super) struct ImageState {
+    pub(super) file: Rc<dyn Storage>,
+    pub(super) data_file: Option<Rc<dyn Storage>>,
+    pub(super) geometry: Geometry,
+    pub(super) options: Options,
+    pub(super) header: RefCell<Header>,
+    pub(super) l1: RefCell<WordTable>,
+    pub(super) l2: TableCache,
+    pub(super) counts: Refcounts,
+    pub(super) fresh: RefCell<FreshTables>,
+    /// Given up, but something on the medium may lead there yet.
+    pub(super) unlinked: RefCell<Vec<Free>>,
+    pub(super) leases: Leases<Vec<Free>>,
+    /// A write that nobody waits for may still reach these clusters: they are not used again while the image is open.
+    pub(super) strayed: RefCell<ClusterRuns>,
+    /// Of the clusters that have a place in the guest's disk, those where such a write may reach more than it was asked for.
+    pub(super) tainted: RefCell<ClusterRuns>,
+    pub(super) turns: Rc<Turns>,
+    pub(super) overlaps: Overlaps,
+    pub(super) health: RefCell<Health>,
+    /// Where the next compressed cluster goes, if the last one left room behind it.
+    pub(super) compressed_end: Cell<Option<HostOffset>>,
+    /// The end of the file is being cut off: nobody is given a cluster.
+    pub(super) cutting: Cell<bool>,
+    /// Reference counts are to be written although they may be late.
+    pub(super) counts_wanted: Cell<bool>,
+}
+
+/// Whether an image can be worked with.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Health {
+    Sound,
+    /// What was written last may be lost; reads go on.
+    Unflushed(String),
+    /// It contradicts itself.
+    Corrupt(String),
+}
+
+impl Qcow2 {
+    /// An image whose parts have been read and checked. `file` and `data_file` take any offset and length.
+    ///
+    /// # Errors
+    /// Refused where `data_file` is missing, or is there for an image that has its data in its own file.
+    pub fn new(
+        file: Rc<dyn Storage>,
+        data_file: Option<Rc<dyn Storage>>,
+        parts: Parts,
+        options: Options,
+    ) -> Result<Rc<Self>, ImageError> {
+        let state = ImageState::new(file, data_file, parts, options)?;
+        Ok(Rc::new(Self {
+            state: Rc::new(state),
+            serial: Serial::default(),
+            commits: Rc::default(),
+        }))
+    }
+
+    /// Length of the guest's disk in bytes.
+    pub fn length_bytes(&self) -> u64 {
+        self.state.header.borrow().guest_bytes()
+    }
+
+    /// The sizes that all arithmetic depends on.
+    pub fn geometry(&self) -> Geometry {
+        self.state.geometry
+    }
+
+    /// The header as of now. Not to be held while something is waited for.
+    pub fn header(&self) -> Ref<'_, Header> {
+        self.state.header.borrow()
+    }
+
+    /// How it is used.
+    pub fn options(&self) -> &Options {
+        &self.state.options
+    }
+
+    /// The storage that [`Source::Data`](crate::qcow2::lookup::Source) refers to: the data file if there is one, else the image
+    /// file.
+    pub fn data_storage(&self) -> &Rc<dyn Storage> {
+        self.state.data_storage()
+    }
+
+    /// The image file, where metadata and compressed clusters are.
+    pub fn file(&self) -> &Rc<dyn Storage> {
+        &self.state.file
+    }
+
+    /// Gives memory back that was not used since the last call: what `cache-clean-interval` is for. Whoever owns a clock
+    /// calls it.
+    pub fn clean_caches(&self) {
+        self.state.l2.drop_unused();
+        self.state.counts.blocks.drop_unused();
+    }
+
+    /// Reads the slice of an L2 table at `at` into the cache.
+    pub(super) async fn load_l2(&self, at: HostOffset) -> Result<(), ImageError> {
+        self.load(at, &self.state.l2).await
+    }
+
+    /// Reads the slice of a refcount block at `at` into the cache.
+    pub(super) async fn load_counts(&self, at: HostOffset) -> Result<(), ImageError> {
+        self.load(at, &self.state.counts.blocks).await
+    }
+
+    async fn load(&self, at: HostOffset, cache: &TableCache) -> Result<(), ImageError> {
+        while !self.state.load(at, cache).await? {
+            self.commit_counts().await?;
+        }
+        Ok(())
+    }
+
+    /// What a caller hears of a contradiction. A fatal one ends the image and is noted in its header, if it can be written.
+    pub(super) async fn corrupt(&self, mut corruption: Corruption) -> ImageError {
+        corruption.fatal &= !self.state.options.read_only;
+        if !corruption.fatal {
+            return ImageError::Corrupt(corruption);
+        }
+        let text = corruption.text.clone();
+        let before = self.state.health.replace(Health::Corrupt(text.clone()));
+        if matches!(before, Health::Corrupt(_)) {
+            self.state.health.replace(before);
+            return ImageError::Broken(text);
+        }
+        if self.state.geometry.version() == Version::V3 {
+            // A failure changes nothing: the image takes no further request anyway.
+            let _ = self
+                .write_header(|header| header.incompatible |= incompatible::CORRUPT)
+                .await;
+        }
+        ImageError::Corrupt(corruption)
+    }
+
+    /// The error for a caller; see [`corrupt`](Self::corrupt).
+    pub(super) async fn failed(&self, error: ImageError) -> ImageError {
+        match error {
+            ImageError::Corrupt(corruption) => self.corrupt(corruption).await,
+            other => other,
+        }
+    }
+}
+
+impl ImageState {
+    fn new(
+        file: Rc<dyn Storage>,
+        data_file: Option<Rc<dyn Storage>>,
+        parts: Parts,
+        options: Options,
+    ) -> Result<Self, ImageError> {
+        let header = parts.header;
+        let geometry = header.geometry;
+        if header.has_data_file() != data_file.is_some() {
+            return Err(ImageError::refused(match data_file {
+                None => "'data-file' is required for this image",
+                Some(_) => "'data-file' can only be set for images with an external data file",
+            }));
+        }
+        let cluster_bytes = geometry.cluster_bytes();
+        let entry_bytes = options.l2_cache_entry_bytes.clamp(512, cluster_bytes);
+        let counts = Refcounts::new(
+            WordTable::new(parts.refcount_table, header.refcount_table),
+            TableCache::new(
+                slice_bytes(REFCOUNT_SLICE_BYTES.min(cluster_bytes)),
+                options.refcount_cache_bytes,
+            ),
+            geometry.clusters_for(file.facts().length_bytes),
+        );
+        let state = Self {
+            file,
+            data_file,
+            geometry,
+            l1: RefCell::new(WordTable::new(parts.l1, header.l1_table)),
+            l2: TableCache::new(slice_bytes(entry_bytes), options.l2_cache_bytes),
+            counts,
+            fresh: RefCell::default(),
+            unlinked: RefCell::default(),
+            leases: Leases::default(),
+            strayed: RefCell::default(),
+            tainted: RefCell::default(),
+            turns: Rc::default(),
+            overlaps: Overlaps::new(options.overlap_checks, &geometry, parts.other_metadata),
+            health: RefCell::new(Health::Sound),
+            compressed_end: Cell::new(None),
+            cutting: Cell::new(false),
+            counts_wanted: Cell::new(false),
+            header: RefCell::new(header),
+            options,
+        };
+        if !options.read_only {
+            state.overlaps.rebuild(&state);
+        }
+        Ok(state)
+    }
+
+    pub(super) fn data_storage(&self) -> &Rc<dyn Storage> {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    /// Whether guest data lives at the guest's own offsets in a file of its own.
+    pub(super) fn has_data_file(&self) -> bool {
+        self.data_file.is_some()
+    }
+
+    /// Refuses to read from an image that contradicts itself.
+    pub(super) fn check_readable(&self) -> Result<(), ImageError> {
+        match &*self.health.borrow() {
+            Health::Corrupt(text) => Err(ImageError::Broken(text.clone())),
+            Health::Sound | Health::Unflushed(_) => Ok(()),
+        }
+    }
+
+    /// Refuses to change an image that must not be changed.
+    pub(super) fn check_sound(&self) -> Result<(), ImageError> {
+        match &*self.health.borrow() {
+            Health::Corrupt(text) | Health::Unflushed(text) => {
+                Err(ImageError::Broken(text.clone()))
+            }
+            Health::Sound => Ok(()),
+        }
+    }
+
+    /// Refuses a change of `range` that the image cannot take. The last cluster may be used as a whole.
+    pub(super) fn check_change(
+        &self,
+        operation: Operation,
+        range: ByteRange,
+    ) -> Result<(), ImageError> {
+        self.check_unlimited(operation, range)?;
+        let length = self.header.borrow().guest_bytes();
+        let clusters = self.geometry.clusters_for(length);
+        let end = clusters.0.saturating_mul(self.geometry.cluster_bytes());
+        if range.is_empty() || range.end() > end {
+            return Err(StorageError::new(operation, range, EINVAL).into());
+        }
+        Ok(())
+    }
+
+    /// Refuses a change that the image cannot take wherever it is.
+    pub(super) fn check_unlimited(
+        &self,
+        operation: Operation,
+        range: ByteRange,
+    ) -> Result<(), ImageError> {
+        if self.options.read_only {
+            return Err(StorageError::new(operation, range, EBADF).into());
+        }
+        self.check_sound()
+    }
+
+    /// Reads a slice into its cache; `false`: there is no room before something is written. The caller holds a lease on
+    /// the table.
+    pub(super) async fn load(
+        &self,
+        at: HostOffset,
+        cache: &TableCache,
+    ) -> Result<bool, ImageError> {
+        let loading = match cache.begin_load(at).await {
+            Begin::Present => return Ok(true),
+            Begin::Full => return Ok(false),
+            Begin::Load(loading) => loading,
+        };
+        let cluster = self.geometry.host_cluster(at);
+        let table = self.geometry.host_offset(cluster);
+        let source = self.fresh.borrow().source(table, at);
+        let slice_bytes = cache.slice_bytes();
+        let from = match source {
+            SliceSource::Zeroes => None,
+            SliceSource::File => Some(at),
+            SliceSource::Copy(from) => Some(from),
+        };
+        let mut bytes = match from {
+            None => vec![0; slice_bytes],
+            Some(from) => self.read_metadata(from, slice_bytes).await?,
+        };
+        if let SliceSource::Copy(_) = source {
+            self.clear_copied(&mut bytes);
+        }
+        let new = source != SliceSource::File;
+        loading.finish(bytes, new);
+        if new {
+            self.fresh.borrow_mut().loaded(table, at);
+        }
+        Ok(true)
+    }
+
+    /// Reads metadata; what lies behind the end of the file is zeroes.
+    pub(super) async fn read_metadata(
+        &self,
+        at: HostOffset,
+        length: usize,
+    ) -> Result<Vec<u8>, ImageError> {
+        let read = self.file.read(at.0, Buffer::zeroed(length)).await;
+        read.outcome?;
+        Ok(read.buffer.as_slice().to_vec())
+    }
+
+    /// Writes metadata of a kind, if nothing else stands there.
+    pub(super) async fn write_metadata(
+        &self,
+        at: HostOffset,
+        bytes: &[u8],
+        kind: Option<Metadata>,
+    ) -> Result<(), ImageError> {
+        let range = ByteRange::new(at.0, bytes.len() as u64);
+        self.overlaps
+            .check(self, range, kind)
+            .map_err(ImageError::Corrupt)?;
+        let written = self.file.write(at.0, Buffer::copy_of(bytes)).await;
+        Ok(written.outcome?)
+    }
+
+    /// Takes the flag from L2 entries that are copied: their clusters are shared with the table they come from.
+    pub(super) fn clear_copied(&self, slice: &mut [u8]) {
+        // Entries are as long as a slice is short: the division has no rest.
+        let entries = slice.len() / self.geometry.l2_entry_bytes() as usize;
+        for index in 0..entries {
+            if let Some(entry) = l2_entry_at(&self.geometry, slice, index)
+                && entry.is_copied()
+            {
+                let _ = put_l2_entry(&self.geometry, slice, index, entry.with_copied(false));
+            }
+        }
+    }
+
+    /// First byte of the guest's cluster that holds `offset`.
+    pub(super) fn cluster_start(&self, offset: u64) -> u64 {
+        let cluster = self.geometry.guest_cluster(GuestOffset(offset));
+        self.geometry.guest_offset(cluster).0
+    }
+}
+
+/// Slices are not longer than a cluster, which is far below what a `usize` holds.
+fn slice_bytes(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}

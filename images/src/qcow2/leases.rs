@@ -1,0 +1,81 @@
+//! Leases: whoever knows where bytes are on the host holds one, so that what is freed meanwhile is not used again before.
+//!
+//! Leases of one era are one counter: taking one costs an increment. When something is freed, the era ends; what was freed
+//! in it waits until every lease of it and of the eras before has been dropped.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+/// Keeps clusters as they are until it is dropped.
+#[derive(Clone, Debug)]
+pub struct Lease {
+    _era: Rc<Era>,
+}
+
+#[derive(Debug)]
+struct Era;
+
+/// Eras, and what waits for their ends.
+pub(super) struct Leases<T> {
+    now: RefCell<Rc<Era>>,
+    waiting: RefCell<VecDeque<(Rc<Era>, T)>>,
+}
+
+impl<T> Default for Leases<T> {
+    fn default() -> Self {
+        Self {
+            now: RefCell::new(Rc::new(Era)),
+            waiting: RefCell::default(),
+        }
+    }
+}
+
+impl<T> Leases<T> {
+    /// A lease on everything that is in use now.
+    pub(super) fn take(&self) -> Lease {
+        Lease {
+            _era: Rc::clone(&self.now.borrow()),
+        }
+    }
+
+    /// `freed` waits until every lease taken so far has been dropped.
+    pub(super) fn retire(&self, freed: T) {
+        let era = self.now.replace(Rc::new(Era));
+        self.waiting.borrow_mut().push_back((era, freed));
+    }
+
+    /// The next that nobody holds any more, in the order in which they were retired.
+    pub(super) fn next_released(&self) -> Option<T> {
+        let mut waiting = self.waiting.borrow_mut();
+        let (era, _) = waiting.front()?;
+        if Rc::strong_count(era) > 1 {
+            return None;
+        }
+        waiting.pop_front().map(|(_, freed)| freed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_freed_waits_for_every_lease_taken_before() {
+        let leases = Leases::default();
+        let first = leases.take();
+        leases.retire(1);
+        let second = leases.take();
+        leases.retire(2);
+        let _third = leases.take();
+        drop(second);
+        assert_eq!(leases.next_released(), None, "the first lease is older");
+        let copy = first.clone();
+        drop(first);
+        assert_eq!(leases.next_released(), None);
+        drop(copy);
+        assert_eq!(leases.next_released(), Some(1));
+        assert_eq!(leases.next_released(), Some(2));
+        assert_eq!(leases.next_released(), None);
+    }
+}

@@ -1,0 +1,629 @@
+//! What a write has to do: go where its bytes already are, or take new room first.
+//!
+//! ```text
+//!   prepare_write -> in place: write, done
+//!                 -> reservation: fill the edges from the old content, write, publish
+//! ```
+//! Until a reservation is published readers see the old content. Whoever reserves holds the turn on its clusters, so that the
+//! old content does not change under it; writes in place need no turn, as they never touch what a reservation fills.
+
+use std::rc::Rc;
+
+use blockyard_storage::error::EIO;
+use blockyard_storage::{ByteRange, Operation, StorageError};
+
+use crate::error::{Corruption, ImageError};
+use crate::qcow2::frees::Why;
+use crate::qcow2::fresh::TableKind;
+use crate::qcow2::image::{ImageState, Qcow2};
+use crate::qcow2::layout::entries::{COMPRESSED, L1Entry, L2Entry};
+use crate::qcow2::leases::Lease;
+use crate::qcow2::lookup::{EntryPlace, Look, Source, TablePlace, fatal};
+use crate::qcow2::refcounts::Claim;
+use crate::qcow2::units::{ClusterCount, GuestCluster, GuestOffset, HostCluster, HostOffset};
+use crate::qcow2::waiting::Turn;
+
+/// Most bytes that one reservation takes.
+const RESERVATION_BYTES_MAX: u64 = 64 << 20;
+
+/// What the front of a write has to do.
+#[derive(Debug)]
+pub enum WritePlan {
+    /// Its bytes have their place already.
+    InPlace(InPlace),
+    /// New room was taken for it.
+    Allocate(Reservation),
+}
+
+/// Room that the guest's bytes have already and that nobody shares.
+#[must_use = "a write that is not said to be done keeps its clusters from being used again"]
+pub struct InPlace {
+    range: ByteRange,
+    at: HostOffset,
+    _lease: Lease,
+    state: Rc<ImageState>,
+    done: bool,
+}
+
+/// New room for a write. Dropping it says that the write may still be under way: its clusters are not used again then while the
+/// image is open.
+#[must_use = "a reservation is to be published, or given back"]
+pub struct Reservation {
+    range: ByteRange,
+    at: HostOffset,
+    cover: ByteRange,
+    reads_zero: bool,
+    /// Clusters that were free; `None`: the guest's clusters have their place already, and it is to be used.
+    claim: Option<Claim>,
+    _turn: Turn,
+    state: Rc<ImageState>,
+    done: bool,
+}
+
+/// What is known of a write that needs room.
+struct Plan {
+    /// Guest bytes of the write.
+    range: ByteRange,
+    /// Guest bytes that have to be written.
+    cover: ByteRange,
+    clusters: ClusterCount,
+    /// Where they are to go, if they have their place.
+    kept: Option<HostOffset>,
+}
+
+enum Wanted {
+    InPlace(ByteRange, HostOffset),
+    /// First there has to be an L2 table of its own.
+    Table,
+    Room(Plan),
+}
+
+impl Qcow2 {
+    /// What a write of the front of `range` has to do. Nothing of it is visible to anybody before
+    /// [`publish`](Self::publish). Waits for others who change the same clusters.
+    ///
+    /// # Errors
+    /// `EBADF` for a read-only image, `EINVAL` behind the end of the disk, `ENOSPC` without room; corrupt, broken, or what the
+    /// storage says.
+    ///
+    /// # Cancel safety
+    /// Dropping the future changes nothing that anybody can see.
+    pub async fn prepare_write(&self, range: ByteRange) -> Result<WritePlan, ImageError> {
+        if let Some(in_place) = self.prepare_write_now(range) {
+            return Ok(WritePlan::InPlace(in_place));
+        }
+        self.state.check_change(Operation::Write, range)?;
+        self.before_change().await?;
+        match self.reserve(range).await {
+            Ok(plan) => Ok(plan),
+            Err(error) => Err(self.failed(error).await),
+        }
+    }
+
+    /// The same without waiting, where the front of `range` has its place already and the tables are in memory; `None`: ask
+    /// [`prepare_write`](Self::prepare_write).
+    pub fn prepare_write_now(&self, range: ByteRange) -> Option<InPlace> {
+        self.state.check_change(Operation::Write, range).ok()?;
+        match self.state.look_for_room(range, None) {
+            Ok(Look::Is(Wanted::InPlace(range, at))) => Some(self.in_place(range, at)),
+            _ => None,
+        }
+    }
+
+    fn in_place(&self, range: ByteRange, at: HostOffset) -> InPlace {
+        InPlace {
+            range,
+            at,
+            _lease: self.state.leases.take(),
+            state: Rc::clone(&self.state),
+            done: false,
+        }
+    }
+
+    async fn reserve(&self, range: ByteRange) -> Result<WritePlan, ImageError> {
+        let _lease = self.state.leases.take();
+        let range = range.split_at(RESERVATION_BYTES_MAX).0;
+        let turn = self.state.turns.enter(self.state.slice_span(range)).await;
+        let mut claim: Option<Claim> = None;
+        loop {
+            // It may have become shorter, or unusable.
+            self.state.check_change(Operation::Write, range)?;
+            let room = claim.as_ref().map(Claim::count);
+            let plan = match self.state.look_for_room(range, room)? {
+                Look::Load(slice) => {
+                    self.load_l2(slice).await?;
+                    continue;
+                }
+                Look::Is(Wanted::InPlace(range, at)) => {
+                    return Ok(WritePlan::InPlace(self.in_place(range, at)));
+                }
+                Look::Is(Wanted::Table) => {
+                    let cluster = self
+                        .state
+                        .geometry
+                        .guest_cluster(GuestOffset(range.offset()));
+                    self.own_table(cluster).await?;
+                    continue;
+                }
+                Look::Is(Wanted::Room(plan)) => plan,
+            };
+            if plan.kept.is_none() && claim.is_none() {
+                claim = Some(self.claim(plan.clusters).await?);
+                continue;
+            }
+            return self
+                .state
+                .reserved(plan, claim, turn)
+                .map(WritePlan::Allocate);
+        }
+    }
+
+    /// Sees to it that the L2 table of a cluster is there and belongs to nobody else.
+    pub(super) async fn own_table(&self, cluster: GuestCluster) -> Result<(), ImageError> {
+        loop {
+            let before = match self.state.entry_place(cluster)? {
+                TablePlace::Entry(place) if place.copied => return Ok(()),
+                TablePlace::Entry(place) => Some(place.table),
+                TablePlace::None => None,
+            };
+            let claim = self.claim(ClusterCount(1)).await?;
+            let now = match self.state.entry_place(cluster)? {
+                TablePlace::Entry(place) if place.copied => continue,
+                TablePlace::Entry(place) => Some(place.table),
+                TablePlace::None => None,
+            };
+            if now == before {
+                return self.state.add_table(cluster, before, claim);
+            }
+        }
+    }
+}
+
+impl ImageState {
+    /// The clusters of the front of `range` whose entries are in one slice.
+    pub(super) fn slice_span(&self, range: ByteRange) -> ByteRange {
+        let slice_bytes = self.l2.slice_bytes() as u64;
+        let covers = slice_bytes / self.geometry.l2_entry_bytes() * self.geometry.cluster_bytes();
+        let end = (range.offset() / covers + 1).saturating_mul(covers);
+        range
+            .align_outward(self.geometry.cluster_bytes())
+            .clamp_end(end)
+    }
+
+    /// What a write of the front of `range` needs. `room`: so many clusters, if they were taken for it already.
+    fn look_for_room(
+        &self,
+        range: ByteRange,
+        room: Option<ClusterCount>,
+    ) -> Result<Look<Wanted>, ImageError> {
+        let cluster = self.geometry.guest_cluster(GuestOffset(range.offset()));
+        let place = match self.entry_place(cluster)? {
+            TablePlace::Entry(place) if place.copied => place,
+            _ => return Ok(Look::Is(Wanted::Table)),
+        };
+        let wanted = self.l2.read(place.slice, |slice| {
+            if let Some((range, at)) = self.in_place_at(slice, place, range)? {
+                return Ok(Wanted::InPlace(range, at));
+            }
+            self.plan(slice, place, range, room).map(Wanted::Room)
+        });
+        let wanted = match wanted {
+            None => return Ok(Look::Load(place.slice)),
+            Some(wanted) => wanted?,
+        };
+        if let Wanted::InPlace(range, at) = &wanted
+            && !self.has_data_file()
+        {
+            self.overlaps
+                .check(self, ByteRange::new(at.0, range.length()), None)
+                .map_err(ImageError::Corrupt)?;
+        }
+        Ok(Look::Is(wanted))
+    }
+
+    /// Where the front of `range` can be written as it is.
+    fn in_place_at(
+        &self,
+        slice: &[u8],
+        place: EntryPlace,
+        range: ByteRange,
+    ) -> Result<Option<(ByteRange, HostOffset)>, ImageError> {
+        let cluster = self.geometry.guest_cluster(GuestOffset(range.offset()));
+        let first = self
+            .entry_in(slice, place, place.index, cluster)
+            .map_err(|corruption| {
+                ImageError::Corrupt(self.as_a_write_says(corruption, slice, place, cluster))
+            })?;
+        if !first.is_copied() {
+            return Ok(None);
+        }
+        let (run, source) = self
+            .run_at(slice, place, range, L2Entry::is_copied)
+            .map_err(ImageError::Corrupt)?;
+        Ok(match source {
+            Source::Data { at } => Some((run, at)),
+            _ => None,
+        })
+    }
+
+    /// QEMU names an unaligned cluster in other words when it is written to.
+    fn as_a_write_says(
+        &self,
+        corruption: Corruption,
+        slice: &[u8],
+        place: EntryPlace,
+        cluster: GuestCluster,
+    ) -> Corruption {
+        let entry = crate::qcow2::layout::entries::l2_entry_at(&self.geometry, slice, place.index)
+            .unwrap_or_default();
+        let Some(at) = self.host_of(&entry) else {
+            return corruption;
+        };
+        if entry.word & COMPRESSED != 0 || !entry.is_copied() || self.geometry.is_cluster_start(at)
+        {
+            return corruption;
+        }
+        let kind = match self.source_at(&entry, 0) {
+            Source::Zero { .. } => "Preallocated zero",
+            _ => "Data",
+        };
+        fatal(format!(
+            "{kind} cluster offset {:#x} unaligned (guest offset: {})",
+            at.0,
+            crate::qcow2::lookup::hexadecimal(self.geometry.guest_offset(cluster).0)
+        ))
+    }
+
+    /// What the front of `range`, which is not in place, has to write, and where it can go.
+    fn plan(
+        &self,
+        slice: &[u8],
+        place: EntryPlace,
+        range: ByteRange,
+        room: Option<ClusterCount>,
+    ) -> Result<Plan, ImageError> {
+        let geometry = &self.geometry;
+        let first = geometry.guest_cluster(GuestOffset(range.offset()));
+        let entry_of = |count: u64| {
+            let index = usize::try_from(count)
+                .ok()
+                .and_then(|c| place.index.checked_add(c));
+            let index = index.filter(|index| *index < place.entries)?;
+            let entry = self.entry_in(slice, place, index, GuestCluster(first.0 + count));
+            // Whoever asks for a later one will hear of it.
+            entry.ok()
+        };
+        let front = entry_of(0).unwrap_or_default();
+        let kept = self.kept(&front, first)?;
+        let start = geometry.guest_offset(first).0;
+        let wanted = geometry.clusters_for(range.end() - start);
+        let wanted = room.map_or(wanted, |room| room.min(wanted));
+        let mut last = front;
+        let mut clusters = ClusterCount(1);
+        while clusters < wanted {
+            let Some(entry) = entry_of(clusters.0) else {
+                break;
+            };
+            let cluster = GuestCluster(first.0 + clusters.0);
+            let in_place =
+                entry.is_copied() && matches!(self.source_at(&entry, 0), Source::Data { .. });
+            let expected = kept.map(|at| at.plus(clusters.0 * geometry.cluster_bytes()));
+            if in_place || self.kept(&entry, cluster).ok() != Some(expected) {
+                break;
+            }
+            last = entry;
+            clusters.0 += 1;
+        }
+        let end = start.saturating_add(clusters.0 * geometry.cluster_bytes());
+        let range = range.clamp_end(end);
+        let cover_start = start + self.cover_start(&front, kept.is_some(), range.offset() - start);
+        let last_start = end - geometry.cluster_bytes();
+        let cover_end =
+            last_start + self.cover_end(&last, kept.is_some(), range.end() - last_start);
+        Ok(Plan {
+            range,
+            cover: ByteRange::between(cover_start, cover_end),
+            clusters,
+            kept,
+        })
+    }
+
+    /// The cluster that a write to an entry goes to although the entry has no data there yet.
+    fn kept(
+        &self,
+        entry: &L2Entry,
+        cluster: GuestCluster,
+    ) -> Result<Option<HostOffset>, ImageError> {
+        if self.has_data_file() {
+            let at = self.identity(cluster);
+            self.check_tainted(at)?;
+            return Ok(Some(at));
+        }
+        if entry.word & COMPRESSED != 0 || !entry.is_copied() {
+            return Ok(None);
+        }
+        let Some(at) = self.host_of(entry) else {
+            return Ok(None);
+        };
+        if !self.geometry.extended_l2() {
+            // All of it reads as zeroes, so that nothing is lost by leaving it.
+            return Ok(self.check_tainted(at).is_ok().then_some(at));
+        }
+        self.check_tainted(at)?;
+        Ok(Some(at))
+    }
+
+    /// Refuses a cluster where a write that nobody waits for may put back what was there before.
+    fn check_tainted(&self, at: HostOffset) -> Result<(), ImageError> {
+        let tainted = self.tainted.borrow();
+        if tainted.is_empty() || !tainted.contains(self.geometry.host_cluster(at)) {
+            return Ok(());
+        }
+        let range = ByteRange::new(at.0, self.geometry.cluster_bytes());
+        Err(StorageError::new(Operation::Write, range, EIO).into())
+    }
+
+    /// From where the first cluster of a write has to be written, if the write itself begins at `start` of it.
+    fn cover_start(&self, entry: &L2Entry, kept: bool, start: u64) -> u64 {
+        let subcluster = self.geometry.subcluster_bytes();
+        let aligned = start - start % subcluster;
+        if kept {
+            let data = matches!(self.source_at(entry, start), Source::Data { .. });
+            // In an external data file a place says nothing about data.
+            return if data { start } else { aligned };
+        }
+        match self.old_data(entry) {
+            Some((from, _)) => from.min(aligned),
+            None => aligned,
+        }
+    }
+
+    /// Up to where the last cluster of a write has to be written, if the write itself ends at `end` of it.
+    fn cover_end(&self, entry: &L2Entry, kept: bool, end: u64) -> u64 {
+        let aligned = end.next_multiple_of(self.geometry.subcluster_bytes());
+        if kept {
+            let data = matches!(self.source_at(entry, end - 1), Source::Data { .. });
+            return if data { end } else { aligned };
+        }
+        match self.old_data(entry) {
+            Some((_, to)) => to.max(aligned),
+            None => aligned,
+        }
+    }
+
+    /// Which bytes of a cluster are data that goes away with its old place.
+    fn old_data(&self, entry: &L2Entry) -> Option<(u64, u64)> {
+        let whole = self.geometry.cluster_bytes();
+        if entry.word & COMPRESSED != 0 {
+            return Some((0, whole));
+        }
+        let subcluster = self.geometry.subcluster_bytes();
+        let data = |index: &u32| {
+            let source = self.source_at(entry, u64::from(*index) * subcluster);
+            matches!(source, Source::Data { .. })
+        };
+        let mut indices = (0..self.geometry.subclusters()).filter(data);
+        let first = indices.next()?;
+        let last = indices.next_back().unwrap_or(first);
+        Some((
+            u64::from(first) * subcluster,
+            (u64::from(last) + 1) * subcluster,
+        ))
+    }
+
+    fn reserved(
+        self: &Rc<Self>,
+        plan: Plan,
+        mut claim: Option<Claim>,
+        turn: Turn,
+    ) -> Result<Reservation, ImageError> {
+        let geometry = &self.geometry;
+        let start = self.cluster_start(plan.range.offset());
+        let length = plan.clusters.0 * geometry.cluster_bytes();
+        let (at, reads_zero) = match (plan.kept, &mut claim) {
+            (Some(at), _) => (at, false),
+            (None, Some(claim)) => {
+                claim.writing();
+                (geometry.host_offset(claim.first()), claim.reads_zero())
+            }
+            (None, None) => return Err(ImageError::Broken("a write has no room".to_owned())),
+        };
+        if !self.has_data_file() {
+            let whole = ByteRange::new(at.0, length);
+            let checked = self.overlaps.check(self, whole, None);
+            if let (Err(_), Some(claim)) = (&checked, &mut claim) {
+                claim.settled();
+            }
+            checked.map_err(ImageError::Corrupt)?;
+        }
+        turn.shrink(ByteRange::new(start, length));
+        Ok(Reservation {
+            range: plan.range,
+            at: at.plus(plan.range.offset() - start),
+            cover: plan.cover,
+            reads_zero,
+            // What was claimed for nothing is given back here.
+            claim: claim.filter(|_| plan.kept.is_none()),
+            _turn: turn,
+            state: Rc::clone(self),
+            done: false,
+        })
+    }
+
+    /// Puts an L2 table of its own there for a cluster: empty, or a copy of one that others share.
+    fn add_table(
+        &self,
+        cluster: GuestCluster,
+        shared: Option<HostOffset>,
+        claim: Claim,
+    ) -> Result<(), ImageError> {
+        let geometry = &self.geometry;
+        let at = geometry.host_offset(claim.first());
+        let l1_index = geometry.l1_index(cluster);
+        if !self.l1.borrow_mut().set(l1_index, L1Entry::copied(at).0) {
+            return Err(ImageError::Broken(
+                "a cluster is behind the end of the L1 table".to_owned(),
+            ));
+        }
+        // Whatever stood there before is gone.
+        self.l2.forget_table(at, geometry.cluster_bytes());
+        self.fresh.borrow_mut().add(
+            at,
+            TableKind::L2,
+            shared,
+            geometry.cluster_bytes(),
+            self.l2.slice_bytes(),
+        );
+        self.overlaps
+            .add(ByteRange::new(at.0, geometry.cluster_bytes()));
+        if let Some(shared) = shared {
+            self.unlink_cluster(shared, Why::Other);
+        }
+        claim.keep();
+        Ok(())
+    }
+}
+
+impl InPlace {
+    /// The guest bytes of the write that it takes.
+    pub const fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// Where its first byte goes, in the data storage.
+    pub const fn at(&self) -> HostOffset {
+        self.at
+    }
+
+    /// The write has ended, well or not: nothing of it is under way any more.
+    pub fn done(mut self) {
+        self.done = true;
+    }
+}
+
+impl Drop for InPlace {
+    fn drop(&mut self) {
+        if !self.done && !self.state.has_data_file() {
+            self.state.strayed_in(self.at, self.range.length());
+        }
+    }
+}
+
+impl std::fmt::Debug for InPlace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InPlace")
+            .field("range", &self.range)
+            .field("at", &self.at)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Reservation {
+    /// The guest bytes of the write that it takes.
+    pub const fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// Where the first byte of [`range`](Self::range) goes, in the data storage; others before and behind it accordingly.
+    pub const fn at(&self) -> HostOffset {
+        self.at
+    }
+
+    /// Guest bytes right before [`range`](Self::range) that have to be written too, with their old content.
+    pub const fn fill_before(&self) -> ByteRange {
+        ByteRange::between(self.cover.offset(), self.range.offset())
+    }
+
+    /// Guest bytes right behind [`range`](Self::range) that have to be written too, with their old content. May pass the end
+    /// of the disk; zeroes there.
+    pub const fn fill_after(&self) -> ByteRange {
+        ByteRange::between(self.range.end(), self.cover.end())
+    }
+
+    /// Where a guest byte of [`range`](Self::range) or its edges goes.
+    pub const fn at_of(&self, offset: u64) -> HostOffset {
+        HostOffset(
+            self.at
+                .0
+                .wrapping_add(offset.wrapping_sub(self.range.offset())),
+        )
+    }
+
+    /// Whether all of it reads as zeroes where it goes, so that zeroes need not be written.
+    pub const fn reads_zero(&self) -> bool {
+        self.reads_zero
+    }
+
+    /// The write failed or was not begun, and nothing of it is under way: the room may be used again at once.
+    pub fn give_back(mut self) {
+        self.settle();
+    }
+
+    /// Nothing is written there any more.
+    pub(super) fn settle(&mut self) {
+        self.done = true;
+        if let Some(claim) = &mut self.claim {
+            claim.settled();
+        }
+    }
+
+    /// All guest bytes that are written: [`range`](Self::range) and its edges.
+    pub(super) const fn cover(&self) -> ByteRange {
+        self.cover
+    }
+
+    /// Whether it goes to clusters that were free.
+    pub(super) const fn is_new(&self) -> bool {
+        self.claim.is_some()
+    }
+
+    /// Its clusters are in a table from now on.
+    pub(super) fn published(&mut self) {
+        self.done = true;
+        if let Some(claim) = self.claim.take() {
+            claim.keep();
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // Clusters that were free look after themselves.
+        if self.done || self.claim.is_some() {
+            return;
+        }
+        let at = self.at_of(self.cover.offset());
+        let length = self.cover.length();
+        if !self.state.has_data_file() {
+            self.state.strayed_in(at, length);
+        }
+        let (first, count) = self.state.clusters_of(at, length);
+        self.state.tainted.borrow_mut().insert(first, count);
+    }
+}
+
+impl std::fmt::Debug for Reservation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reservation")
+            .field("range", &self.range)
+            .field("at", &self.at)
+            .field("cover", &self.cover)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ImageState {
+    fn clusters_of(&self, at: HostOffset, length: u64) -> (HostCluster, ClusterCount) {
+        let first = self.geometry.host_cluster(at);
+        let last = self
+            .geometry
+            .host_cluster(at.plus(length.saturating_sub(1)));
+        (first, ClusterCount(last.0.saturating_sub(first.0) + 1))
+    }
+
+    /// A write that nobody waits for may still reach this place.
+    fn strayed_in(&self, at: HostOffset, length: u64) {
+        let (first, count) = self.clusters_of(at, length);
+        self.strayed.borrow_mut().insert(first, count);
+    }
+}

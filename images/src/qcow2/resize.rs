@@ -1,0 +1,199 @@
+//! Another length of the guest's disk. What a guest has lost by a shorter length is gone from the image before the length
+//! changes, so that it never comes back.
+
+use std::rc::Rc;
+
+use blockyard_storage::{ByteRange, Operation};
+
+use crate::error::ImageError;
+use crate::qcow2::frees::Why;
+use crate::qcow2::header_updates::interrupted;
+use crate::qcow2::image::{ImageState, Qcow2};
+use crate::qcow2::layout::entries::L1Entry;
+use crate::qcow2::refcounts::Peeked;
+use crate::qcow2::units::{ClusterCount, HostCluster, Version};
+use crate::qcow2::zero::Change;
+
+impl Qcow2 {
+    /// Makes the guest's disk `length_bytes` long; durable afterwards. What is cut off is lost and its room given back; nothing
+    /// may be in flight there. What is added is unallocated: what is below shows, and in the last cluster of the old length
+    /// whatever stands there. It is for the caller to [`zero`](Self::zero) it before anybody reads it.
+    ///
+    /// # Errors
+    /// Refused with QEMU's texts for lengths that cannot be; what the storage says, and then the length is the old one, though
+    /// a part of what was to be cut off may be lost.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the old length or the new one, as an error does.
+    pub async fn resize(&self, length_bytes: u64) -> Result<(), ImageError> {
+        self.state.check_resize(length_bytes)?;
+        self.before_change().await?;
+        let resized = match length_bytes < self.length_bytes() {
+            true => self.shrink(length_bytes).await,
+            false => self.grow(length_bytes).await,
+        };
+        match resized {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.failed(error).await),
+        }
+    }
+
+    async fn grow(&self, length_bytes: u64) -> Result<(), ImageError> {
+        let state = &self.state;
+        // One after the other: two tables cannot move at once.
+        let _turn = state.turns.enter(ByteRange::new(u64::MAX - 1, 1)).await;
+        let entries = state.geometry.l1_entries_for(length_bytes);
+        if entries > state.l1.borrow().len() {
+            self.grow_l1_table(entries).await?;
+        }
+        if let Some(data_file) = &state.data_file {
+            let facts = data_file.facts();
+            if facts.length_bytes < length_bytes && !facts.fixed_length {
+                data_file.resize(length_bytes).await?;
+                state.sync_data_file().await?;
+            }
+        }
+        self.write_header(move |header| header.size_bytes = length_bytes)
+            .await
+    }
+
+    async fn shrink(&self, length_bytes: u64) -> Result<(), ImageError> {
+        let state = &self.state;
+        let cluster_bytes = state.geometry.cluster_bytes();
+        let old = ByteRange::new(0, self.length_bytes()).align_outward(cluster_bytes);
+        let kept = ByteRange::new(0, length_bytes).align_outward(cluster_bytes);
+        let gone = ByteRange::between(kept.end(), old.end());
+        let turn = state
+            .turns
+            .enter(ByteRange::between(gone.offset(), u64::MAX))
+            .await;
+        let mut rest = gone;
+        while !rest.is_empty() {
+            self.before_change().await?;
+            rest = self.forget_front(rest).await?;
+        }
+        state.forget_tables(length_bytes);
+        self.commit().await?;
+        self.write_header(move |header| header.size_bytes = length_bytes)
+            .await?;
+        if let Some(data_file) = &state.data_file {
+            let facts = data_file.facts();
+            if facts.length_bytes > length_bytes && !facts.fixed_length {
+                data_file.resize(length_bytes).await?;
+            }
+        }
+        drop(turn);
+        self.cut_off_the_end().await
+    }
+
+    /// Takes everything from the front of a range; what is left is returned. The caller has the turn.
+    async fn forget_front(&self, range: ByteRange) -> Result<ByteRange, ImageError> {
+        let state = &self.state;
+        if let Some(end) = state.end_of_nothing(range)? {
+            return Ok(ByteRange::between(end.min(range.end()), range.end()));
+        }
+        let front = range.intersection(&state.slice_span(range));
+        self.change(front, Change::Forget).await?;
+        Ok(range.split_at(front.length()).1)
+    }
+
+    /// Waits until the end of the file is not being cut off.
+    pub(super) async fn wait_for_cut(&self) {
+        let cutting = &self.state.cutting;
+        let ended = self.serial.drive(|| (!cutting.get()).then_some(())).await;
+        if ended.is_none() {
+            // Whoever cut it was torn down with its work.
+            cutting.set(false);
+        }
+    }
+
+    /// Gives the end of the file back, behind the last cluster that is in use.
+    async fn cut_off_the_end(&self) -> Result<(), ImageError> {
+        self.commit().await?;
+        let state = Rc::clone(&self.state);
+        let cut = self
+            .serial
+            .run(move || Box::pin(async move { state.cut_off_the_end().await }))
+            .await;
+        cut.unwrap_or_else(|| Err(interrupted()))
+    }
+}
+
+impl ImageState {
+    fn check_resize(&self, length_bytes: u64) -> Result<(), ImageError> {
+        if !length_bytes.is_multiple_of(512) {
+            return Err(ImageError::refused(
+                "The new size must be a multiple of 512",
+            ));
+        }
+        let header = self.header.borrow();
+        if header.geometry.version() == Version::V2 && header.snapshots > 0 {
+            return Err(ImageError::refused(
+                "Can't resize a v2 image which has snapshots",
+            ));
+        }
+        drop(header);
+        self.check_unlimited(Operation::Resize, ByteRange::new(0, length_bytes))
+    }
+
+    /// Up to where nothing is known of the clusters from the front of `range`, if nothing is.
+    fn end_of_nothing(&self, range: ByteRange) -> Result<Option<u64>, ImageError> {
+        self.check_sound()?;
+        Ok(self
+            .is_without_table(range.offset())?
+            .then(|| self.end_without_tables(range)))
+    }
+
+    /// Gives up L2 tables that are not needed for a disk of `length_bytes`. Their entries are empty.
+    fn forget_tables(&self, length_bytes: u64) {
+        let needed = self.geometry.l1_entries_for(length_bytes);
+        let mut l1 = self.l1.borrow_mut();
+        for index in needed..l1.len() {
+            let Some(table) = L1Entry(l1.word(index)).table() else {
+                continue;
+            };
+            if !l1.set(index, 0) {
+                continue;
+            }
+            // Changes that were not written must never be: the cluster may become something else.
+            self.l2.forget_table(table, self.geometry.cluster_bytes());
+            self.fresh.borrow_mut().remove(table);
+            self.unlink_cluster(table, Why::Other);
+        }
+    }
+
+    /// Nothing else writes metadata meanwhile, and nobody is given a cluster.
+    async fn cut_off_the_end(&self) -> Result<(), ImageError> {
+        let facts = self.file.facts();
+        if facts.fixed_length {
+            return Ok(());
+        }
+        self.cutting.set(true);
+        let cut = self.cut_behind_last_cluster().await;
+        self.cutting.set(false);
+        cut
+    }
+
+    async fn cut_behind_last_cluster(&self) -> Result<(), ImageError> {
+        let length = self.file.facts().length_bytes;
+        let mut end = HostCluster(self.geometry.clusters_for(length).0);
+        // Clusters may have been given to somebody who has not written there yet.
+        end = end.max(self.counts.untouched_from.get());
+        while let Some(last) = end.0.checked_sub(1).map(HostCluster) {
+            match self.peek(last, ClusterCount(1)) {
+                Peeked::Load(slice) => match self.load(slice, &self.counts.blocks).await {
+                    Ok(true) => continue,
+                    // Only room is lost.
+                    Ok(false) | Err(_) => return Ok(()),
+                },
+                Peeked::Unused(_) if !self.strayed.borrow().contains(last) => end = last,
+                _ => break,
+            }
+        }
+        let end_bytes = self.geometry.host_offset(end).0;
+        if end_bytes >= length || end.0 == 0 {
+            return Ok(());
+        }
+        Ok(self.file.resize(end_bytes).await?)
+    }
+}

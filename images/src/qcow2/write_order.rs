@@ -1,0 +1,311 @@
+//! The order on disk: how what was changed in memory gets to the medium, so that a power cut at any instant leaves a sound
+//! image that has lost no more than what was not flushed, and at most room.
+//!
+//! ```text
+//!   all that was changed is taken at one instant; what changes later belongs to the next commit
+//!   1  refcount blocks, L2 tables that nothing leads to yet      sync (guest data written before is covered by it)
+//!   2  entries of the refcount table, if any were changed        sync
+//!   3  L2 tables in use, L1 entries, if any were changed         sync
+//!   4  what was unlinked by 3 is given up, see `frees`
+//! ```
+//! So an L2 entry never leads to a cluster whose count or data is not durable, and nothing is used again before its unlinking
+//! is durable.
+//!
+//! A write that fails leaves everything counted as changed, and the next commit begins anew. A sync that fails is never
+//! tried again: nobody knows what it lost.
+
+use std::rc::Rc;
+
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, ZeroMode};
+
+use crate::error::ImageError;
+use crate::qcow2::frees::Free;
+use crate::qcow2::fresh::{FreshPart, TableKind};
+use crate::qcow2::image::{ImageState, Qcow2};
+use crate::qcow2::overlap::Metadata;
+use crate::qcow2::table_cache::{ChangedSlice, TableCache};
+use crate::qcow2::units::HostOffset;
+use crate::qcow2::waiting::all_of;
+use crate::qcow2::word_table::ChangedSectors;
+
+/// Longest write of metadata in bytes, and the piece in which tables are copied.
+const WRITE_BYTES_MAX: usize = 1 << 20;
+
+/// Writes of metadata in flight together.
+const WRITES_MAX: usize = 16;
+
+/// What was changed, as it was at one instant.
+struct Batch {
+    counts: Vec<ChangedSlice>,
+    count_table: Vec<ChangedSectors>,
+    /// Slices of L2 tables that nothing on the medium leads to.
+    fresh_l2: Vec<ChangedSlice>,
+    /// What of fresh tables is in no cache.
+    fresh_parts: Vec<(Metadata, FreshPart)>,
+    /// First bytes of the fresh tables.
+    fresh: Vec<HostOffset>,
+    l2: Vec<ChangedSlice>,
+    l1: Vec<ChangedSectors>,
+    unlinked: Vec<Free>,
+}
+
+/// Bytes on their way to the file.
+struct Piece {
+    at: HostOffset,
+    bytes: Vec<u8>,
+    kind: Metadata,
+}
+
+impl Qcow2 {
+    /// Makes everything durable that completed before: data that was written and published, zeroes, discards.
+    ///
+    /// # Errors
+    /// What the storage says. A failed write may succeed the next time; after a failed sync the image refuses every change and
+    /// every flush, for good.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the flush to whoever comes next; nothing is written by halves.
+    pub async fn flush(&self) -> Result<(), ImageError> {
+        if self.state.options.read_only {
+            return Ok(());
+        }
+        self.commit().await
+    }
+
+    /// A commit that begins from now on, alone or together with others who want one.
+    pub(super) async fn commit(&self) -> Result<(), ImageError> {
+        let commits = &self.commits;
+        let wanted = commits.begun.get() + 1;
+        let ended = || {
+            (commits.ended.get() >= wanted).then(|| match commits.last.borrow().clone() {
+                None => Ok(()),
+                Some(error) => Err(error),
+            })
+        };
+        let outcome = loop {
+            if let Some(outcome) = self.serial.drive(ended).await {
+                break outcome;
+            }
+            self.begin_commit();
+        };
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.failed(error).await),
+        }
+    }
+
+    /// The same, reference counts included where they may be late otherwise.
+    pub(super) async fn commit_counts(&self) -> Result<(), ImageError> {
+        self.state.counts_wanted.set(true);
+        self.commit().await
+    }
+
+    fn begin_commit(&self) {
+        let (state, commits) = (Rc::clone(&self.state), Rc::clone(&self.commits));
+        self.serial.start(Box::pin(async move {
+            // Nothing is taken before this is polled first, and from then on nobody can join.
+            commits.begun.set(commits.begun.get() + 1);
+            let outcome = state.commit().await;
+            *commits.last.borrow_mut() = outcome.err();
+            commits.ended.set(commits.begun.get());
+        }));
+    }
+}
+
+impl ImageState {
+    pub(super) async fn commit(&self) -> Result<(), ImageError> {
+        self.check_sound()?;
+        self.free_released().await;
+        let batch = self.take_changed();
+        let outcome = self.write(&batch).await;
+        self.after(batch, outcome.is_ok());
+        outcome?;
+        self.free_released().await;
+        Ok(())
+    }
+
+    fn take_changed(&self) -> Batch {
+        let late = self.options.lazy_refcounts
+            && !self.counts_wanted.replace(false)
+            && !self.counts.blocks.is_mostly_changed();
+        let (counts, count_table) = match late {
+            true => (Vec::new(), Vec::new()),
+            false => (
+                self.counts.blocks.take_changed(),
+                self.counts.table.borrow_mut().take_changed(),
+            ),
+        };
+        let fresh = self.fresh.borrow();
+        let of_fresh = |slice: &ChangedSlice| {
+            let cluster = self.geometry.host_cluster(slice.at);
+            fresh.contains(self.geometry.host_offset(cluster))
+        };
+        let (fresh_l2, l2) = self.l2.take_changed().into_iter().partition(of_fresh);
+        let mut written = fresh.places(TableKind::L2);
+        let mut parts: Vec<(Metadata, FreshPart)> = Vec::new();
+        let mut add_parts = |tables: &[HostOffset], kind| {
+            let parts_of = |table: &HostOffset| fresh.parts(*table);
+            parts.extend(tables.iter().flat_map(parts_of).map(|part| (kind, part)));
+        };
+        add_parts(&written, Metadata::ActiveL2);
+        if !late {
+            let blocks = fresh.places(TableKind::RefcountBlock);
+            add_parts(&blocks, Metadata::RefcountBlock);
+            written.extend(blocks);
+        }
+        drop(fresh);
+        Batch {
+            counts,
+            count_table,
+            fresh_l2,
+            fresh_parts: parts,
+            fresh: written,
+            l2,
+            l1: self.l1.borrow_mut().take_changed(),
+            unlinked: std::mem::take(&mut *self.unlinked.borrow_mut()),
+        }
+    }
+
+    async fn write(&self, batch: &Batch) -> Result<(), ImageError> {
+        let counts = slice_pieces(&batch.counts, Metadata::RefcountBlock);
+        let fresh = slice_pieces(&batch.fresh_l2, Metadata::ActiveL2);
+        self.write_pieces(counts.chain(fresh)).await?;
+        for (kind, part) in &batch.fresh_parts {
+            self.write_fresh(*kind, part).await?;
+        }
+        self.sync_data_file().await?;
+        self.sync().await?;
+        {
+            let mut fresh = self.fresh.borrow_mut();
+            // From here on something on the medium may lead to them.
+            batch.fresh.iter().for_each(|table| fresh.remove(*table));
+        }
+        if !batch.count_table.is_empty() {
+            let table = sector_pieces(&batch.count_table, Metadata::RefcountTable);
+            self.write_pieces(table).await?;
+            self.sync().await?;
+        }
+        if !batch.l2.is_empty() || !batch.l1.is_empty() {
+            let l2 = slice_pieces(&batch.l2, Metadata::ActiveL2);
+            let l1 = sector_pieces(&batch.l1, Metadata::ActiveL1);
+            self.write_pieces(l2.chain(l1)).await?;
+            self.sync().await?;
+        }
+        Ok(())
+    }
+
+    /// Gives back what was taken: written, or changed as before.
+    fn after(&self, batch: Batch, written: bool) {
+        let slices = |cache: &TableCache, slices: &[ChangedSlice]| {
+            for slice in slices {
+                match written {
+                    true => cache.written(slice),
+                    false => cache.not_written(slice),
+                }
+            }
+        };
+        slices(&self.counts.blocks, &batch.counts);
+        slices(&self.l2, &batch.fresh_l2);
+        slices(&self.l2, &batch.l2);
+        if written {
+            self.retire(batch.unlinked);
+            return;
+        }
+        let mut table = self.counts.table.borrow_mut();
+        batch.count_table.iter().for_each(|s| table.not_written(s));
+        let mut l1 = self.l1.borrow_mut();
+        batch.l1.iter().for_each(|sectors| l1.not_written(sectors));
+        let mut unlinked = self.unlinked.borrow_mut();
+        let newer = std::mem::replace(&mut *unlinked, batch.unlinked);
+        unlinked.extend(newer);
+    }
+
+    /// Writes a part of a fresh table that is in no cache.
+    async fn write_fresh(&self, kind: Metadata, part: &FreshPart) -> Result<(), ImageError> {
+        let range = ByteRange::new(part.at.0, part.length_bytes);
+        let Some(origin) = part.origin else {
+            self.overlaps
+                .check(self, range, Some(kind))
+                .map_err(ImageError::Corrupt)?;
+            let mode = ZeroMode {
+                may_unmap: true,
+                no_fallback: false,
+            };
+            return Ok(self.file.zero(range, mode).await?);
+        };
+        for piece in range.pieces(WRITE_BYTES_MAX as u64) {
+            let from = origin.plus(piece.offset() - range.offset());
+            let length = usize::try_from(piece.length()).unwrap_or(WRITE_BYTES_MAX);
+            let mut bytes = self.read_metadata(from, length).await?;
+            self.clear_copied(&mut bytes);
+            self.write_metadata(HostOffset(piece.offset()), &bytes, Some(kind))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Writes metadata, neighbours together, a few writes at a time; nothing of it is in flight when this ends.
+    async fn write_pieces(&self, pieces: impl Iterator<Item = Piece>) -> Result<(), ImageError> {
+        let facts = self.file.facts();
+        let bytes_max = WRITE_BYTES_MAX.min(facts.transfer_max_bytes as usize);
+        let mut joined: Option<Piece> = None;
+        let mut group: Vec<Piece> = Vec::new();
+        for piece in pieces {
+            match &mut joined {
+                Some(last)
+                    if last.at.plus(last.bytes.len() as u64) == piece.at
+                        && last.kind == piece.kind
+                        && last.bytes.len() + piece.bytes.len() <= bytes_max =>
+                {
+                    last.bytes.extend(piece.bytes);
+                }
+                _ => {
+                    group.extend(joined.replace(piece));
+                    if group.len() == WRITES_MAX {
+                        self.write_group(std::mem::take(&mut group)).await?;
+                    }
+                }
+            }
+        }
+        group.extend(joined);
+        self.write_group(group).await
+    }
+
+    async fn write_group(&self, group: Vec<Piece>) -> Result<(), ImageError> {
+        let mut writes: Vec<LocalFuture<'_, Result<(), ImageError>>> = Vec::new();
+        for piece in &group {
+            let range = ByteRange::new(piece.at.0, piece.bytes.len() as u64);
+            self.overlaps
+                .check(self, range, Some(piece.kind))
+                .map_err(ImageError::Corrupt)?;
+        }
+        for Piece { at, bytes, .. } in group {
+            writes.push(Box::pin(async move {
+                let written = self.file.write(at.0, Buffer::copy_of(&bytes)).await;
+                Ok(written.outcome?)
+            }));
+        }
+        all_of(writes).await
+    }
+}
+
+/// What was changed in slices, as bytes to write.
+fn slice_pieces(slices: &[ChangedSlice], kind: Metadata) -> impl Iterator<Item = Piece> {
+    slices.iter().map(move |slice| Piece {
+        at: slice.at.plus(slice.changed.start as u64),
+        bytes: slice
+            .bytes
+            .get(slice.changed.clone())
+            .unwrap_or(&[])
+            .to_vec(),
+        kind,
+    })
+}
+
+fn sector_pieces(sectors: &[ChangedSectors], kind: Metadata) -> impl Iterator<Item = Piece> {
+    sectors.iter().map(move |sectors| Piece {
+        at: sectors.at,
+        bytes: sectors.bytes.clone(),
+        kind,
+    })
+}
