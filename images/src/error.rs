@@ -1,6 +1,7 @@
 //! What can go wrong with an image, apart from its content: it is refused, it turns out corrupt, or its storage fails.
 
 use blockyard_storage::StorageError;
+use blockyard_storage::error::errno_text;
 
 use crate::qcow2::units::HostOffset;
 
@@ -14,6 +15,14 @@ pub enum ImageError {
         text: String,
         /// Which field has which value and what it may be, where the sentence does not say so.
         detail: Option<String>,
+    },
+    /// A part of the image could not be read, so it was not opened; nothing has changed.
+    #[error("{text}: {}", errno_text(.source.errno))]
+    Unreadable {
+        /// Which part, in QEMU's words.
+        text: &'static str,
+        /// What the storage says.
+        source: StorageError,
     },
     /// The image contradicts itself; found while it is in use.
     #[error("{}", .0.text)]

@@ -8,6 +8,7 @@ mod client;
 mod client_tools;
 mod command_line;
 mod connections;
+mod create_qcow2;
 mod create_raw;
 mod daemon;
 mod flows;

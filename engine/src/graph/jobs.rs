@@ -2,6 +2,7 @@
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::{EngineError, JobError};
+use crate::graph::creating::{Opened, image_edges};
 use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{Blocker, Edge, JobLabel, NodeRecord, User};
 use crate::graph::{Graph, names};
@@ -19,7 +20,7 @@ const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
 pub(super) const TARGET_ROLE: &str = "target";
 
 /// The nodes of one job.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JobNodes {
     /// Where it reads.
     pub source: Option<NodeId>,
@@ -27,8 +28,14 @@ pub struct JobNodes {
     pub target: Option<NodeId>,
     /// What it put above the source.
     pub filter: Option<NodeId>,
+    /// Where it writes guest data of an image that keeps it outside.
+    pub data_file: Option<NodeId>,
+    /// What such an image calls that node.
+    pub data_file_name: Option<String>,
+    /// The target becomes an image.
+    pub makes_image: bool,
     /// What was opened for it, and goes with it.
-    pub opened: Option<NodeId>,
+    pub opened: Opened,
 }
 
 impl Graph {
@@ -36,13 +43,17 @@ impl Graph {
     ///
     /// # Errors
     /// In QEMU's words; nothing stays open then.
-    pub async fn open_for_job(&self, work: &WorkSpec) -> Result<Option<NodeId>, EngineError> {
+    pub async fn open_for_job(&self, work: &WorkSpec) -> Result<Opened, EngineError> {
         match work {
             WorkSpec::Create(CreateSpec::Raw {
                 file: NodeRef::Inline(spec),
                 ..
-            }) => self.open_unowned((**spec).clone()).await.map(Some),
-            _ => Ok(None),
+            }) => Ok(Opened {
+                target: Some(self.open_unowned((**spec).clone()).await?),
+                data_file: None,
+            }),
+            WorkSpec::Create(CreateSpec::Qcow2(spec)) => self.open_for_qcow2(spec).await,
+            _ => Ok(Opened::default()),
         }
     }
 
@@ -54,7 +65,7 @@ impl Graph {
     pub async fn prepare_job(
         &self,
         work: &WorkSpec,
-        opened: Option<NodeId>,
+        opened: Opened,
     ) -> Result<JobNodes, EngineError> {
         match work {
             WorkSpec::Backup(spec) => self.prepare_backup(spec).await,
@@ -62,6 +73,9 @@ impl Graph {
             WorkSpec::Create(CreateSpec::File { .. }) => Ok(JobNodes::default()),
             WorkSpec::Create(CreateSpec::Raw { file, size, .. }) => {
                 self.prepare_create_raw(file, *size, opened).await
+            }
+            WorkSpec::Create(CreateSpec::Qcow2(spec)) => {
+                self.prepare_create_qcow2(spec, opened).await
             }
             WorkSpec::Create(CreateSpec::Unsupported { .. }) => Err(EngineError::generic(
                 "Driver does not support blockdev-create",
@@ -147,7 +161,7 @@ impl Graph {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
-            opened: None,
+            ..JobNodes::default()
         })
     }
 
@@ -155,10 +169,10 @@ impl Graph {
         &self,
         file: &NodeRef,
         size: u64,
-        opened: Option<NodeId>,
+        opened: Opened,
     ) -> Result<JobNodes, EngineError> {
         let checked = async {
-            let target = match (file, opened) {
+            let target = match (file, opened.target) {
                 (NodeRef::Name(name), _) => self.look_up(name)?,
                 (NodeRef::Inline(_), Some(opened)) => opened,
                 (NodeRef::Inline(_), None) => {
@@ -176,9 +190,7 @@ impl Graph {
                 ..JobNodes::default()
             }),
             Err(error) => {
-                if let Some(opened) = opened {
-                    self.close_unused(opened).await;
-                }
+                self.close_opened(&opened).await;
                 Err(error)
             }
         }
@@ -228,7 +240,7 @@ impl Graph {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
-            opened: None,
+            ..JobNodes::default()
         })
     }
 
@@ -376,9 +388,7 @@ impl Graph {
         if let Some(filter) = nodes.filter {
             self.remove_filter(filter).await;
         }
-        if let Some(opened) = nodes.opened {
-            self.close_unused(opened).await;
-        }
+        self.close_opened(&nodes.opened).await;
     }
 
     /// Gives an existing job its edges and keeps others off its nodes.
@@ -394,8 +404,11 @@ impl Graph {
     ) -> Result<(), EngineError> {
         let mut records = self.records.borrow_mut();
         // Until here nothing keeps others from taking the target away.
-        if let Some(target) = nodes.target
-            && records.node(target).is_none()
+        let written = [nodes.target, nodes.data_file];
+        if written
+            .into_iter()
+            .flatten()
+            .any(|id| records.node(id).is_none())
         {
             return Err(EngineError::generic("The target node is gone"));
         }
@@ -419,6 +432,15 @@ impl Graph {
                 job(above, "main node", none, every),
                 job(target, TARGET_ROLE, none, every),
             ],
+            JobType::Create if nodes.makes_image => {
+                match image_edges(&mut records, key, nodes, target) {
+                    Ok(edges) => edges,
+                    Err(error) => {
+                        records.jobs.retain(|job| job.key != key);
+                        return Err(error);
+                    }
+                }
+            }
             JobType::Create => vec![edge(
                 User::Backend(key),
                 target,
@@ -451,13 +473,14 @@ impl Graph {
             }
             return Err(error);
         }
-        let blocked: &[NodeId] = match job_type {
-            JobType::Create => &[target],
-            JobType::Backup => &[above, target],
-            _ => &[above, source, target],
+        let blocked = match job_type {
+            JobType::Create => vec![target],
+            JobType::Backup => vec![above, target],
+            _ => vec![above, source, target],
         };
-        records.blockers.extend(blocked.iter().map(|node| Blocker {
-            node: *node,
+        let blocked = blocked.into_iter().chain(nodes.data_file);
+        records.blockers.extend(blocked.map(|node| Blocker {
+            node,
             job: key,
             job_type,
         }));
@@ -472,7 +495,8 @@ impl Graph {
         let Some(target) = nodes.target else {
             return Ok(self.threads.choose());
         };
-        let source = nodes.source.unwrap_or(target);
+        // A data file is brought to its image, as a source to its target.
+        let source = nodes.source.or(nodes.data_file).unwrap_or(target);
         let (here, there) = (self.thread_of(source), self.thread_of(target));
         if here == there {
             return Ok(here);
@@ -550,7 +574,7 @@ impl Graph {
     }
 }
 
-fn edge(
+pub(super) fn edge(
     user: User,
     child: NodeId,
     role: &'static str,

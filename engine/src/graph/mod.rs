@@ -5,6 +5,7 @@
 
 mod add;
 mod blkdebug;
+mod creating;
 mod disk_facts;
 mod fault_config;
 mod filenames;

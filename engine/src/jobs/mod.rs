@@ -5,6 +5,7 @@ mod copier;
 #[cfg(test)]
 mod copier_tests;
 mod create;
+pub(crate) mod create_qcow2;
 mod create_raw;
 mod mirror;
 mod plan;
@@ -76,6 +77,17 @@ pub fn work(
                 *size,
                 preallocation,
                 create::piece_bytes(preallocation),
+            ))
+        }
+        WorkSpec::Create(CreateSpec::Qcow2(spec)) => {
+            let data_file = match (&spec.data_file, &nodes.data_file_name) {
+                (Some(_), Some(name)) => Some((node(nodes.data_file)?, name.as_bytes())),
+                _ => None,
+            };
+            Box::new(create_qcow2::CreateQcow2::new(
+                spec,
+                node(nodes.target)?,
+                data_file,
             ))
         }
         WorkSpec::Create(CreateSpec::Unsupported { driver }) => {

@@ -204,7 +204,7 @@ impl Manager {
                 job.error.is_some(),
                 pivots,
                 replaces,
-                job.nodes,
+                job.nodes.clone(),
                 job.driver.clone(),
             )
         });

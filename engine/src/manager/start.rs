@@ -3,10 +3,10 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
+use tokio::sync::{MutexGuard, mpsc};
 
 use crate::data::ThreadId;
-use crate::error::EngineError;
+use crate::error::{EngineError, JobError};
 use crate::graph::{JobNodes, is_identifier};
 use crate::job::context::{ErrorPolicies, JobContext, JobKey, JobShared};
 use crate::job::status::{Status, Step};
@@ -17,7 +17,7 @@ use crate::manager::driver::{EndReport, drive};
 use crate::manager::record::{GroupKey, JobRecord};
 use crate::manager::verbs::negative_speed;
 use crate::reply::IoStatus;
-use crate::request::{CopyMode, JobSpec, WorkSpec};
+use crate::request::{CopyMode, CreateSpec, JobSpec, WorkSpec};
 
 /// A job that exists and can start.
 struct Admitted {
@@ -25,6 +25,8 @@ struct Admitted {
     thread: ThreadId,
     work: WorkSpec,
     nodes: JobNodes,
+    /// Why its work will fail before it begins.
+    failed: Option<JobError>,
 }
 
 impl Manager {
@@ -72,33 +74,62 @@ impl Manager {
         GroupKey(self.jobs.borrow_mut().next_key())
     }
 
-    /// Everything that can fail before a job runs.
+    /// Everything that can fail before a job runs. What a client may only hear from the job itself becomes its failure.
     async fn admit(&self, spec: JobSpec, group: GroupKey) -> Result<Admitted, EngineError> {
-        let opened = self.graph.open_for_job(&spec.work).await?;
-        let _held = self.graph.hold().await;
-        let nodes = self.graph.prepare_job(&spec.work, opened).await?;
-        let key = match self.create(&spec, nodes, group) {
+        let told_by_job = tells_of_nodes(&spec.work);
+        let (_held, nodes, missing) = match self.prepare_nodes(&spec.work).await {
+            Ok((held, nodes)) => (Some(held), nodes, None),
+            Err(error) if told_by_job => (None, JobNodes::default(), Some(error)),
+            Err(error) => return Err(error),
+        };
+        let key = match self.create(&spec, nodes.clone(), group) {
             Ok(key) => key,
             Err(error) => {
                 self.graph.abandon(&nodes).await;
                 return Err(error);
             }
         };
-        match self.bring_up(key, &spec, &nodes).await {
-            Ok(thread) => Ok(Admitted {
-                key,
-                thread,
-                work: spec.work,
-                nodes,
-            }),
-            Err(error) => {
-                self.with_job(key, |job| job.nodes = None);
-                self.graph.detach_job(key, &nodes).await;
-                self.jobs.borrow_mut().leave_group(key);
-                self.dismiss(key);
-                Err(error)
+        let brought_up = match missing {
+            None => self.bring_up(key, &spec, &nodes).await,
+            Some(error) => Err(error),
+        };
+        let error = match brought_up {
+            Ok(thread) => {
+                return Ok(Admitted {
+                    key,
+                    thread,
+                    work: spec.work,
+                    nodes,
+                    failed: None,
+                });
             }
+            Err(error) => error,
+        };
+        self.with_job(key, |job| job.nodes = None);
+        self.graph.detach_job(key, &nodes).await;
+        if told_by_job {
+            return Ok(Admitted {
+                key,
+                thread: self.threads.choose(),
+                work: spec.work,
+                nodes: JobNodes::default(),
+                failed: Some(JobError::text(error.text)),
+            });
         }
+        self.jobs.borrow_mut().leave_group(key);
+        self.dismiss(key);
+        Err(error)
+    }
+
+    /// The nodes of a job that is to be; the graph is held from then on.
+    async fn prepare_nodes(
+        &self,
+        work: &WorkSpec,
+    ) -> Result<(MutexGuard<'_, ()>, JobNodes), EngineError> {
+        let opened = self.graph.open_for_job(work).await?;
+        let held = self.graph.hold().await;
+        let nodes = self.graph.prepare_job(work, opened).await?;
+        Ok((held, nodes))
     }
 
     /// Checks the id and takes the job in.
@@ -183,6 +214,7 @@ impl Manager {
             thread,
             work,
             nodes,
+            failed,
         } = job;
         let (driver, orders) = mpsc::unbounded_channel();
         let shared = self.with_job(key, |job| {
@@ -210,11 +242,25 @@ impl Manager {
                     pool,
                     policies,
                 ));
-                match jobs::work(&work, &nodes, &data) {
+                let work = match failed {
+                    None => jobs::work(&work, &nodes, &data),
+                    Some(error) => {
+                        // The one step there was.
+                        cx.progress().set_remaining(1);
+                        cx.progress().done(1);
+                        Err(error)
+                    }
+                };
+                match work {
                     Ok(work) => drive(work, cx, end, orders).await,
                     Err(error) => end.send(Err(Stop::Failed(error))),
                 }
             })
         });
     }
+}
+
+/// Whether what is wrong with the nodes is told by the job, as QEMU only looks at them when it runs.
+const fn tells_of_nodes(work: &WorkSpec) -> bool {
+    matches!(work, WorkSpec::Create(CreateSpec::Qcow2(_)))
 }

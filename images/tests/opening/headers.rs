@@ -9,7 +9,7 @@ use blockyard_images::qcow2::units::{Compression, Version};
 use crate::oracle::Oracle;
 
 /// Options of `qemu-img create`, and more arguments.
-const CREATED: &[(&str, &[&str])] = &[
+pub(crate) const CREATED: &[(&str, &[&str])] = &[
     ("", &[]),
     ("compat=0.10", &[]),
     ("compat=0.10,cluster_size=512", &[]),

@@ -1,7 +1,10 @@
 //! QEMU's tools of version 10.0: found, or the test is skipped aloud; with CI=true their absence is a failure.
 
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// QEMU's tools, and a folder for their files that goes with this value.
 pub(crate) struct Oracle {
@@ -34,9 +37,17 @@ impl Oracle {
         std::fs::read(self.path(name)).expect("readable")
     }
 
-    /// Makes or replaces a file of the folder.
+    /// Makes or replaces a file of the folder. Zeroes become holes.
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) {
-        std::fs::write(self.path(name), bytes).expect("writable");
+        const BLOCK_BYTES: usize = 4096;
+        let file = std::fs::File::create(self.path(name)).expect("writable");
+        file.set_len(bytes.len() as u64).expect("long enough");
+        for (index, block) in bytes.chunks(BLOCK_BYTES).enumerate() {
+            if block.iter().any(|byte| *byte != 0) {
+                let offset = (index * BLOCK_BYTES) as u64;
+                file.write_all_at(block, offset).expect("written");
+            }
+        }
     }
 
     /// What a tool does with these arguments in the folder.
@@ -68,4 +79,66 @@ impl Oracle {
         self.qemu_img(&arguments);
         self.read("created.qcow2")
     }
+
+    /// What `qemu-img info` says when it cannot open an image; `None`: it can.
+    pub(crate) fn info_text(&self, name: &str) -> Option<String> {
+        let output = self.run("qemu-img", &["info", "-f", "qcow2", "--output=json", name]);
+        if output.status.success() {
+            return None;
+        }
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        // A warning before it has no end of line.
+        let text = said
+            .split(&format!("qemu-img: Could not open '{name}': "))
+            .nth(1);
+        let text = text.unwrap_or_else(|| panic!("{name}: {output:?}"));
+        text.lines().next().map(str::to_owned)
+    }
+
+    /// What qemu-storage-daemon says when these images cannot be added; `None`: they can. Writing, it may change them.
+    pub(crate) fn open_texts(&self, names: &[String], write: Write) -> Vec<Option<String>> {
+        let mut script = String::from("{\"execute\":\"qmp_capabilities\"}\n");
+        for (index, name) in names.iter().enumerate() {
+            writeln!(
+                script,
+                r#"{{"execute":"blockdev-add","id":{index},"arguments":{{"driver":"qcow2","node-name":"n","read-only":{},"file":{{"driver":"file","filename":"{name}"}}}}}}
+{{"execute":"blockdev-del","arguments":{{"node-name":"n"}}}}"#,
+                write == Write::No
+            )
+            .expect("a string");
+        }
+        script.push_str("{\"execute\":\"quit\"}\n");
+        let mut daemon = Command::new("qemu-storage-daemon")
+            .args(["--chardev", "stdio,id=c", "--monitor", "chardev=c"])
+            .current_dir(self.folder.path() as &Path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("it starts");
+        let mut input = daemon.stdin.take().expect("piped");
+        let feeder = std::thread::spawn(move || input.write_all(script.as_bytes()));
+        let output = daemon.wait_with_output().expect("it ends");
+        feeder.join().expect("no panic").expect("it reads all");
+        let replies = String::from_utf8_lossy(&output.stdout).into_owned();
+        let reply = |index: usize| {
+            let id = format!("\"id\": {index}");
+            let of_index = |line: &&str| {
+                let rest = line.split(&id).nth(1);
+                rest.is_some_and(|rest| rest.starts_with([',', '}']))
+            };
+            let line = replies.lines().find(of_index).expect("each has a reply");
+            let text = line.split("\"desc\": \"").nth(1)?;
+            let (text, _) = text.split_once("\"}").expect("the end of the text");
+            Some(text.replace("\\\"", "\""))
+        };
+        (0..names.len()).map(reply).collect()
+    }
+}
+
+/// Whether an image is opened for writing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Write {
+    No,
+    Yes,
 }

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, BitmapMode, CopyMode, CreatePreallocation, CreateSpec, JobSpec,
-    MirrorSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    BackupPerf, BackupSpec, BitmapMode, CopyMode, CreateEncryption, CreatePreallocation,
+    CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
 
 use crate::commands::nodes::node_reference;
@@ -202,8 +202,9 @@ fn create(mut arguments: Fields) -> Result<Action, QmpError> {
         "raw" => CreateSpec::Raw {
             size: options.unsigned("size").unwrap_or(0),
             preallocation: options.word("preallocation", PREALLOCATIONS),
-            file: node_reference(options, "file")?,
+            file: node_reference(&mut options, "file")?,
         },
+        "qcow2" => CreateSpec::Qcow2(Box::new(create_qcow2(options)?)),
         _ => CreateSpec::Unsupported { driver },
     });
     call(Request::StartJob(JobSpec {
@@ -212,4 +213,31 @@ fn create(mut arguments: Fields) -> Result<Action, QmpError> {
         auto_dismiss: false,
         work,
     }))
+}
+
+fn create_qcow2(mut options: Fields) -> Result<CreateQcow2Spec, QmpError> {
+    let encrypt = options.object("encrypt");
+    let flag = |name| options.flag(name).unwrap_or(false);
+    let is = |name, word| options.word(name, &[(word, ())]).is_some();
+    Ok(CreateQcow2Spec {
+        data_file_raw: flag("data-file-raw"),
+        extended_l2: flag("extended-l2"),
+        size: options.unsigned("size").unwrap_or(0),
+        version_2: is("version", "v2"),
+        encrypt: encrypt.map(|mut encrypt| CreateEncryption {
+            key_secret: encrypt.text("key-secret"),
+        }),
+        cluster_size: options.unsigned("cluster-size"),
+        preallocation: options.word("preallocation", PREALLOCATIONS),
+        lazy_refcounts: flag("lazy-refcounts"),
+        refcount_bits: options.int("refcount-bits"),
+        zstd: is("compression-type", "zstd"),
+        backing_file: options.text("backing-file"),
+        backing_fmt: options.text("backing-fmt"),
+        data_file: match options.has("data-file") {
+            true => Some(node_reference(&mut options, "data-file")?),
+            false => None,
+        },
+        file: node_reference(&mut options, "file")?,
+    })
 }

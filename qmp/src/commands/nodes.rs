@@ -185,8 +185,8 @@ fn nested_spec(mut fields: Fields, depth: usize) -> Result<NodeSpec, QmpError> {
 ///
 /// # Errors
 /// As [`node_spec`].
-pub(super) fn node_reference(mut fields: Fields, name: &str) -> Result<NodeRef, QmpError> {
-    reference(&mut fields, name, 0)
+pub(super) fn node_reference(fields: &mut Fields, name: &str) -> Result<NodeRef, QmpError> {
+    reference(fields, name, 0)
 }
 
 fn reference(fields: &mut Fields, name: &str, depth: usize) -> Result<NodeRef, QmpError> {

@@ -1,6 +1,6 @@
 //! Types of images: how they are created and how queries show them.
 
-use crate::schema::nodes::{DETECT_ZEROES, DRIVER, REFERENCE};
+use crate::schema::nodes::{DETECT_ZEROES, REFERENCE};
 use crate::schema::{Object, Type, Words, optional, required};
 
 static PREALLOCATION: Words = Words::of(&["off", "metadata", "falloc", "full"]);
@@ -16,11 +16,133 @@ static CREATE_RAW: Object = Object::of(&[
     required("size", Type::Size),
     optional("preallocation", Type::Word(&PREALLOCATION)),
 ]);
+static QCOW2_VERSION: Words = Words::of(&["v2", "v3"]);
+static QCOW2_COMPRESSION: Words = Words::of(&["zlib", "zstd"]);
+/// `BlockdevDriver`, all of it: what stands in an image as its backing file's format need not be a driver of ours.
+static BACKING_FORMAT: Words = Words::of(&[
+    "blkdebug",
+    "blklogwrites",
+    "blkreplay",
+    "blkverify",
+    "bochs",
+    "cloop",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "dmg",
+    "file",
+    "snapshot-access",
+    "ftp",
+    "ftps",
+    "gluster",
+    "host_cdrom",
+    "host_device",
+    "http",
+    "https",
+    "iscsi",
+    "luks",
+    "nbd",
+    "nfs",
+    "null-aio",
+    "null-co",
+    "nvme",
+    "parallels",
+    "preallocate",
+    "qcow",
+    "qcow2",
+    "qed",
+    "quorum",
+    "raw",
+    "rbd",
+    "replication",
+    "ssh",
+    "throttle",
+    "vdi",
+    "vhdx",
+    "vmdk",
+    "vpc",
+    "vvfat",
+]);
+static CREATE_QCOW2: Object = Object::of(&[
+    required("file", Type::Alternate(&REFERENCE)),
+    optional("data-file", Type::Alternate(&REFERENCE)),
+    optional("data-file-raw", Type::Bool),
+    optional("extended-l2", Type::Bool),
+    required("size", Type::Size),
+    optional("version", Type::Word(&QCOW2_VERSION)),
+    optional("backing-file", Type::Text),
+    optional("backing-fmt", Type::Word(&BACKING_FORMAT)),
+    optional("encrypt", Type::Object(&CREATE_ENCRYPTION)),
+    optional("cluster-size", Type::Size),
+    optional("preallocation", Type::Word(&PREALLOCATION)),
+    optional("lazy-refcounts", Type::Bool),
+    optional("refcount-bits", Type::Int),
+    optional("compression-type", Type::Word(&QCOW2_COMPRESSION)),
+]);
+
+static ENCRYPTION: Words = Words::of(&["qcow", "luks"]);
+static CIPHER: Words = Words::of(&[
+    "aes-128",
+    "aes-192",
+    "aes-256",
+    "des",
+    "3des",
+    "cast5-128",
+    "serpent-128",
+    "serpent-192",
+    "serpent-256",
+    "twofish-128",
+    "twofish-192",
+    "twofish-256",
+    "sm4",
+]);
+static CIPHER_MODE: Words = Words::of(&["ecb", "cbc", "xts", "ctr"]);
+static IV_GENERATOR: Words = Words::of(&["plain", "plain64", "essiv"]);
+static HASH: Words = Words::of(&[
+    "md5",
+    "sha1",
+    "sha224",
+    "sha256",
+    "sha384",
+    "sha512",
+    "ripemd160",
+    "sm3",
+]);
+static CREATE_ENCRYPTION: Object = Object::union(
+    &[required("format", Type::Word(&ENCRYPTION))],
+    "format",
+    &[("qcow", &CREATE_AES), ("luks", &CREATE_LUKS)],
+);
+static CREATE_AES: Object = Object::of(&[optional("key-secret", Type::Text)]);
+static CREATE_LUKS: Object = Object::of(&[
+    optional("key-secret", Type::Text),
+    optional("cipher-alg", Type::Word(&CIPHER)),
+    optional("cipher-mode", Type::Word(&CIPHER_MODE)),
+    optional("ivgen-alg", Type::Word(&IV_GENERATOR)),
+    optional("ivgen-hash-alg", Type::Word(&HASH)),
+    optional("hash-alg", Type::Word(&HASH)),
+    optional("iter-time", Type::Int),
+]);
+
+/// Drivers that images can be made for.
+static CREATE_DRIVER: Words = Words::of(&[
+    "blkdebug",
+    "file",
+    "host_device",
+    "null-aio",
+    "null-co",
+    "qcow2",
+    "raw",
+]);
 /// `BlockdevCreateOptions`.
 pub static CREATE_OPTIONS: Object = Object::union(
-    &[required("driver", Type::Word(&DRIVER))],
+    &[required("driver", Type::Word(&CREATE_DRIVER))],
     "driver",
-    &[("file", &CREATE_FILE), ("raw", &CREATE_RAW)],
+    &[
+        ("file", &CREATE_FILE),
+        ("qcow2", &CREATE_QCOW2),
+        ("raw", &CREATE_RAW),
+    ],
 );
 
 static FORMAT_SPECIFIC_TYPE: Words = Words::of(&["file"]);

@@ -1,6 +1,7 @@
 //! Jobs on simulated disks: the real works over real nodes, with faults, orders and power cuts at every step.
 
 mod create;
+mod create_qcow2;
 mod create_raw;
 mod faults;
 mod orders;

@@ -12,8 +12,10 @@ use super::plan::Table;
 
 /// Metadata is written in pieces of so many bytes, a multiple of every table's entry.
 const TABLE_PIECE_BYTES: u64 = 1 << 20;
-/// Room is reserved, and what is in the way cleared, in pieces of so many bytes.
+/// The file system reserves room in pieces of so many bytes.
 const ROOM_PIECE_BYTES: u64 = 64 << 20;
+/// Zeroes are written in pieces of so many bytes: pause and cancel wait for that long, and it takes longer.
+const ZERO_PIECE_BYTES: u64 = 8 << 20;
 /// Extents that are asked for at once.
 const EXTENTS_MAX: usize = 256;
 /// What a disk writes whole or not at all.
@@ -296,7 +298,11 @@ impl Making<'_> {
         range: ByteRange,
         how: Preallocation,
     ) -> Result<(), CreateError> {
-        for piece in range.pieces(ROOM_PIECE_BYTES) {
+        let piece_bytes = match how {
+            Preallocation::Full => ZERO_PIECE_BYTES,
+            Preallocation::Falloc | Preallocation::Off => ROOM_PIECE_BYTES,
+        };
+        for piece in range.pieces(piece_bytes) {
             self.pace.checkpoint().await?;
             let reserved = file.storage.preallocate(piece, how).await;
             reserved.map_err(file.failed(file.reserving(how)))?;
@@ -326,7 +332,7 @@ impl Making<'_> {
                     continue;
                 }
                 self.pace.expect(extent.range.length());
-                for piece in extent.range.pieces(ROOM_PIECE_BYTES) {
+                for piece in extent.range.pieces(ZERO_PIECE_BYTES) {
                     self.pace.checkpoint().await?;
                     let zeroed = self.image.storage.zero(piece, mode).await;
                     zeroed.map_err(self.image.failed(STEP))?;
