@@ -559,3 +559,40 @@ fn a_longer_file_stays_so_long_and_a_data_file_keeps_its_content() {
     }
     daemon.quit();
 }
+
+#[test]
+fn geometries_at_their_limits_are_sound() {
+    if !tools::have("qemu-img", "qemu-utils") {
+        return;
+    }
+    let daemon = Daemon::start();
+    let folder = daemon.path("");
+    let mut client = daemon.client();
+    for (cluster_bytes, refcount_bits, size, preallocation) in [
+        // L1 tables of 32 MiB.
+        (512, 16, 128 << 30, "off"),
+        (2 * MIB, 16, 1 << 61, "off"),
+        (65_536, 64, 1 << 51, "off"),
+        // Refcount tables of several clusters.
+        (512, 64, 64 * MIB, "metadata"),
+        (512, 1, 1024 * MIB, "metadata"),
+        (4096, 64, 2048 * MIB, "metadata"),
+    ] {
+        empty_files(&folder, &["f.img"]);
+        let options = json!({
+            "driver": "qcow2", "file": {"driver": "file", "filename": "f.img"}, "size": size,
+            "cluster-size": cluster_bytes, "refcount-bits": refcount_bits,
+            "preallocation": preallocation,
+        });
+        assert_eq!(create(&mut client, &options).get("error"), None);
+        let checked = qemu("qemu-img", &folder, &["check", "-f", "qcow2", "f.img"]);
+        assert!(
+            checked.starts_with("No errors were found on the image."),
+            "{checked}"
+        );
+        let info = ["info", "-f", "qcow2", "--output=json", "f.img"];
+        let info: Value = serde_json::from_str(&qemu("qemu-img", &folder, &info)).expect("JSON");
+        assert_eq!(info["virtual-size"], json!(size));
+    }
+    daemon.quit();
+}

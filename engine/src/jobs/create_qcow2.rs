@@ -91,7 +91,9 @@ impl CreateQcow2 {
         let text = error.to_string();
         let (in_data_file, source) = match error {
             CreateError::Cancelled(Cancelled) => return Stop::Cancelled,
-            CreateError::NotKept => return Stop::Failed(JobError::text(text)),
+            CreateError::TooShort | CreateError::NotKept => {
+                return Stop::Failed(JobError::text(text));
+            }
             CreateError::Storage {
                 in_data_file,
                 source,

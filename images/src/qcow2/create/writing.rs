@@ -1,6 +1,6 @@
 //! [`create`]: from a plan to bytes, in bounded pieces, and back if it comes to nothing.
 
-use blockyard_storage::error::{EINVAL, ENOSPC, errno_text};
+use blockyard_storage::error::{EINVAL, errno_text};
 use blockyard_storage::{
     Buffer, ByteRange, Operation, Preallocation, Storage, StorageError, ZeroMode,
 };
@@ -34,6 +34,9 @@ pub enum CreateError {
         /// What failed.
         source: StorageError,
     },
+    /// A file whose length is fixed is too short.
+    #[error("Could not resize image: Cannot grow device files")]
+    TooShort,
     /// What was written does not come back.
     #[error("Image is not in qcow2 format")]
     NotKept,
@@ -127,9 +130,7 @@ impl<'a> File<'a> {
         if !facts.fixed_length || facts.length_bytes >= length_bytes {
             return Ok(());
         }
-        let range = ByteRange::new(0, length_bytes);
-        let error = StorageError::new(Operation::Resize, range, ENOSPC);
-        Err(self.failed(self.growing())(error))
+        Err(CreateError::TooShort)
     }
 
     async fn grow(&self, length_bytes: u64) -> Result<(), CreateError> {
