@@ -7,10 +7,10 @@
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use blockyard_storage::aligned::WritesInFlight;
 use blockyard_storage::error::{EBADF, EOPNOTSUPP};
 use blockyard_storage::{
-    Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
+    Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, WritesInFlight,
+    ZeroMode,
 };
 
 use crate::error::NodeError;

@@ -9,11 +9,10 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use blockyard_storage::aligned::WritesInFlight;
 use blockyard_storage::error::ENOSPC;
 use blockyard_storage::{
     Buffer, ByteRange, Extent, LocalFuture, Operation, Preallocation, Storage, StorageError,
-    StorageFacts, Transfer, ZeroMode,
+    StorageFacts, Transfer, WritesInFlight, ZeroMode,
 };
 
 use crate::error::NodeError;

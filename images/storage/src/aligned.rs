@@ -2,21 +2,21 @@
 //!
 //! Whole-block requests pass straight through. Others are widened: reads through a bounce buffer, writes by
 //! read-modify-write of the edges. A write waits for overlapping writes in flight, so that an edge that is read, changed and
-//! written back never undoes a neighbour's write. A widened write that passes the end of the file grows it too far; it has
-//! the whole tail of the file for itself until that is cut off again, and nobody is told of the length between.
+//! written back never undoes a neighbour's write, and goes on to its end when its caller gives up. A widened write that
+//! passes the end of the file grows it too far; it has the whole tail of the file for itself until that is cut off again,
+//! and nobody is told of the length between.
 
-use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Poll, Waker};
 
 use crate::buffer::Buffer;
 use crate::error::{Operation, StorageError};
 use crate::facts::{Preallocation, StorageFacts, ZeroMode};
 use crate::range::ByteRange;
 use crate::storage::{Extent, LocalFuture, Storage, Transfer};
+use crate::writes_in_flight::{Turn, WritesInFlight};
 
 /// Lengths of files are kept at multiples of this, the unit of every disk.
 const SECTOR_BYTES: u64 = 512;
@@ -26,8 +26,19 @@ pub struct Aligned {
     inner: Rc<dyn Storage>,
     alignment: u64,
     writes: WritesInFlight,
-    /// The length in bytes that callers know, while a widened write has made the file longer.
-    shown_length: Cell<Option<u64>>,
+    shown: Rc<ShownLength>,
+}
+
+/// The length in bytes that callers know, while a widened write has made the file longer.
+#[derive(Default)]
+struct ShownLength(Cell<Option<u64>>);
+
+impl ShownLength {
+    /// A change up to `end` has ended well.
+    fn grown_to(&self, end: u64) {
+        let shown = self.0.get();
+        self.0.set(shown.map(|shown| shown.max(end)));
+    }
 }
 
 impl Aligned {
@@ -41,13 +52,13 @@ impl Aligned {
             inner,
             alignment,
             writes: WritesInFlight::default(),
-            shown_length: Cell::new(None),
+            shown: Rc::default(),
         })
     }
 
     /// Length in bytes as callers know it.
     fn length(&self) -> u64 {
-        let shown = self.shown_length.get();
+        let shown = self.shown.0.get();
         shown.unwrap_or_else(|| self.inner.facts().length_bytes)
     }
 
@@ -60,28 +71,55 @@ impl Aligned {
         self.length().max(end)
     }
 
-    /// A change up to `end` has ended well.
-    fn grown_to(&self, end: u64) {
-        let shown = self.shown_length.get();
-        self.shown_length.set(shown.map(|shown| shown.max(end)));
-    }
-
     /// What a change of `range` has to have for itself: its blocks, and all behind them if it makes the file too long.
     fn reach(&self, range: ByteRange) -> ByteRange {
         let outer = range.align_outward(self.alignment);
-        if outer.end() > self.length_with(range) && !self.inner.facts().fixed_length {
+        let too_long = outer.end() > self.length_with(range) && !self.inner.facts().fixed_length;
+        if too_long || self.leftover(range).is_some() {
             return ByteRange::between(outer.offset(), u64::MAX);
         }
         outer
     }
 
     /// Waits until a change of `range` may go ahead.
-    async fn turn(&self, range: ByteRange) -> Turn<'_> {
+    async fn turn(&self, range: ByteRange) -> Rc<Turn> {
         loop {
             let turn = self.writes.enter(self.reach(range)).await;
             // The length may have changed meanwhile.
-            if turn.range.contains(&self.reach(range)) {
-                return turn;
+            if turn.range().contains(&self.reach(range)) {
+                return Rc::new(turn);
+            }
+        }
+    }
+
+    /// Where the file has to be cut before a change of `range`: a widened write that failed has left something behind the
+    /// length that callers know, which must not come to light by the file becoming longer.
+    fn leftover(&self, range: ByteRange) -> Option<u64> {
+        self.shown.0.get().filter(|shown| range.end() > *shown)
+    }
+
+    /// Cuts that off. The caller has the turn.
+    async fn cut_leftover(&self, turn: &Rc<Turn>, range: ByteRange) -> Result<(), StorageError> {
+        let Some(length) = self.leftover(range) else {
+            return Ok(());
+        };
+        let (inner, shown) = (Rc::clone(&self.inner), Rc::clone(&self.shown));
+        let turn = Rc::clone(turn);
+        let cut = async move {
+            let _turn = turn;
+            inner.resize(length).await?;
+            shown.0.set(None);
+            Ok(())
+        };
+        self.writes.finish(cut).await
+    }
+
+    /// Zeroes for what is read behind the end.
+    fn hide_leftover(&self, offset: u64, bytes: &mut [u8]) {
+        if let Some(shown) = self.shown.0.get() {
+            let held = usize::try_from(shown.saturating_sub(offset)).unwrap_or(usize::MAX);
+            if let Some(behind) = bytes.get_mut(held..) {
+                behind.fill(0);
             }
         }
     }
@@ -95,6 +133,7 @@ impl Aligned {
             let length = into.len();
             into.as_mut_slice()
                 .copy_from_slice(&buffer.as_slice()[skip..skip + length]);
+            self.hide_leftover(range.offset(), into.as_mut_slice());
         }
         Transfer {
             buffer: into,
@@ -102,9 +141,11 @@ impl Aligned {
         }
     }
 
-    /// Reads the blocks around `range`, lets `change` at the bytes of `range`, writes them back. The caller has the turn.
+    /// Reads the blocks around `range`, lets `change` at the bytes of `range`, writes them back. The caller has the turn; it
+    /// is kept until the blocks are back, whether the caller waits for that or not: others would be undone.
     async fn modify(
         &self,
+        turn: &Rc<Turn>,
         range: ByteRange,
         change: impl FnOnce(&mut [u8]),
     ) -> Result<(), StorageError> {
@@ -120,15 +161,25 @@ impl Aligned {
         let skip = to_usize(range.offset() - outer.offset());
         change(&mut bounce.as_mut_slice()[skip..skip + to_usize(range.length())]);
         let wanted = self.length_with(range);
-        if outer.end() <= wanted || self.inner.facts().fixed_length {
-            return self.inner.write(outer.offset(), bounce).await.outcome;
+        let fits = outer.end() <= wanted || self.inner.facts().fixed_length;
+        if !fits {
+            // Also a failed write may have made the file longer: until all is well the old length is the one to show.
+            self.shown.0.set(Some(self.length()));
         }
-        // Also a failed write may have made the file longer: until all is well the old length is the one to show.
-        self.shown_length.set(Some(self.length()));
-        self.inner.write(outer.offset(), bounce).await.outcome?;
-        self.inner.resize(wanted).await?;
-        self.shown_length.set(None);
-        Ok(())
+        let (inner, shown) = (Rc::clone(&self.inner), Rc::clone(&self.shown));
+        let turn = Rc::clone(turn);
+        let put_back = async move {
+            let _turn = turn;
+            inner.write(outer.offset(), bounce).await.outcome?;
+            if fits {
+                shown.grown_to(outer.end());
+            } else {
+                inner.resize(wanted).await?;
+                shown.0.set(None);
+            }
+            Ok(())
+        };
+        self.writes.finish(put_back).await
     }
 
     /// The first and last block of `outer`, where `range` does not fill them.
@@ -157,7 +208,7 @@ impl Storage for Aligned {
 
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, Transfer> {
         let range = ByteRange::new(offset, into.len() as u64);
-        if range.is_aligned(self.alignment) {
+        if range.is_aligned(self.alignment) && self.leftover(range).is_none() {
             return self.inner.read(offset, into);
         }
         Box::pin(self.read_widened(range, into))
@@ -166,16 +217,22 @@ impl Storage for Aligned {
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, Transfer> {
         Box::pin(async move {
             let range = ByteRange::new(offset, from.len() as u64);
-            let _turn = self.turn(range).await;
+            let turn = self.turn(range).await;
+            if let Err(error) = self.cut_leftover(&turn, range).await {
+                return Transfer {
+                    buffer: from,
+                    outcome: Err(error),
+                };
+            }
             if range.is_aligned(self.alignment) {
                 let transfer = self.inner.write(offset, from).await;
                 if transfer.outcome.is_ok() {
-                    self.grown_to(range.end());
+                    self.shown.grown_to(range.end());
                 }
                 return transfer;
             }
             let outcome = self
-                .modify(range, |bytes| bytes.copy_from_slice(from.as_slice()))
+                .modify(&turn, range, |bytes| bytes.copy_from_slice(from.as_slice()))
                 .await;
             Transfer {
                 buffer: from,
@@ -186,19 +243,20 @@ impl Storage for Aligned {
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
-            let _turn = self.turn(range).await;
+            let turn = self.turn(range).await;
+            self.cut_leftover(&turn, range).await?;
             let middle = range.align_inward(self.alignment);
             if middle.is_empty() {
-                return self.modify(range, |bytes| bytes.fill(0)).await;
+                return self.modify(&turn, range, |bytes| bytes.fill(0)).await;
             }
             self.inner.zero(middle, mode).await?;
-            self.grown_to(middle.end());
+            self.shown.grown_to(middle.end());
             for edge in [
                 ByteRange::between(range.offset(), middle.offset()),
                 ByteRange::between(middle.end(), range.end()),
             ] {
                 if !edge.is_empty() {
-                    self.modify(edge, |bytes| bytes.fill(0)).await?;
+                    self.modify(&turn, edge, |bytes| bytes.fill(0)).await?;
                 }
             }
             Ok(())
@@ -230,7 +288,7 @@ impl Storage for Aligned {
             let from = length_bytes.min(self.length());
             let _turn = self.turn(ByteRange::between(from, u64::MAX)).await;
             self.inner.resize(length_bytes).await?;
-            self.shown_length.set(None);
+            self.shown.0.set(None);
             Ok(())
         })
     }
@@ -248,9 +306,10 @@ impl Storage for Aligned {
                     crate::error::EINVAL,
                 ));
             }
-            let _turn = self.turn(range).await;
+            let turn = self.turn(range).await;
+            self.cut_leftover(&turn, range).await?;
             self.inner.preallocate(range, how).await?;
-            self.grown_to(range.end());
+            self.shown.grown_to(range.end());
             Ok(())
         })
     }
@@ -270,9 +329,10 @@ impl Storage for Aligned {
         to: ByteRange,
     ) -> LocalFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
-            let _turn = self.turn(to).await;
+            let turn = self.turn(to).await;
+            self.cut_leftover(&turn, to).await?;
             self.inner.share(source, from, to).await?;
-            self.grown_to(to.end());
+            self.shown.grown_to(to.end());
             Ok(())
         })
     }
@@ -281,50 +341,4 @@ impl Storage for Aligned {
 /// Bounce buffers are as long as requests, which are far below `usize::MAX`.
 fn to_usize(length: u64) -> usize {
     usize::try_from(length).unwrap_or(usize::MAX)
-}
-
-/// The ranges being written, and who waits for one of them: keeps two writes from changing one block at the same time.
-#[derive(Default)]
-pub struct WritesInFlight {
-    state: RefCell<(Vec<ByteRange>, Vec<Waker>)>,
-}
-
-impl WritesInFlight {
-    /// Waits until no write in flight overlaps `range`, and counts as one until the answer is dropped.
-    pub async fn enter(&self, range: ByteRange) -> Turn<'_> {
-        poll_fn(|cx| {
-            let mut state = self.state.borrow_mut();
-            if state.0.iter().any(|other| other.overlaps(&range)) {
-                state.1.push(cx.waker().clone());
-                return Poll::Pending;
-            }
-            state.0.push(range);
-            Poll::Ready(())
-        })
-        .await;
-        Turn {
-            writes: self,
-            range,
-        }
-    }
-}
-
-/// A write in flight, until dropped.
-pub struct Turn<'a> {
-    writes: &'a WritesInFlight,
-    range: ByteRange,
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        let mut state = self.writes.state.borrow_mut();
-        if let Some(place) = state.0.iter().position(|range| *range == self.range) {
-            state.0.swap_remove(place);
-        }
-        let waiting = std::mem::take(&mut state.1);
-        drop(state);
-        for waker in waiting {
-            waker.wake();
-        }
-    }
 }

@@ -14,6 +14,7 @@ pub mod facts;
 pub mod memory;
 pub mod range;
 pub mod storage;
+pub mod writes_in_flight;
 
 pub use aligned::Aligned;
 pub use buffer::{Buffer, BufferPool};
@@ -22,3 +23,4 @@ pub use facts::{Preallocation, StorageFacts, ZeroMode};
 pub use memory::MemoryStorage;
 pub use range::ByteRange;
 pub use storage::{Extent, LocalFuture, Storage, Transfer};
+pub use writes_in_flight::WritesInFlight;

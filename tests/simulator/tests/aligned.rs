@@ -174,6 +174,77 @@ fn what_is_added_after_a_failed_write_counts() {
 }
 
 #[test]
+fn what_a_failed_write_has_left_behind_the_end_never_comes_to_light() {
+    for seed in 0..50 {
+        let world = World::new(seed);
+        let (disk, storage) = ones(&world, 5120);
+        let storage = &*storage;
+        // Some of these leave nothing, a part or all of 12,288 bytes.
+        world.add_fault(Fault::fails(EIO).of(Operation::Write));
+        assert!(all(&world, vec![write(storage, 5000, 9000, 2)])[0].is_err());
+        assert_eq!(storage.facts().length_bytes, 5120);
+        for (offset, length) in [(4096, 16_384), (5120, 1000), (8192, 4096)] {
+            let read = run(storage.read(offset, Buffer::zeroed(length)), || {
+                world.step()
+            });
+            let read = read.expect("ends");
+            assert_eq!(read.outcome, Ok(()));
+            let behind = (5120_u64.saturating_sub(offset) as usize).min(length);
+            let behind = &read.buffer.as_slice()[behind..];
+            assert!(behind.iter().all(|byte| *byte == 0), "seed {seed}");
+        }
+        // Up to the end of a block, and not: neither is cut afterwards.
+        let (offset, length) = [(16_384, 4096), (20_000, 480), (20_000, 100)][seed as usize % 3];
+        assert_eq!(
+            all(&world, vec![write(storage, offset, length, 3)]),
+            [Ok(())]
+        );
+        let end = (offset + length as u64).next_multiple_of(512);
+        assert_eq!(storage.facts().length_bytes, end);
+        let bytes = disk.bytes();
+        assert_eq!(bytes.len() as u64, end);
+        assert!(
+            bytes[5120..offset as usize].iter().all(|byte| *byte == 0),
+            "seed {seed}"
+        );
+        assert!(
+            bytes[offset as usize..][..length]
+                .iter()
+                .all(|byte| *byte == 3)
+        );
+    }
+}
+
+#[test]
+fn a_widened_write_that_is_given_up_undoes_nothing() {
+    for seed in 0..200 {
+        let world = World::new(seed);
+        let (disk, storage) = ones(&world, 8192);
+        let storage = &*storage;
+        let steps = world.steps() + seed % 4;
+        let _ = run(write(storage, 100, 5000, 2), || {
+            world.steps() < steps && world.step()
+        });
+        // Neighbours in the same blocks, whatever becomes of it.
+        let jobs = vec![
+            write(storage, 0, 100, 3),
+            write(storage, 5100, 100, 4),
+            write(storage, 8100, 500, 5),
+        ];
+        assert_eq!(all(&world, jobs), [Ok(()), Ok(()), Ok(())]);
+        while world.step() {}
+        let bytes = disk.bytes();
+        let found = |range: std::ops::Range<usize>, byte| bytes[range].iter().all(|b| *b == byte);
+        assert!(found(0..100, 3), "seed {seed}");
+        assert!(found(5100..5200, 4), "seed {seed}");
+        assert!(found(5200..8100, 1), "seed {seed}");
+        assert!(found(8100..8600, 5), "seed {seed}");
+        assert!(bytes[100..5100].iter().all(|byte| [1, 2].contains(byte)));
+        assert_eq!(bytes.len(), 8704);
+    }
+}
+
+#[test]
 fn anything_at_once_on_bytes_of_its_own_ends_as_if_it_were_alone() {
     each_seed("blockyard-simulator", "anything_at_once", 300, |seed| {
         let (world, dice) = (World::new(seed), Seed::new(!seed));
