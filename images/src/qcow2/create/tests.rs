@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
+use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, MemoryStorage, Storage};
@@ -9,6 +10,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::pace::{Cancelled, Pace, Unwatched};
+use crate::qcow2::check::{Unobserved, check};
 use crate::qcow2::layout::entries::{Cluster, L1Entry, l2_entry_at, word_at};
 use crate::qcow2::layout::header::{Access, Header};
 use crate::qcow2::layout::refcounts::refcount_at;
@@ -436,6 +438,10 @@ proptest! {
         let data_file = data.as_ref().map(|data| data as &dyn Storage);
         now(create(&creation, &image, data_file, &Unwatched)).expect("made");
         judge(&creation, &image);
+        let copy: Rc<dyn Storage> = Rc::new(image.clone());
+        let report = now(check(&copy, &Unobserved)).expect("checked");
+        prop_assert_eq!((report.corruptions, report.leaks, report.check_errors), (0, 0, 0));
+        prop_assert_eq!(report.image_end_offset, plan.used_clusters().0 * plan.geometry().cluster_bytes());
         prop_assert_eq!(image.facts().length_bytes, plan.file_bytes().max(held));
         let seen = plan.data().clamp_end(plan.data().offset() + (1 << 20));
         prop_assert!(read(&image, seen.offset(), seen.length()).iter().all(|byte| *byte == 0));
