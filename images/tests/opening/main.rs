@@ -1,6 +1,7 @@
 //! Opening qcow2 images: what QEMU makes is understood, what QEMU refuses is refused, whatever the bytes.
 #![forbid(unsafe_code)]
 
+mod asked;
 mod costs;
 mod extension_rows;
 mod header_rows;

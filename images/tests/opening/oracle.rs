@@ -97,11 +97,21 @@ impl Oracle {
 
     /// What qemu-storage-daemon says when these images cannot be added; `None`: they can. Writing, it may change them.
     pub(crate) fn open_texts(&self, names: &[String], write: Write) -> Vec<Option<String>> {
+        let names = names.iter().map(|name| (name.clone(), String::new()));
+        self.open_texts_with(&names.collect::<Vec<_>>(), write)
+    }
+
+    /// The same with more options, as members of the JSON object with a comma before each.
+    pub(crate) fn open_texts_with(
+        &self,
+        asked: &[(String, String)],
+        write: Write,
+    ) -> Vec<Option<String>> {
         let mut script = String::from("{\"execute\":\"qmp_capabilities\"}\n");
-        for (index, name) in names.iter().enumerate() {
+        for (index, (name, options)) in asked.iter().enumerate() {
             writeln!(
                 script,
-                r#"{{"execute":"blockdev-add","id":{index},"arguments":{{"driver":"qcow2","node-name":"n","read-only":{},"file":{{"driver":"file","filename":"{name}"}}}}}}
+                r#"{{"execute":"blockdev-add","id":{index},"arguments":{{"driver":"qcow2","node-name":"n","read-only":{},"file":{{"driver":"file","filename":"{name}"}}{options}}}}}
 {{"execute":"blockdev-del","arguments":{{"node-name":"n"}}}}"#,
                 write == Write::No
             )
@@ -132,7 +142,7 @@ impl Oracle {
             let (text, _) = text.split_once("\"}").expect("the end of the text");
             Some(text.replace("\\\"", "\""))
         };
-        (0..names.len()).map(reply).collect()
+        (0..asked.len()).map(reply).collect()
     }
 }
 
