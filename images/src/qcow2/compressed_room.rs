@@ -13,6 +13,7 @@ use crate::qcow2::frees::Why;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::{CompressedAt, L2Entry};
 use crate::qcow2::lookup::Look;
+use crate::qcow2::open::DiskChange;
 use crate::qcow2::refcounts::{Claim, Counted};
 use crate::qcow2::units::{ClusterCount, GuestCluster, HostCluster, HostOffset};
 use crate::qcow2::waiting::Turn;
@@ -61,7 +62,7 @@ impl Qcow2 {
         if let Some(errno) = refusal {
             return Err(StorageError::new(Operation::Write, range, errno).into());
         }
-        self.before_change().await?;
+        self.before_change(DiskChange::Content).await?;
         match self.reserve_compressed(cluster, range, length_bytes).await {
             Ok(reservation) => Ok(reservation),
             Err(error) => Err(self.failed(error).await),

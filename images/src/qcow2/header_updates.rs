@@ -7,6 +7,7 @@ use blockyard_storage::{Buffer, StorageError};
 use crate::error::ImageError;
 use crate::qcow2::image::{Health, ImageState, Qcow2};
 use crate::qcow2::layout::header::Header;
+use crate::qcow2::units::Version;
 
 /// What no power cut tears.
 const SECTOR_BYTES: usize = 512;
@@ -34,10 +35,11 @@ impl ImageState {
     ) -> Result<(), ImageError> {
         let mut header = self.header.borrow().clone();
         change(&mut header);
-        let bytes = header.encode()?;
-        let sector = bytes.get(..SECTOR_BYTES.min(bytes.len())).unwrap_or(&[]);
-        let written = self.file.write(0, Buffer::copy_of(sector)).await;
-        written.outcome?;
+        let read = self.file.read(0, Buffer::zeroed(SECTOR_BYTES)).await;
+        read.outcome?;
+        let mut sector = read.buffer;
+        put_fields(sector.as_mut_slice(), &header);
+        self.file.write(0, sector).await.outcome?;
         self.sync().await?;
         *self.header.borrow_mut() = header;
         Ok(())
@@ -65,6 +67,27 @@ impl ImageState {
             *health = Health::Unflushed(error.to_string());
         }
         Err(error.into())
+    }
+}
+
+/// Puts those fields there that change while an image is in use. All else stays byte for byte, whoever wrote it.
+///
+/// Spec: qcow2, "Header".
+fn put_fields(sector: &mut [u8], header: &Header) {
+    let mut put = |offset: usize, bytes: &[u8]| {
+        if let Some(place) = sector.get_mut(offset..offset + bytes.len()) {
+            place.copy_from_slice(bytes);
+        }
+    };
+    put(24, &header.size_bytes.to_be_bytes());
+    put(36, &header.l1_entries.to_be_bytes());
+    put(40, &header.l1_table.0.to_be_bytes());
+    put(48, &header.refcount_table.0.to_be_bytes());
+    put(56, &header.refcount_table_clusters.to_be_bytes());
+    if header.geometry.version() == Version::V3 {
+        put(72, &header.incompatible.to_be_bytes());
+        put(80, &header.compatible.to_be_bytes());
+        put(88, &header.autoclear.to_be_bytes());
     }
 }
 

@@ -11,11 +11,15 @@ use blockyard_storage::error::{EBADF, EINVAL};
 use blockyard_storage::{Buffer, ByteRange, Operation, Storage, StorageError};
 
 use crate::error::{Corruption, ImageError};
+use crate::qcow2::check::repair_dirty;
 use crate::qcow2::frees::Free;
 use crate::qcow2::fresh::{FreshTables, SliceSource};
+use crate::qcow2::layout::bitmaps::Bitmap;
 use crate::qcow2::layout::entries::{l2_entry_at, put_l2_entry};
-use crate::qcow2::layout::header::{Header, incompatible};
+use crate::qcow2::layout::header::{Access, Header, incompatible};
+use crate::qcow2::layout::snapshots::Snapshot;
 use crate::qcow2::leases::Leases;
+use crate::qcow2::open::{DiskChange, OpenedImage, read_image};
 use crate::qcow2::options::Options;
 use crate::qcow2::overlap::{Metadata, Overlaps};
 use crate::qcow2::refcounts::Refcounts;
@@ -27,18 +31,6 @@ use crate::qcow2::word_table::WordTable;
 
 /// Smallest slice of a refcount block that is read at once, in bytes; a cluster where that is smaller.
 const REFCOUNT_SLICE_BYTES: u64 = 4096;
-
-/// What is known of an image when it is opened, all of it checked.
-pub struct Parts {
-    /// The header as it stands in the file.
-    pub header: Header,
-    /// The L1 table, as many entries as the header says.
-    pub l1: Vec<u64>,
-    /// The refcount table, all clusters of it.
-    pub refcount_table: Vec<u64>,
-    /// Metadata that neither of the two leads to: internal snapshots, bitmaps.
-    pub other_metadata: Vec<(Metadata, ByteRange)>,
-}
 
 /// A qcow2 image in use. Its methods may be called while others are in flight.
 pub struct Qcow2 {
@@ -79,6 +71,12 @@ pub(super) struct ImageState {
     pub(super) health: RefCell<Health>,
     /// Where the next compressed cluster goes, if the last one left room behind it.
     pub(super) compressed_end: Cell<Option<HostOffset>>,
+    pub(super) snapshots: Vec<Snapshot>,
+    pub(super) bitmaps: RefCell<Vec<Bitmap>>,
+    /// For which changes the bitmaps and the header have been made ready.
+    pub(super) marked: Cell<Option<DiskChange>>,
+    /// It was marked dirty here.
+    pub(super) made_dirty: Cell<bool>,
     /// The end of the file is being cut off: nobody is given a cluster.
     pub(super) cutting: Cell<bool>,
     /// Reference counts are to be written although they may be late.
@@ -96,17 +94,43 @@ pub(super) enum Health {
 }
 
 impl Qcow2 {
-    /// An image whose parts have been read and checked. `file` and `data_file` take any offset and length.
+    /// Reads, checks and uses an image. One that was left dirty is repaired first, unless it is only read. `file` and `data_file`
+    /// take any offset and length.
     ///
     /// # Errors
-    /// Refused where `data_file` is missing, or is there for an image that has its data in its own file.
+    /// As [`read_image`], [`repair_dirty`] and [`new`](Self::new).
+    ///
+    /// # Cancel safety
+    /// As [`repair_dirty`].
+    pub async fn open(
+        file: Rc<dyn Storage>,
+        data_file: Option<Rc<dyn Storage>>,
+        options: Options,
+    ) -> Result<Rc<Self>, ImageError> {
+        let access = match options.read_only {
+            true => Access::ReadOnly,
+            false => Access::ReadWrite,
+        };
+        let mut image = read_image(&*file, access).await?;
+        if image.header.is_dirty() && !options.read_only {
+            repair_dirty(&file).await?;
+            image = read_image(&*file, access).await?;
+        }
+        Self::new(file, data_file, image, options)
+    }
+
+    /// Uses an image that has been read and checked, for reading and writing unless `options` say otherwise.
+    ///
+    /// # Errors
+    /// Refused where `data_file` is missing, or is there for an image that has its data in its own file, and where the image
+    /// was not read for what `options` want.
     pub fn new(
         file: Rc<dyn Storage>,
         data_file: Option<Rc<dyn Storage>>,
-        parts: Parts,
+        image: OpenedImage,
         options: Options,
     ) -> Result<Rc<Self>, ImageError> {
-        let state = ImageState::new(file, data_file, parts, options)?;
+        let state = ImageState::new(file, data_file, image, options)?;
         Ok(Rc::new(Self {
             state: Rc::new(state),
             serial: Serial::default(),
@@ -127,6 +151,16 @@ impl Qcow2 {
     /// The header as of now. Not to be held while something is waited for.
     pub fn header(&self) -> Ref<'_, Header> {
         self.state.header.borrow()
+    }
+
+    /// Its internal snapshots, in the order of their table.
+    pub fn snapshots(&self) -> &[Snapshot] {
+        &self.state.snapshots
+    }
+
+    /// Its bitmaps as they stand in the image now. Not to be held while something is waited for.
+    pub fn bitmaps(&self) -> Ref<'_, [Bitmap]> {
+        Ref::map(self.state.bitmaps.borrow(), Vec::as_slice)
     }
 
     /// How it is used.
@@ -203,10 +237,21 @@ impl ImageState {
     fn new(
         file: Rc<dyn Storage>,
         data_file: Option<Rc<dyn Storage>>,
-        parts: Parts,
+        image: OpenedImage,
         options: Options,
     ) -> Result<Self, ImageError> {
-        let header = parts.header;
+        let wanted = match options.read_only {
+            true => matches!(image.access, Access::ReadOnly | Access::ReadWrite),
+            false => image.access == Access::ReadWrite,
+        };
+        if !wanted {
+            return Err(ImageError::refused_because(
+                "The image was not opened for this",
+                format!("it was opened for {:?}", image.access),
+            ));
+        }
+        let others = other_metadata(&image);
+        let header = image.header;
         let geometry = header.geometry;
         if header.has_data_file() != data_file.is_some() {
             return Err(ImageError::refused(match data_file {
@@ -217,7 +262,7 @@ impl ImageState {
         let cluster_bytes = geometry.cluster_bytes();
         let entry_bytes = options.l2_cache_entry_bytes.clamp(512, cluster_bytes);
         let counts = Refcounts::new(
-            WordTable::new(parts.refcount_table, header.refcount_table),
+            WordTable::new(image.refcount_table, header.refcount_table),
             TableCache::new(
                 slice_bytes(REFCOUNT_SLICE_BYTES.min(cluster_bytes)),
                 options.refcount_cache_bytes,
@@ -228,7 +273,7 @@ impl ImageState {
             file,
             data_file,
             geometry,
-            l1: RefCell::new(WordTable::new(parts.l1, header.l1_table)),
+            l1: RefCell::new(WordTable::new(image.l1_table, header.l1_table)),
             l2: TableCache::new(slice_bytes(entry_bytes), options.l2_cache_bytes),
             counts,
             fresh: RefCell::default(),
@@ -237,9 +282,13 @@ impl ImageState {
             strayed: RefCell::default(),
             tainted: RefCell::default(),
             turns: Rc::default(),
-            overlaps: Overlaps::new(options.overlap_checks, &geometry, parts.other_metadata),
+            overlaps: Overlaps::new(options.overlap_checks, &geometry, others),
             health: RefCell::new(Health::Sound),
             compressed_end: Cell::new(None),
+            snapshots: image.snapshots,
+            bitmaps: RefCell::new(image.bitmaps),
+            marked: Cell::new(None),
+            made_dirty: Cell::new(false),
             cutting: Cell::new(false),
             counts_wanted: Cell::new(false),
             header: RefCell::new(header),
@@ -386,6 +435,24 @@ impl ImageState {
         let cluster = self.geometry.guest_cluster(GuestOffset(offset));
         self.geometry.guest_offset(cluster).0
     }
+}
+
+/// Metadata that neither the L1 table nor the refcount table leads to.
+fn other_metadata(image: &OpenedImage) -> Vec<(Metadata, ByteRange)> {
+    let l1_tables = image.snapshots.iter().map(|snapshot| {
+        let length = u64::from(snapshot.l1_entries) * 8;
+        let range = ByteRange::new(snapshot.l1_table.0, length);
+        (Metadata::InactiveL1, range)
+    });
+    let mut others = vec![(Metadata::SnapshotTable, image.snapshot_table)];
+    others.extend(l1_tables);
+    if let Some(directory) = image.header.extensions.bitmaps
+        && image.header.bitmaps_valid()
+    {
+        let range = ByteRange::new(directory.directory.0, directory.directory_bytes);
+        others.push((Metadata::BitmapDirectory, range));
+    }
+    others
 }
 
 /// Slices are not longer than a cluster, which is far below what a `usize` holds.

@@ -1,22 +1,33 @@
-//! What comes before the first change and after the last: the dirty bit, and closing.
+//! What comes before the first change and after the last: stale bitmaps, the dirty bit, and closing.
+
+use std::rc::Rc;
 
 use crate::error::ImageError;
-use crate::qcow2::image::Qcow2;
+use crate::qcow2::header_updates::interrupted;
+use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::header::incompatible;
+use crate::qcow2::open::DiskChange;
+use crate::qcow2::overlap::Metadata;
+use crate::qcow2::stale_bitmaps::BeforeWriting;
 
 /// Commits that closing takes at most: each may free what the one before has unlinked, and freeing may have to wait for room
 /// in the cache.
 const COMMITS_MAX: usize = 64;
 
 impl Qcow2 {
-    /// Before anything is changed: what waits to be freed stays bounded, and an image with lazy counts says that it is in use.
-    pub(super) async fn before_change(&self) -> Result<(), ImageError> {
+    /// Before anything is changed: what waits to be freed stays bounded, nobody takes bitmaps for valid that are not, and an
+    /// image with lazy counts says that it is in use.
+    pub(super) async fn before_change(&self, change: DiskChange) -> Result<(), ImageError> {
         if self.state.has_much_unlinked() {
             self.commit().await?;
         }
-        if self.state.options.lazy_refcounts && !self.header().is_dirty() {
-            self.write_header(|header| header.incompatible |= incompatible::DIRTY)
-                .await?;
+        if !self.state.is_ready_for(change) {
+            let state = Rc::clone(&self.state);
+            let marked = self
+                .serial
+                .run(move || Box::pin(async move { state.make_ready_for(change).await }))
+                .await;
+            marked.unwrap_or_else(|| Err(interrupted()))?;
         }
         Ok(())
     }
@@ -37,10 +48,55 @@ impl Qcow2 {
                 break;
             }
         }
-        if self.header().is_dirty() && self.state.options.lazy_refcounts {
+        if self.state.made_dirty.get() {
             self.write_header(|header| header.incompatible &= !incompatible::DIRTY)
                 .await?;
+            self.state.made_dirty.set(false);
         }
+        Ok(())
+    }
+}
+
+impl ImageState {
+    /// Whether everything that has to stand in the image before such a change is durable there.
+    pub(super) fn is_ready_for(&self, change: DiskChange) -> bool {
+        let marked = match self.marked.get() {
+            None => false,
+            Some(DiskChange::Content) => change == DiskChange::Content,
+            Some(DiskChange::Length) => true,
+        };
+        marked && (!self.options.lazy_refcounts || self.header.borrow().is_dirty())
+    }
+
+    async fn make_ready_for(&self, change: DiskChange) -> Result<(), ImageError> {
+        if self.is_ready_for(change) {
+            return Ok(());
+        }
+        let mut bitmaps = self.bitmaps.borrow().clone();
+        let changes = BeforeWriting::mark(&self.header.borrow(), &mut bitmaps, change)?;
+        for overwrite in &changes.overwrites {
+            self.write_metadata(
+                overwrite.at,
+                &overwrite.bytes,
+                Some(Metadata::BitmapDirectory),
+            )
+            .await?;
+        }
+        let dirties = self.options.lazy_refcounts && !self.header.borrow().is_dirty();
+        if changes.clear_autoclear != 0 || dirties {
+            self.write_header(|header| {
+                header.autoclear &= !changes.clear_autoclear;
+                if dirties {
+                    header.incompatible |= incompatible::DIRTY;
+                }
+            })
+            .await?;
+        } else if !changes.is_empty() {
+            self.sync().await?;
+        }
+        self.made_dirty.set(self.made_dirty.get() || dirties);
+        *self.bitmaps.borrow_mut() = bitmaps;
+        self.marked.set(Some(change));
         Ok(())
     }
 }

@@ -36,7 +36,7 @@ mod write_order;
 pub mod zero;
 
 pub use compressed_room::CompressedReservation;
-pub use image::{Parts, Qcow2};
+pub use image::Qcow2;
 pub use lookup::{Extent, Source};
 pub use options::Options;
 pub use reserve::{InPlace, Reservation, WritePlan};

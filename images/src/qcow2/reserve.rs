@@ -19,6 +19,7 @@ use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::{COMPRESSED, L1Entry, L2Entry};
 use crate::qcow2::leases::Lease;
 use crate::qcow2::lookup::{EntryPlace, Look, Source, TablePlace, fatal};
+use crate::qcow2::open::DiskChange;
 use crate::qcow2::refcounts::Claim;
 use crate::qcow2::units::{ClusterCount, GuestCluster, GuestOffset, HostCluster, HostOffset};
 use crate::qcow2::waiting::Turn;
@@ -93,7 +94,7 @@ impl Qcow2 {
             return Ok(WritePlan::InPlace(in_place));
         }
         self.state.check_change(Operation::Write, range)?;
-        self.before_change().await?;
+        self.before_change(DiskChange::Content).await?;
         match self.reserve(range).await {
             Ok(plan) => Ok(plan),
             Err(error) => Err(self.failed(error).await),
@@ -104,6 +105,9 @@ impl Qcow2 {
     /// [`prepare_write`](Self::prepare_write).
     pub fn prepare_write_now(&self, range: ByteRange) -> Option<InPlace> {
         self.state.check_change(Operation::Write, range).ok()?;
+        if !self.state.is_ready_for(DiskChange::Content) {
+            return None;
+        }
         match self.state.look_for_room(range, None) {
             Ok(Look::Is(Wanted::InPlace(range, at))) => Some(self.in_place(range, at)),
             _ => None,

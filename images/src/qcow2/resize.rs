@@ -10,6 +10,7 @@ use crate::qcow2::frees::Why;
 use crate::qcow2::header_updates::interrupted;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::L1Entry;
+use crate::qcow2::open::DiskChange;
 use crate::qcow2::refcounts::Peeked;
 use crate::qcow2::units::{ClusterCount, HostCluster, Version};
 use crate::qcow2::zero::Change;
@@ -27,7 +28,7 @@ impl Qcow2 {
     /// Dropping the future leaves the old length or the new one, as an error does.
     pub async fn resize(&self, length_bytes: u64) -> Result<(), ImageError> {
         self.state.check_resize(length_bytes)?;
-        self.before_change().await?;
+        self.before_change(DiskChange::Length).await?;
         let resized = match length_bytes < self.length_bytes() {
             true => self.shrink(length_bytes).await,
             false => self.grow(length_bytes).await,
@@ -69,7 +70,7 @@ impl Qcow2 {
             .await;
         let mut rest = gone;
         while !rest.is_empty() {
-            self.before_change().await?;
+            self.before_change(DiskChange::Length).await?;
             rest = self.forget_front(rest).await?;
         }
         state.forget_tables(length_bytes);

@@ -23,6 +23,7 @@ use crate::qcow2::frees::Why;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::{COMPRESSED, L2Entry, ZERO};
 use crate::qcow2::lookup::{EntryPlace, Look, Source, TablePlace};
+use crate::qcow2::open::DiskChange;
 use crate::qcow2::units::{GuestCluster, GuestOffset, Version};
 
 /// What is to read as zeroes.
@@ -70,7 +71,7 @@ impl Qcow2 {
     /// Dropping the future leaves the old content or zeroes in every cluster.
     pub async fn zero(&self, request: ZeroRequest) -> Result<Zeroing, ImageError> {
         self.state.check_change(Operation::Zero, request.range)?;
-        self.before_change().await?;
+        self.before_change(DiskChange::Content).await?;
         match self.zero_front(request).await {
             Ok(zeroing) => Ok(zeroing),
             Err(error) => Err(self.failed(error).await),
@@ -101,7 +102,7 @@ impl Qcow2 {
     async fn give_up(&self, range: ByteRange, change: Change) -> Result<(), ImageError> {
         let mut rest = range;
         while !rest.is_empty() {
-            self.before_change().await?;
+            self.before_change(DiskChange::Content).await?;
             match self.change_front(rest, change).await {
                 Ok(done) => rest = rest.split_at(done.length().max(1)).1,
                 Err(error) => return Err(self.failed(error).await),

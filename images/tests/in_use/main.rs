@@ -1,8 +1,12 @@
 //! Images in use, moved by a small node of the test: against a plain array, on disks that fail and lose power, beside
 //! `qemu-img`.
 
+mod cells;
 mod disk_model;
+mod faults;
 mod mover;
+mod power;
 mod recount;
 mod sequences;
 mod setup;
+mod yard;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::rc::Rc;
 
+use blockyard_images::qcow2::Qcow2;
 use blockyard_images::qcow2::layout::header::{Access, Header};
 use blockyard_images::qcow2::units::{GuestCluster, Version};
 use blockyard_simulator::{Seed, each_seed};
@@ -12,7 +13,7 @@ use blockyard_storage::{ByteRange, MemoryStorage, Storage};
 use crate::disk_model::guest_bytes;
 use crate::mover::Mover;
 use crate::recount::{bytes, recount};
-use crate::setup::{Setup, all_bytes, now, open, patches};
+use crate::setup::{Setup, all_bytes, now, patches};
 
 /// What a guest does.
 #[derive(Clone, Debug)]
@@ -211,7 +212,7 @@ impl Run {
 fn mover(setup: &Setup, file: &Rc<MemoryStorage>, data: Option<&Rc<MemoryStorage>>) -> Mover {
     let file: Rc<dyn Storage> = Rc::clone(file) as Rc<dyn Storage>;
     let data = data.map(|data| Rc::clone(data) as Rc<dyn Storage>);
-    let image = now(open(file, data, setup.options));
+    let image = now(Qcow2::open(file, data, setup.options)).expect("sound");
     Mover::new(image, setup.below.clone(), setup.skips_zeroes)
 }
 

@@ -4,11 +4,10 @@ use std::future::Future;
 use std::rc::Rc;
 
 use blockyard_images::pace::Unwatched;
+use blockyard_images::qcow2::Options;
 use blockyard_images::qcow2::create::{CreateOptions, create};
-use blockyard_images::qcow2::layout::header::{Access, Header};
 use blockyard_images::qcow2::overlap::OverlapChecks;
 use blockyard_images::qcow2::units::Version;
-use blockyard_images::qcow2::{Options, Parts, Qcow2};
 use blockyard_simulator::{Seed, run};
 use blockyard_storage::{Buffer, MemoryStorage, Storage};
 
@@ -129,35 +128,6 @@ pub(crate) fn patches(seed: &Seed, length: usize) -> Vec<u8> {
         bytes.resize(end, fill);
     }
     bytes
-}
-
-/// Reads the parts of an image and uses it.
-pub(crate) async fn open(
-    file: Rc<dyn Storage>,
-    data_file: Option<Rc<dyn Storage>>,
-    options: Options,
-) -> Rc<Qcow2> {
-    let read = async |at: u64, length: u64| {
-        let read = file.read(at, Buffer::zeroed(length as usize)).await;
-        read.outcome.expect("it can be read");
-        read.buffer.as_slice().to_vec()
-    };
-    let start = read(0, 512).await;
-    let cluster_bytes = Header::cluster_bytes_of(&start).expect("an image");
-    let header = Header::parse(&read(0, cluster_bytes).await, Access::ReadWrite).expect("sound");
-    let words = |bytes: Vec<u8>| -> Vec<u64> {
-        let word = |word: &[u8]| u64::from_be_bytes(word.try_into().expect("eight"));
-        bytes.chunks(8).map(word).collect()
-    };
-    let l1 = words(read(header.l1_table.0, header.l1_table_bytes()).await);
-    let table = read(header.refcount_table.0, header.refcount_table_bytes()).await;
-    let parts = Parts {
-        header,
-        l1,
-        refcount_table: words(table),
-        other_metadata: Vec::new(),
-    };
-    Qcow2::new(file, data_file, parts, options).expect("it can be used")
 }
 
 /// The result of a future that waits for nothing.
