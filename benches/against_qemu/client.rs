@@ -13,6 +13,9 @@ use crate::Failure;
 /// No reply may take longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// No job may take longer, or be silent for so long.
+const WORK_PATIENCE: Duration = Duration::from_secs(1200);
+
 /// One connection, past the greeting and `qmp_capabilities`.
 #[derive(Debug)]
 pub(crate) struct Client {
@@ -106,16 +109,24 @@ impl Client {
         what: &str,
         matches: impl Fn(&Value) -> bool,
     ) -> Result<Value, Failure> {
-        let deadline = Instant::now() + PATIENCE * 10;
+        self.be_patient(WORK_PATIENCE)?;
+        let deadline = Instant::now() + WORK_PATIENCE;
         while Instant::now() < deadline {
             let event = match self.events.pop_front() {
                 Some(event) => event,
                 None => self.message()?,
             };
             if matches(&event) {
+                self.be_patient(PATIENCE)?;
                 return Ok(event);
             }
         }
         Err(Failure::new(format!("{what} did not come")))
+    }
+
+    fn be_patient(&self, time: Duration) -> Result<(), Failure> {
+        self.writer
+            .set_read_timeout(Some(time))
+            .map_err(|error| Failure::new(format!("a timeout cannot be set: {error}")))
     }
 }

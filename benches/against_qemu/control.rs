@@ -71,8 +71,8 @@ fn job_source(pace: Pace) -> Result<(Option<Place>, PathBuf), Failure> {
     }
     let place = Place::tmpfs(10 << 30)?;
     let path = place.path("source.img");
-    crate::place::make_sparse(&path, 8 << 30)?;
-    crate::place::fill_with_data(&path, 1 << 30, 3)?;
+    crate::data::make_sparse(&path, 8 << 30)?;
+    crate::data::fill_with_noise(&path, 1 << 30, 3)?;
     Ok((Some(place), path))
 }
 

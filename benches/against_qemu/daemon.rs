@@ -9,6 +9,7 @@ use crate::Failure;
 use crate::cleanup::{Guard, Undo};
 use crate::client::Client;
 use crate::options::{Options, Side};
+use crate::process;
 
 /// A running daemon. Killed when dropped.
 #[derive(Debug)]
@@ -103,23 +104,7 @@ impl Daemon {
 
     /// User and system time of all its threads so far, in seconds; the kernel's resolution is 10 ms.
     pub(crate) fn cpu_seconds(&self) -> Result<f64, Failure> {
-        let path = PathBuf::from(format!("/proc/{}/stat", self.child.id()));
-        let text = fs::read_to_string(&path).map_err(|error| Failure::at(&path, &error))?;
-        // The name in parentheses may hold anything; utime and stime are fields 14 and 15, the state is field 3.
-        let after_name = text.rsplit_once(')').map_or("", |(_, rest)| rest);
-        let fields: Vec<u64> = after_name
-            .split_whitespace()
-            .skip(11)
-            .take(2)
-            .filter_map(|field| field.parse().ok())
-            .collect();
-        match fields[..] {
-            [user, system] => Ok((user + system) as f64 / ticks_per_second()),
-            _ => Err(Failure::new(format!(
-                "{}: cannot read '{text}'",
-                path.display()
-            ))),
-        }
+        process::cpu_seconds(self.child.id())
     }
 
     /// Sets the peak back to what is in memory now.
@@ -161,9 +146,4 @@ impl Drop for Daemon {
         self.guard.disarm();
         let _ = self.child.wait();
     }
-}
-
-/// USER_HZ is part of the kernel's interface: 100 on every architecture Linux runs such daemons on.
-fn ticks_per_second() -> f64 {
-    100.0
 }

@@ -6,14 +6,22 @@
 
 #![forbid(unsafe_code)]
 
+mod case;
 mod cleanup;
 mod client;
 mod control;
 mod copy;
 mod daemon;
+mod data;
+mod example;
+mod image;
+mod job;
 mod load;
+mod node;
+mod node_report;
 mod options;
 mod place;
+mod process;
 mod report;
 
 use std::fmt;
@@ -83,8 +91,17 @@ fn measure(options: &Options, scenario: Scenario) -> Result<(), Failure> {
         | Scenario::Cache
         | Scenario::Sparse
         | Scenario::Xfs
-        | Scenario::Btrfs => {
+        | Scenario::Btrfs
+        | Scenario::Qcow2
+        | Scenario::Zlib
+        | Scenario::Zstd
+        | Scenario::Huge => {
             for result in copy::run(options, scenario)? {
+                print(options, || result.json().to_string(), || result.table());
+            }
+        }
+        Scenario::RawNode | Scenario::Qcow2Node => {
+            for result in node::run(options, scenario)? {
                 print(options, || result.json().to_string(), || result.table());
             }
         }
@@ -158,6 +175,10 @@ fn machine(options: &Options) -> String {
         first_line(Command::new(&options.qemu).arg("--version")),
         first_line(Command::new(&options.blockyard).arg("--version")),
         options.rounds,
-        options.aio.as_deref().unwrap_or("default"),
+        if options.aio.is_empty() {
+            "default".to_owned()
+        } else {
+            options.aio.join(", ")
+        },
     )
 }

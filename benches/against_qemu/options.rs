@@ -27,9 +27,13 @@ pub(crate) struct Options {
     /// How long each QMP scenario loads a daemon, in seconds.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub(crate) seconds: u64,
-    /// The `aio` option of both daemons' file nodes (threads, native or io_uring); their default if left out.
-    #[arg(long)]
-    pub(crate) aio: Option<String>,
+    /// The `aio` option of both daemons' file nodes (threads, native or io_uring); their default if left out. QEMU takes
+    /// part once with each that is named, as none is its best everywhere; blockyard does the same for all.
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) aio: Vec<String>,
+    /// Requests of each run of the scenarios that drive a node.
+    #[arg(long, default_value_t = 500_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000_000))]
+    pub(crate) requests: u32,
     /// Chunk of the copy loop in KiB.
     #[arg(long, default_value_t = 1024)]
     pub(crate) chunk_kib: u32,
@@ -61,6 +65,22 @@ impl Options {
             false => self.scenarios.clone(),
         }
     }
+
+    /// Who takes part in a round, in this order.
+    pub(crate) fn contestants(&self) -> Vec<Contestant> {
+        let with = |side, aio: Option<&String>| Contestant {
+            side,
+            aio: aio.cloned(),
+        };
+        let of_side = |&side: &Side| match side {
+            Side::Qemu if !self.aio.is_empty() => {
+                self.aio.iter().map(|aio| with(side, Some(aio))).collect()
+            }
+            Side::Limit => vec![with(side, None)],
+            _ => vec![with(side, self.aio.first())],
+        };
+        self.sides.iter().flat_map(of_side).collect()
+    }
 }
 
 /// One set-up.
@@ -78,6 +98,18 @@ pub(crate) enum Scenario {
     Xfs,
     /// btrfs, else as `xfs`.
     Btrfs,
+    /// qcow2 written in runs in mixed order: backup to a new qcow2 image, mirror to a written raw file; as in `ram`.
+    Qcow2,
+    /// The same image with data that compresses, an eighth of the size: compressed backup to a new image.
+    Zlib,
+    /// The same with zstd.
+    Zstd,
+    /// qcow2 of 8 TiB with 1 GiB of data spread over it: opening, backup to qcow2, mirror to raw; as in `ram`.
+    Huge,
+    /// 4 KiB at a time in mixed order, 32 in flight, on a node: `qemu-img bench` and the engine alone; raw, as in `ram`.
+    RawNode,
+    /// The same on qcow2: reads, writes in place, and writes to an empty image.
+    Qcow2Node,
     /// 50 QMP clients while 16 paced jobs run: delay of replies.
     Clients,
     /// The same while the 16 jobs run as fast as they can.
@@ -137,6 +169,25 @@ impl Side {
             Side::Qemu => "qemu",
             Side::Blockyard => "blockyard",
             Side::Limit => "copy loop",
+        }
+    }
+}
+
+/// One side with one way to reach its files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Contestant {
+    /// Who.
+    pub(crate) side: Side,
+    /// The `aio` option of its file nodes; its default if there is none.
+    pub(crate) aio: Option<String>,
+}
+
+impl Contestant {
+    /// The name as the tables show it.
+    pub(crate) fn name(&self) -> String {
+        match (self.side, &self.aio) {
+            (Side::Qemu, Some(aio)) => format!("qemu {aio}"),
+            (side, _) => side.name().to_owned(),
         }
     }
 }

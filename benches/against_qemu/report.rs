@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::options::{JobKind, Scenario, Side};
+use crate::options::{Contestant, JobKind, Scenario, Side};
 
 /// One run of one side.
 #[derive(Clone, Copy, Debug)]
@@ -13,6 +13,8 @@ pub(crate) struct Run {
     pub(crate) cpu_seconds: f64,
     /// Most memory in use in between.
     pub(crate) peak_bytes: u64,
+    /// From the command that opens the source to its reply.
+    pub(crate) open_seconds: f64,
     /// Room the target took afterwards.
     pub(crate) target_bytes: u64,
 }
@@ -26,34 +28,30 @@ pub(crate) struct CopyResult {
     pub(crate) job: JobKind,
     /// Where the files lay.
     pub(crate) place: String,
-    /// Length of the copied file.
+    /// What was copied to what.
+    pub(crate) what: String,
+    /// How much.
     pub(crate) bytes: u64,
     /// Whether the page cache was bypassed.
     pub(crate) direct: bool,
-    /// Runs by side.
-    pub(crate) runs: Vec<(Side, Vec<Run>)>,
+    /// Runs by who took part.
+    pub(crate) runs: Vec<(Contestant, Vec<Run>)>,
 }
 
 impl CopyResult {
-    fn median(&self, side: Side, figure: impl Fn(&Run) -> f64) -> Option<f64> {
-        let (_, runs) = self.runs.iter().find(|(found, _)| *found == side)?;
-        median(runs.iter().map(figure).collect())
-    }
-
     /// The result as one JSON object.
     pub(crate) fn json(&self) -> Value {
         let sides: Vec<Value> = self
             .runs
             .iter()
-            .map(|(side, runs)| {
-                let wall = self
-                    .median(*side, |run| run.wall_seconds)
-                    .unwrap_or_default();
+            .map(|(contestant, runs)| {
+                let wall = median_of(runs, |run| run.wall_seconds);
                 json!({
-                    "side": side.name(),
+                    "side": contestant.name(),
                     "median-wall-seconds": wall,
                     "median-mib-per-second": self.bytes as f64 / wall / 1_048_576.0,
-                    "median-cpu-seconds": self.median(*side, |run| run.cpu_seconds),
+                    "median-cpu-seconds": median_of(runs, |run| run.cpu_seconds),
+                    "median-open-seconds": median_of(runs, |run| run.open_seconds),
                     "peak-mib": peak_mib(runs),
                     "target-mib": target_mib(runs),
                     "wall-seconds": runs.iter().map(|run| run.wall_seconds).collect::<Vec<_>>(),
@@ -62,8 +60,8 @@ impl CopyResult {
             })
             .collect();
         json!({
-            "scenario": self.scenario.name(), "job": self.job.name(), "place": self.place, "bytes": self.bytes,
-            "direct": self.direct, "sides": sides,
+            "scenario": self.scenario.name(), "job": self.job.name(), "place": self.place, "what": self.what,
+            "bytes": self.bytes, "direct": self.direct, "sides": sides,
         })
     }
 
@@ -76,61 +74,82 @@ impl CopyResult {
         };
         let size_mib = self.bytes >> 20;
         let mut text = format!(
-            "\n{} {} ({size_mib} MiB, {}, {cache})\n{:<10} {:>9} {:>10} {:>9} {:>9} {:>9} {:>10}  {:>15}\n",
+            "\n{} {} ({size_mib} MiB, {}, {cache})\n  {}\n{:<14} {:>9} {:>10} {:>9} {:>9} {:>9} {:>8} {:>10}  {:>15}\n",
             self.scenario.name(),
             self.job.name(),
             self.place,
+            self.what,
             "",
             "wall s",
             "MiB/s",
             "CPU s",
             "CPU s/GiB",
             "peak MiB",
+            "open ms",
             "target MiB",
             "wall min-max"
         );
-        for (side, runs) in &self.runs {
-            let wall = self
-                .median(*side, |run| run.wall_seconds)
-                .unwrap_or_default();
-            let cpu = self
-                .median(*side, |run| run.cpu_seconds)
-                .unwrap_or_default();
-            let least = runs
-                .iter()
-                .map(|run| run.wall_seconds)
-                .fold(f64::INFINITY, f64::min);
-            let most = runs.iter().map(|run| run.wall_seconds).fold(0.0, f64::max);
+        for (contestant, runs) in &self.runs {
+            let wall = median_of(runs, |run| run.wall_seconds);
+            let cpu = median_of(runs, |run| run.cpu_seconds);
+            let (least, most) = range_of(runs, |run| run.wall_seconds);
             text += &format!(
-                "{:<10} {wall:>9.4} {:>10.0} {cpu:>9.2} {:>9.3} {:>9.1} {:>10.0}  {least:>7.4}-{most:.4}\n",
-                side.name(),
+                "{:<14} {wall:>9.4} {:>10.0} {cpu:>9.2} {:>9.3} {:>9.1} {:>8.2} {:>10.0}  {least:>7.4}-{most:.4}\n",
+                contestant.name(),
                 size_mib as f64 / wall,
                 cpu / (self.bytes as f64 / f64::from(1u32 << 30)),
                 peak_mib(runs),
+                median_of(runs, |run| run.open_seconds) * 1e3,
                 target_mib(runs),
             );
         }
-        for base in [Side::Qemu, Side::Limit] {
-            text += &self.ratios(base).unwrap_or_default();
-        }
-        text
+        text + &ratios(
+            &self.runs,
+            "throughput",
+            |run| 1.0 / run.wall_seconds,
+            |run| run.cpu_seconds,
+        )
     }
+}
 
-    fn ratios(&self, base: Side) -> Option<String> {
-        let wall = |side| self.median(side, |run| run.wall_seconds);
-        let cpu = |side| self.median(side, |run| run.cpu_seconds);
-        let throughput = wall(base)? / wall(Side::Blockyard)?;
-        let (ours, theirs) = (cpu(Side::Blockyard)?, cpu(base)?);
-        let cpu = if theirs > 0.0 {
-            format!("{:.2} x", ours / theirs)
-        } else {
-            "not measurable".to_owned()
+/// One line for each that blockyard is held against: how many times as fast it is, and how much CPU it takes.
+pub(crate) fn ratios<T>(
+    runs: &[(Contestant, Vec<T>)],
+    speed_name: &str,
+    speed: impl Fn(&T) -> f64,
+    cpu: impl Fn(&T) -> f64,
+) -> String {
+    let is_ours = |contestant: &Contestant| contestant.side == Side::Blockyard;
+    let Some((_, ours)) = runs.iter().find(|(contestant, _)| is_ours(contestant)) else {
+        return String::new();
+    };
+    let line = |(contestant, theirs): &(Contestant, Vec<T>)| {
+        let faster = median_of(ours, &speed) / median_of(theirs, &speed);
+        let cpu = match median_of(theirs, &cpu) {
+            theirs if theirs > 0.0 => format!("{:.2} x", median_of(ours, &cpu) / theirs),
+            _ => "not measurable".to_owned(),
         };
-        Some(format!(
-            "blockyard / {}: throughput {throughput:.2} x, CPU {cpu}\n",
-            base.name()
-        ))
-    }
+        let name = contestant.name();
+        format!("blockyard / {name}: {speed_name} {faster:.2} x, CPU {cpu}\n")
+    };
+    runs.iter()
+        .filter(|(contestant, _)| !is_ours(contestant))
+        .map(line)
+        .collect()
+}
+
+/// The median of a figure of several runs; 0 of none.
+pub(crate) fn median_of<T>(runs: &[T], figure: impl Fn(&T) -> f64) -> f64 {
+    median(runs.iter().map(figure).collect()).unwrap_or_default()
+}
+
+/// The least and the most of a figure of several runs.
+pub(crate) fn range_of<T>(runs: &[T], figure: impl Fn(&T) -> f64) -> (f64, f64) {
+    let figures = || runs.iter().map(&figure);
+    (
+        figures().fold(f64::INFINITY, f64::min),
+        figures().fold(0.0, f64::max),
+    )
 }
 
 fn target_mib(runs: &[Run]) -> f64 {
