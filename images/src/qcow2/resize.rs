@@ -3,7 +3,8 @@
 
 use std::rc::Rc;
 
-use blockyard_storage::{ByteRange, Operation};
+use blockyard_storage::error::EOPNOTSUPP;
+use blockyard_storage::{ByteRange, Operation, StorageError};
 
 use crate::error::ImageError;
 use crate::qcow2::frees::Why;
@@ -17,8 +18,9 @@ use crate::qcow2::zero::Change;
 
 impl Qcow2 {
     /// Makes the guest's disk `length_bytes` long; durable afterwards. What is cut off is lost and its room given back; nothing
-    /// may be in flight there. What is added is unallocated: what is below shows, and in the last cluster of the old length
-    /// whatever stands there. It is for the caller to [`zero`](Self::zero) it before anybody reads it.
+    /// may be in flight there. What is added reads as zeroes: what is below would show up to `below_bytes`, so that there are
+    /// zero clusters there before the length changes. In the last cluster of the old length stands what stood there; it is for
+    /// the caller to [`zero`](Self::zero) or write it before.
     ///
     /// # Errors
     /// Refused with QEMU's texts for lengths that cannot be; what the storage says, and then the length is the old one, though
@@ -26,12 +28,12 @@ impl Qcow2 {
     ///
     /// # Cancel safety
     /// Dropping the future leaves the old length or the new one, as an error does.
-    pub async fn resize(&self, length_bytes: u64) -> Result<(), ImageError> {
+    pub async fn resize(&self, length_bytes: u64, below_bytes: u64) -> Result<(), ImageError> {
         self.state.check_resize(length_bytes)?;
         self.before_change(DiskChange::Length).await?;
         let resized = match length_bytes < self.length_bytes() {
             true => self.shrink(length_bytes).await,
-            false => self.grow(length_bytes).await,
+            false => self.grow(length_bytes, below_bytes).await,
         };
         match resized {
             Ok(()) => Ok(()),
@@ -39,7 +41,7 @@ impl Qcow2 {
         }
     }
 
-    async fn grow(&self, length_bytes: u64) -> Result<(), ImageError> {
+    async fn grow(&self, length_bytes: u64, below_bytes: u64) -> Result<(), ImageError> {
         let state = &self.state;
         // One after the other: two tables cannot move at once.
         let _turn = state.turns.enter(ByteRange::new(u64::MAX - 1, 1)).await;
@@ -47,6 +49,7 @@ impl Qcow2 {
         if entries > state.l1.borrow().len() {
             self.grow_l1_table(entries).await?;
         }
+        self.hide_below(length_bytes.min(below_bytes)).await?;
         if let Some(data_file) = &state.data_file {
             let facts = data_file.facts();
             if facts.length_bytes < length_bytes && !facts.fixed_length {
@@ -56,6 +59,27 @@ impl Qcow2 {
         }
         self.write_header(move |header| header.size_bytes = length_bytes)
             .await
+    }
+
+    /// Zero clusters behind the end of the disk, up to `end`; durable afterwards.
+    async fn hide_below(&self, end: u64) -> Result<(), ImageError> {
+        let cluster_bytes = self.state.geometry.cluster_bytes();
+        let old = ByteRange::new(0, self.length_bytes()).align_outward(cluster_bytes);
+        let hidden = ByteRange::between(old.end(), end).align_outward(cluster_bytes);
+        if hidden.is_empty() {
+            return Ok(());
+        }
+        if self.state.geometry.version() == Version::V2 {
+            return Err(StorageError::new(Operation::Zero, hidden, EOPNOTSUPP).into());
+        }
+        let mut rest = hidden;
+        while !rest.is_empty() {
+            let front = rest.intersection(&self.state.slice_span(rest));
+            self.change(front, Change::Zero { may_unmap: false })
+                .await?;
+            rest = rest.split_at(front.length().max(1)).1;
+        }
+        self.commit().await
     }
 
     async fn shrink(&self, length_bytes: u64) -> Result<(), ImageError> {

@@ -180,7 +180,7 @@ impl Run {
 
     fn resize(&mut self, length: u64) {
         let old = self.mover.image.length_bytes();
-        now(self.mover.image.resize(length)).expect("resized");
+        now(self.mover.image.resize(length, 0)).expect("resized");
         // What comes in reads as zeroes, whatever is below and in the last cluster: that is the node's part.
         if length > old {
             now(self.mover.zero(ByteRange::between(old, length), false)).expect("zeroed");
