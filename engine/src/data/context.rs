@@ -9,7 +9,7 @@ use blockyard_storage::buffer::BufferPool;
 use blockyard_storage::{LocalFuture, Storage};
 
 use crate::clock::Clock;
-use crate::data::CpuPool;
+use crate::data::{CpuPool, Spawner};
 use crate::node::Node;
 use crate::node::news::News;
 
@@ -36,6 +36,7 @@ pub struct DataContext {
     pool: BufferPool,
     cpu: CpuPool,
     news: News,
+    spawner: Spawner,
     files: Rc<dyn HostFiles>,
     nodes: RefCell<HashMap<NodeId, Rc<dyn Node>>>,
 }
@@ -54,9 +55,20 @@ impl DataContext {
             pool,
             cpu,
             news,
+            spawner: Spawner::of_the_task_set(),
             files,
             nodes: RefCell::default(),
         }
+    }
+
+    /// The same, which hands work that nobody waits for to another spawner than that of the thread's tasks.
+    pub fn with_spawner(self, spawner: Spawner) -> Self {
+        Self { spawner, ..self }
+    }
+
+    /// Takes work that is to be brought to its end.
+    pub fn spawner(&self) -> &Spawner {
+        &self.spawner
     }
 
     /// The host's files.

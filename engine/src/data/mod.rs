@@ -3,10 +3,12 @@
 pub mod context;
 pub mod cpu_pool;
 mod opener;
+pub mod spawner;
 mod thread;
 mod threads;
 mod timers;
 
 pub use context::{DataContext, HostFiles, NodeId, ThreadId};
 pub use cpu_pool::CpuPool;
+pub use spawner::Spawner;
 pub use threads::ThreadSet;

@@ -1,5 +1,5 @@
-//! [`AnnouncingNode`]: what stands between a raw node and the fault filter below it, so that fault scripts can wait for
-//! what the raw node does. Requests pass, as long as the filter takes them; their events go first.
+//! [`AnnouncingNode`]: what stands between a format and the fault filter below it, so that fault scripts can wait for what
+//! the format does. Requests pass, as long as the filter takes them; their events go first.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -14,19 +14,31 @@ use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
 /// Tells the node below what the node above does.
 pub(super) struct AnnouncingNode {
     child: Rc<dyn Node>,
+    /// The format is raw: its events are those of its requests.
+    raw: bool,
     /// Changes that were made, and how many of them a flush has covered.
     changes: Cell<u64>,
     flushed: Cell<u64>,
 }
 
 impl AnnouncingNode {
-    /// `child` itself if nothing below it listens.
-    pub(super) fn over(child: Rc<dyn Node>) -> Rc<dyn Node> {
+    /// What a raw node has below it: `child` itself if nothing there listens.
+    pub(super) fn below_raw(child: Rc<dyn Node>) -> Rc<dyn Node> {
+        Self::over(child, true)
+    }
+
+    /// The same for an image, which has events of its own to tell of.
+    pub(super) fn below_image(child: Rc<dyn Node>) -> Rc<dyn Node> {
+        Self::over(child, false)
+    }
+
+    fn over(child: Rc<dyn Node>, raw: bool) -> Rc<dyn Node> {
         if !child.listens() {
             return child;
         }
         Rc::new(Self {
             child,
+            raw,
             changes: Cell::new(0),
             flushed: Cell::new(0),
         })
@@ -34,6 +46,12 @@ impl AnnouncingNode {
 
     fn piece_max_bytes(&self) -> u64 {
         u64::from(self.child.facts().transfer_max_bytes)
+    }
+
+    fn raw_does(&self, event: DebugEvent) {
+        if self.raw {
+            self.child.hear(event);
+        }
     }
 
     fn changed(&self) {
@@ -52,7 +70,7 @@ impl AnnouncingNode {
             from,
             self.piece_max_bytes(),
             async |offset, from| {
-                self.child.hear(DebugEvent::WriteAio);
+                self.raw_does(DebugEvent::WriteAio);
                 write(offset, from).await
             },
         )
@@ -97,7 +115,7 @@ impl Node for AnnouncingNode {
             into,
             self.piece_max_bytes(),
             async |offset, into| {
-                self.child.hear(DebugEvent::ReadAio);
+                self.raw_does(DebugEvent::ReadAio);
                 self.child.read(offset, into).await
             },
         ))
@@ -144,7 +162,7 @@ impl Node for AnnouncingNode {
 
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            self.child.hear(DebugEvent::FlushToOs);
+            self.raw_does(DebugEvent::FlushToOs);
             let changes = self.changes.get();
             if self.flushed.get() < changes {
                 self.child.hear(DebugEvent::FlushToDisk);

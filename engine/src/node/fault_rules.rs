@@ -16,10 +16,20 @@ const EIO: i64 = blockyard_storage::error::EIO as i64;
 pub enum DebugEvent {
     /// The node has been opened.
     None,
-    /// The raw format above is about to read.
+    /// A format above is about to read data.
     ReadAio,
-    /// The raw format above is about to write.
+    /// A format above is about to write data.
     WriteAio,
+    /// An image above is about to read from its backing.
+    ReadBackingAio,
+    /// An image above is about to read a compressed cluster.
+    ReadCompressed,
+    /// An image above is about to write a compressed cluster.
+    WriteCompressed,
+    /// An image above is about to read what a new cluster has to be filled up with.
+    CowRead,
+    /// An image above is about to write that, apart from the data.
+    CowWrite,
     /// A write begins.
     Pwritev,
     /// A zero request begins.
@@ -47,6 +57,11 @@ impl DebugEvent {
             DebugEvent::None => "none",
             DebugEvent::ReadAio => "read_aio",
             DebugEvent::WriteAio => "write_aio",
+            DebugEvent::ReadBackingAio => "read_backing_aio",
+            DebugEvent::ReadCompressed => "read_compressed",
+            DebugEvent::WriteCompressed => "write_compressed",
+            DebugEvent::CowRead => "cow_read",
+            DebugEvent::CowWrite => "cow_write",
             DebugEvent::Pwritev => "pwritev",
             DebugEvent::PwritevZero => "pwritev_zero",
             DebugEvent::PwritevDone => "pwritev_done",
@@ -408,6 +423,11 @@ mod tests {
             E::None,
             E::ReadAio,
             E::WriteAio,
+            E::ReadBackingAio,
+            E::ReadCompressed,
+            E::WriteCompressed,
+            E::CowRead,
+            E::CowWrite,
             E::Pwritev,
             E::PwritevZero,
             E::PwritevDone,

@@ -16,6 +16,7 @@ pub mod filter_node;
 pub mod news;
 pub mod null_node;
 mod pieces;
+pub mod qcow2;
 pub mod raw_node;
 pub mod zeroes;
 

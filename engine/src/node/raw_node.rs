@@ -48,7 +48,7 @@ impl RawNode {
     ) -> Self {
         Self {
             name,
-            child: AnnouncingNode::over(child),
+            child: AnnouncingNode::below_raw(child),
             window,
             read_only,
             discard,

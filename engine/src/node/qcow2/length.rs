@@ -1,0 +1,81 @@
+//! Another length, and room reserved in advance.
+
+use blockyard_images::qcow2::lookup::{Extent, Source};
+use blockyard_storage::error::EBADF;
+use blockyard_storage::{Buffer, ByteRange, Operation, Preallocation, Storage};
+
+use crate::error::NodeError;
+use crate::node::qcow2::mover::Mover;
+use crate::node::qcow2::pieces::to_usize;
+
+/// Longest piece of old content that is moved to reserved room at once.
+const MOVED_BYTES_MAX: u64 = 1 << 20;
+
+impl Mover {
+    /// See [`Node::resize`](crate::node::Node::resize). What is added reads as zeroes from the moment when it is there, whatever is below, and whatever
+    /// was left in the cluster that the old end cuts.
+    pub(super) async fn change_length(&self, length_bytes: u64) -> Result<(), NodeError> {
+        let all = ByteRange::new(0, length_bytes);
+        if self.read_only() {
+            return Err(self.error(Operation::Resize, Some(all), EBADF));
+        }
+        let below = self.backing().map_or(0, |node| node.facts().length_bytes);
+        let added = ByteRange::between(self.image.length_bytes(), length_bytes);
+        let cluster_bytes = self.image.geometry().cluster_bytes();
+        let to_boundary = added.offset().next_multiple_of(cluster_bytes) - added.offset();
+        let (in_last_cluster, _) = added.split_at(to_boundary);
+        if !in_last_cluster.is_empty() && !self.is_known_zero(in_last_cluster).await? {
+            self.write_zeroes(in_last_cluster).await?;
+            // The length is durable at once.
+            self.flush().await?;
+        }
+        let resized = self.image.resize(length_bytes, below).await;
+        resized.map_err(|error| self.failed(error, Operation::Resize, Some(all)))
+    }
+
+    /// See [`Node::preallocate`](crate::node::Node::preallocate).
+    pub(super) async fn reserve_room(
+        &self,
+        range: ByteRange,
+        how: Preallocation,
+    ) -> Result<(), NodeError> {
+        match how {
+            Preallocation::Off => Ok(()),
+            Preallocation::Full => self.write_zeroes(range).await,
+            Preallocation::Falloc => {
+                let mut rest = range;
+                while !rest.is_empty() {
+                    let (piece, _) = rest.split_at(MOVED_BYTES_MAX);
+                    let extent = self.extent(piece).await?;
+                    let covered = extent.range;
+                    self.reserve_extent(extent).await?;
+                    rest = ByteRange::between(covered.end(), rest.end());
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives an extent room in the file; its content stays.
+    async fn reserve_extent(&self, extent: Extent) -> Result<(), NodeError> {
+        let range = extent.range;
+        let data = self.data();
+        match extent.source {
+            Source::Data { at } => {
+                let there = ByteRange::new(at.0, range.length());
+                let reserved = data.preallocate(there, Preallocation::Falloc).await;
+                reserved.map_err(|error| data.node_error(&error))
+            }
+            // It has the room that it needs.
+            Source::Compressed(_) => Ok(()),
+            Source::Zero { .. } | Source::Unallocated => {
+                drop(extent.lease);
+                let old = Buffer::zeroed(to_usize(range.length()));
+                let old = self.read_range(range, old).await;
+                old.outcome?;
+                // Zeroes too: an image has no room but where something was written.
+                self.write_range(range, old.buffer).await.outcome
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! [`Qcow2Node`]: a qcow2 image as a node. The image says where bytes are and takes new room for them; this moves them:
+//! from and to the image's files, from the backing, through the codec.
+//!
+//! ```text
+//!   read   map -> data: straight into the caller's buffer | zero: fill | unallocated: backing | compressed: decompress
+//!   write  prepare -> in place: straight from the caller's buffer
+//!                  -> new room: old content at the edges, data, then publish
+//! ```
+//! A request that lies in several places is carried out in pieces, several at once.
+
+mod compressed;
+mod failures;
+mod length;
+mod mover;
+mod pieces;
+mod read;
+mod status;
+mod upkeep;
+mod write;
+mod zeroing;
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use blockyard_images::qcow2::Qcow2;
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, Preallocation, ZeroMode};
+
+use crate::data::{DataContext, Spawner};
+use crate::error::NodeError;
+use crate::node::announcing_node::AnnouncingNode;
+use crate::node::child_storage::ChildStorage;
+use crate::node::qcow2::mover::Mover;
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::request::{DetectZeroes, Discard};
+
+/// What a client chose for one node, apart from what the image itself is told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Qcow2Options {
+    /// What discards do.
+    pub discard: Discard,
+    /// Whether written zeroes become zero requests.
+    pub detect_zeroes: DetectZeroes,
+    /// After how long what was not used goes from the caches of tables; `None`: never.
+    pub cache_clean_interval: Option<Duration>,
+}
+
+/// The nodes below an image, as its storages.
+pub struct Qcow2Files {
+    /// The image file.
+    pub file: Rc<ChildStorage>,
+    /// Where the guest's data is, if it is outside.
+    pub data_file: Option<Rc<ChildStorage>>,
+}
+
+impl Qcow2Files {
+    /// Storages for an image on these nodes.
+    pub fn new(file: Rc<dyn Node>, data_file: Option<Rc<dyn Node>>) -> Self {
+        let storage = |node| Rc::new(ChildStorage::new(AnnouncingNode::below_image(node)));
+        Self {
+            file: storage(file),
+            data_file: data_file.map(storage),
+        }
+    }
+}
+
+/// A qcow2 image as a node.
+///
+/// A change whose caller gives up waiting goes on to its end all the same: left in the middle it would keep others from its
+/// clusters, or clusters from being used again.
+pub struct Qcow2Node {
+    mover: Rc<Mover>,
+    spawner: Spawner,
+}
+
+impl Qcow2Node {
+    /// A node that shows `image`, which has been opened on `files`, on the thread of `context`.
+    pub fn new(
+        name: String,
+        image: Rc<Qcow2>,
+        files: Qcow2Files,
+        backing: Option<Rc<dyn Node>>,
+        options: Qcow2Options,
+        context: &DataContext,
+    ) -> Self {
+        let mover = Mover::new(name, image, files, backing, options, context);
+        Self {
+            mover: Rc::new(mover),
+            spawner: context.spawner().clone(),
+        }
+    }
+
+    /// The image.
+    pub fn image(&self) -> &Rc<Qcow2> {
+        &self.mover.image
+    }
+
+    /// Gives it another backing. What is read from then on is read from there where the image holds nothing; no request may
+    /// be in flight.
+    pub fn set_backing(&self, backing: Option<Rc<dyn Node>>) {
+        self.mover.backing.replace(backing);
+    }
+
+    /// A change that goes on to its end in any case.
+    fn change<T: 'static, F: Future<Output = T> + 'static>(
+        &self,
+        work: impl FnOnce(Rc<Mover>) -> F,
+    ) -> LocalFuture<'static, T> {
+        Box::pin(self.spawner.to_the_end(work(Rc::clone(&self.mover))))
+    }
+}
+
+impl Node for Qcow2Node {
+    fn name(&self) -> String {
+        self.mover.name.clone()
+    }
+
+    fn facts(&self) -> NodeFacts {
+        let mover = &self.mover;
+        let cluster_bytes = mover.image.geometry().cluster_bytes();
+        NodeFacts {
+            length_bytes: mover.length(),
+            request_alignment: 1,
+            transfer_max_bytes: mover.data().node().facts().transfer_max_bytes,
+            cluster_size_bytes: u32::try_from(cluster_bytes).ok(),
+            read_only: mover.read_only(),
+            unmaps: mover.unmaps(),
+            fixed_length: false,
+        }
+    }
+
+    fn status(
+        &self,
+        range: ByteRange,
+        extents_max: usize,
+    ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
+        Box::pin(self.mover.status_of(range, extents_max))
+    }
+
+    fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(async move {
+            let range = ByteRange::new(offset, into.len() as u64);
+            match self.mover.refusal(Operation::Read, range) {
+                None => self.mover.read_range(range, into).await,
+                Some(error) => NodeTransfer {
+                    buffer: into,
+                    outcome: Err(error),
+                },
+            }
+        })
+    }
+
+    fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        self.change(|mover| async move { mover.write(offset, from).await })
+    }
+
+    fn write_compressed(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        self.change(|mover| async move { mover.compress_and_write(offset, from).await })
+    }
+
+    fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.change(|mover| async move { mover.zero(range, mode).await })
+    }
+
+    fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.change(|mover| async move { mover.discard(range).await })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.change(|mover| async move { mover.flush().await })
+    }
+
+    fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.change(move |mover| async move { mover.change_length(length_bytes).await })
+    }
+
+    fn preallocate(
+        &self,
+        range: ByteRange,
+        how: Preallocation,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.change(move |mover| async move { mover.reserve_room(range, how).await })
+    }
+
+    fn backing(&self) -> Option<Rc<dyn Node>> {
+        self.mover.backing()
+    }
+
+    fn names_backing(&self) -> bool {
+        self.mover.names_backing()
+    }
+
+    fn close(&self) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.change(|mover| async move { mover.close().await })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,7 @@
+//! Images as nodes, on simulated disks: what is read is what was written, whatever the image is like, whatever happens at
+//! the same time, and whatever fails.
+
+mod faults;
+mod model;
+mod random;
+mod yard;

@@ -1,0 +1,61 @@
+//! Random operations, several at once, on images of every kind, against the model.
+
+use blockyard_simulator::{Seed, each_seed};
+use futures_util::future::join_all;
+
+use super::model::{Model, Operation, assert_holds, assert_status};
+use super::yard::{Setup, Yard};
+use crate::node::Node;
+
+/// Operations whose ranges do not overlap.
+fn round(dice: &Seed, setup: &Setup) -> Vec<Operation> {
+    let mut operations: Vec<Operation> = Vec::new();
+    for _ in 0..1 + dice.below(6) {
+        let operation = Operation::random(dice, setup);
+        let mut others = operations.iter().map(Operation::range);
+        if !others.any(|other| other.overlaps(&operation.range())) {
+            operations.push(operation);
+        }
+    }
+    operations
+}
+
+#[test]
+fn images_of_every_kind_hold_what_was_written() {
+    each_seed("blockyard-engine", "images_of_every_kind", 150, |seed| {
+        let yard = Yard::new(Setup::random(seed));
+        let setup = &yard.setup;
+        let dice = Seed::new(seed);
+        let mut model = Model::of(&yard);
+        let mut node = yard.open();
+        for _ in 0..25 {
+            let operations = round(&dice, setup);
+            let asked = operations.iter().map(|one| one.carry_out(&node));
+            let answers = yard.drive(join_all(asked));
+            for (operation, answer) in operations.iter().zip(answers) {
+                let read =
+                    answer.unwrap_or_else(|error| panic!("{operation:?} {setup:?}: {error}"));
+                if let Some(read) = read {
+                    let expected = model.slice(operation.range());
+                    assert!(read == expected, "{operation:?} {setup:?}");
+                }
+                model.apply(operation, setup);
+            }
+            if dice.one_in(6) {
+                assert_status(&yard, &node, &model, &dice);
+            }
+            if dice.one_in(6) {
+                yard.drive(node.close()).expect("closed");
+                node = yard.open();
+            }
+            if dice.one_in(3) {
+                assert_holds(&yard, &node, &model, &dice);
+            }
+        }
+        yard.drive(node.close()).expect("closed");
+        let node = yard.open();
+        assert_holds(&yard, &node, &model, &dice);
+        assert_status(&yard, &node, &model, &dice);
+        assert_eq!(yard.news(), []);
+    });
+}

@@ -1,0 +1,367 @@
+//! [`Yard`]: one image with its disks, and how it is made and opened.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::Poll;
+
+use blockyard_images::pace::Unwatched;
+use blockyard_images::qcow2::create::{CreateOptions, create};
+use blockyard_images::qcow2::units::{Compression, Version};
+use blockyard_images::qcow2::{Options, Qcow2};
+use blockyard_ring::HostFile;
+use blockyard_simulator::{Disk, DiskOptions, Seed, World, run};
+use blockyard_storage::buffer::BufferPool;
+use blockyard_storage::{Aligned, ByteRange, LocalFuture, Storage};
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use crate::clock::{Clock, Moment};
+use crate::data::{CpuPool, DataContext, HostFiles, Spawner};
+use crate::event::EventKind;
+use crate::node::Node;
+use crate::node::file_node::{FileNode, FileOptions};
+use crate::node::news::News;
+use crate::node::qcow2::{Qcow2Files, Qcow2Node, Qcow2Options};
+use crate::request::{DetectZeroes, Discard};
+
+/// Where the guest's data is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DataFile {
+    Inside,
+    Outside,
+    Raw,
+}
+
+/// What an image is like.
+#[derive(Clone, Debug)]
+pub(super) struct Setup {
+    pub(super) seed: u64,
+    pub(super) version: Version,
+    pub(super) cluster_bits: u32,
+    pub(super) extended_l2: bool,
+    pub(super) refcount_bits: u64,
+    pub(super) compression: Compression,
+    pub(super) data_file: DataFile,
+    pub(super) size_bytes: u64,
+    /// Length of the raw file below it.
+    pub(super) backing_bytes: Option<u64>,
+    /// Of requests on every disk.
+    pub(super) alignment: u32,
+    pub(super) discard: Discard,
+    pub(super) detect_zeroes: DetectZeroes,
+    pub(super) lazy_refcounts: bool,
+    pub(super) discard_no_unref: bool,
+    pub(super) l2_cache_bytes: u64,
+}
+
+impl Setup {
+    /// An image of clusters of this size, without anything special.
+    pub(super) fn new(seed: u64, cluster_bits: u32) -> Self {
+        Self {
+            seed,
+            version: Version::V3,
+            cluster_bits,
+            extended_l2: false,
+            refcount_bits: 16,
+            compression: Compression::Zlib,
+            data_file: DataFile::Inside,
+            size_bytes: 20 << cluster_bits,
+            backing_bytes: None,
+            alignment: 1,
+            discard: Discard::Unmap,
+            detect_zeroes: DetectZeroes::Off,
+            lazy_refcounts: false,
+            discard_no_unref: false,
+            l2_cache_bytes: 1 << 20,
+        }
+    }
+
+    /// Anything that can be.
+    pub(super) fn random(seed: u64) -> Self {
+        let dice = Seed::new(seed ^ 0x9c0_7700);
+        let extended_l2 = dice.one_in(3);
+        let cluster_bits = match extended_l2 {
+            true => *dice.pick(&[14, 15, 16]),
+            false => *dice.pick(&[9, 9, 10, 12, 13, 16]),
+        };
+        let version = match extended_l2 || !dice.one_in(4) {
+            true => Version::V3,
+            false => Version::V2,
+        };
+        let v3 = version == Version::V3;
+        let clusters = if cluster_bits < 12 { 200 } else { 10 };
+        let size_bytes = ((1 + dice.below(clusters)) << cluster_bits) - 512 * dice.below(2);
+        let backing_bytes = match dice.below(4) {
+            0 => None,
+            1 => Some(size_bytes),
+            2 => Some(512 * (1 + dice.below(size_bytes / 512))),
+            _ => Some(size_bytes + 512 * dice.below(100)),
+        };
+        let data_file = match dice.below(6) {
+            0 if v3 => DataFile::Outside,
+            1 if v3 && backing_bytes.is_none() => DataFile::Raw,
+            _ => DataFile::Inside,
+        };
+        Self {
+            version,
+            extended_l2,
+            refcount_bits: if v3 {
+                *dice.pick(&[1, 2, 8, 16, 64])
+            } else {
+                16
+            },
+            compression: match v3 && dice.one_in(2) {
+                true => Compression::Zstd,
+                false => Compression::Zlib,
+            },
+            data_file,
+            size_bytes,
+            backing_bytes,
+            alignment: *dice.pick(&[1, 512, 4096]),
+            discard: *dice.pick(&[Discard::Unmap, Discard::Unmap, Discard::Ignore]),
+            detect_zeroes: *dice.pick(&[DetectZeroes::Off, DetectZeroes::On, DetectZeroes::Unmap]),
+            lazy_refcounts: v3 && dice.one_in(4),
+            discard_no_unref: v3 && dice.one_in(4),
+            l2_cache_bytes: *dice.pick(&[1024, 1 << 20]),
+            ..Self::new(seed, cluster_bits)
+        }
+    }
+
+    pub(super) fn cluster_bytes(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+}
+
+/// Time that nobody waits for.
+struct Still;
+
+impl Clock for Still {
+    fn now(&self) -> Moment {
+        Moment::default()
+    }
+
+    fn sleep_until(&self, _: Moment) -> LocalFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
+}
+
+/// No host file is needed here.
+struct NoFiles;
+
+impl HostFiles for NoFiles {
+    fn storage(&self, _: &HostFile, _: bool) -> Rc<dyn Storage> {
+        unreachable!("nodes are made on simulated disks")
+    }
+
+    fn blocking(&self, _: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()> {
+        unreachable!("nothing blocks")
+    }
+}
+
+/// An image, its disks, and what its nodes have told.
+pub(super) struct Yard {
+    pub(super) setup: Setup,
+    pub(super) world: World,
+    pub(super) image: Disk,
+    pub(super) data: Option<Disk>,
+    pub(super) base: Option<Disk>,
+    /// What the raw file below holds.
+    pub(super) base_bytes: Vec<u8>,
+    pub(super) context: DataContext,
+    pub(super) heard: RefCell<UnboundedReceiver<EventKind>>,
+    /// Changes that nobody waits for any more.
+    left: Rc<RefCell<Vec<LocalFuture<'static, ()>>>>,
+}
+
+impl Yard {
+    /// Disks with a new image.
+    pub(super) fn new(setup: Setup) -> Self {
+        let world = World::new(setup.seed);
+        let disk = |name: &str, length_bytes| {
+            world.disk(
+                name,
+                DiskOptions {
+                    length_bytes,
+                    request_alignment: setup.alignment,
+                    ..DiskOptions::default()
+                },
+            )
+        };
+        let image = disk("image", 0);
+        let data = (setup.data_file != DataFile::Inside).then(|| disk("data", 0));
+        let base = setup.backing_bytes.map(|length| disk("base", length));
+        let base_bytes = base_bytes(setup.seed, setup.backing_bytes.unwrap_or(0));
+        if let Some(base) = &base {
+            for block in ByteRange::new(0, base_bytes.len() as u64).pieces(4096) {
+                let bytes = &base_bytes[block.offset() as usize..block.end() as usize];
+                if bytes.iter().any(|byte| *byte != 0) {
+                    base.fill(block.offset(), bytes);
+                }
+            }
+        }
+        let (news, heard) = News::channel();
+        let context = DataContext::new(
+            Rc::new(Still),
+            BufferPool::new(1 << 20),
+            CpuPool::on_the_spot(),
+            news,
+            Rc::new(NoFiles),
+        );
+        let left: Rc<RefCell<Vec<LocalFuture<'static, ()>>>> = Rc::default();
+        let take = Rc::clone(&left);
+        let context = context.with_spawner(Spawner::new(move |work| take.borrow_mut().push(work)));
+        let yard = Self {
+            setup,
+            world,
+            image,
+            data,
+            base,
+            base_bytes,
+            context,
+            heard: RefCell::new(heard),
+            left,
+        };
+        yard.make_image();
+        yard
+    }
+
+    fn make_image(&self) {
+        let setup = &self.setup;
+        let options = CreateOptions {
+            version: setup.version,
+            cluster_bytes: setup.cluster_bytes(),
+            refcount_bits: setup.refcount_bits,
+            lazy_refcounts: setup.lazy_refcounts,
+            extended_l2: setup.extended_l2,
+            compression: setup.compression,
+            backing_name: setup.backing_bytes.map(|_| b"base".to_vec()),
+            data_file_name: self.data.as_ref().map(|_| b"data".to_vec()),
+            data_file_raw: setup.data_file == DataFile::Raw,
+            ..CreateOptions::new(setup.size_bytes)
+        };
+        let creation = options.plan().expect("an image that can be");
+        let image = Aligned::over(self.image.open());
+        let data = self.data.as_ref().map(|data| Aligned::over(data.open()));
+        let made = create(&creation, &*image, data.as_deref(), &Unwatched);
+        self.drive(made).expect("made");
+    }
+
+    /// Runs to the end; whatever waits ends in an order of the seed's choosing.
+    pub(super) fn drive<T>(&self, future: impl Future<Output = T>) -> T {
+        let ended = self.drive_while(future, || true);
+        ended.expect("waits for something that can happen")
+    }
+
+    /// The same as long as `goes_on` says so; then the future is dropped where it is.
+    pub(super) fn drive_while<T>(
+        &self,
+        future: impl Future<Output = T>,
+        goes_on: impl Fn() -> bool,
+    ) -> Option<T> {
+        let mut future = pin!(future);
+        let with_what_is_left = poll_fn(|cx| {
+            let mut left = std::mem::take(&mut *self.left.borrow_mut());
+            left.retain_mut(|work| work.as_mut().poll(cx).is_pending());
+            self.left.borrow_mut().append(&mut left);
+            future.as_mut().poll(cx)
+        });
+        run(with_what_is_left, || goes_on() && self.world.step())
+    }
+
+    /// Brings what was left to its end.
+    pub(super) fn finish_what_is_left(&self) {
+        self.drive(poll_fn(|_| match self.left.borrow().is_empty() {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }));
+    }
+
+    /// The power goes: nothing that was under way goes on.
+    pub(super) fn cut_power(&self) {
+        self.left.borrow_mut().clear();
+        self.world.cut_power();
+    }
+
+    /// A file node on one of the disks.
+    pub(super) fn file(&self, name: &str, disk: &Disk, read_only: bool) -> Rc<dyn Node> {
+        let options = FileOptions {
+            read_only,
+            discard: Discard::Unmap,
+            ..FileOptions::default()
+        };
+        Rc::new(FileNode::new(name.to_owned(), disk.open(), options))
+    }
+
+    /// The raw file below.
+    pub(super) fn backing(&self) -> Option<Rc<dyn Node>> {
+        let base = self.base.as_ref()?;
+        Some(self.file("base", base, true))
+    }
+
+    /// The image as a node, newly opened.
+    pub(super) fn open(&self) -> Rc<Qcow2Node> {
+        self.open_over(self.file("file", &self.image, false), self.backing())
+    }
+
+    /// The same on another node for its file.
+    pub(super) fn open_over(
+        &self,
+        file: Rc<dyn Node>,
+        backing: Option<Rc<dyn Node>>,
+    ) -> Rc<Qcow2Node> {
+        let setup = &self.setup;
+        let data = self.data.as_ref();
+        let data = data.map(|data| self.file("data", data, false));
+        let files = Qcow2Files::new(file, data);
+        let storage = files.file.clone() as Rc<dyn Storage>;
+        let data_storage = files.data_file.clone().map(|data| data as Rc<dyn Storage>);
+        let options = Options {
+            lazy_refcounts: setup.lazy_refcounts,
+            discard_no_unref: setup.discard_no_unref,
+            pass_discard_request: setup.discard == Discard::Unmap,
+            l2_cache_bytes: setup.l2_cache_bytes,
+            l2_cache_entry_bytes: 512,
+            ..Options::default()
+        };
+        // A fault may be left that strikes once.
+        let mut tries = (0..20)
+            .map(|_| self.drive(Qcow2::open(storage.clone(), data_storage.clone(), options)));
+        let image = tries.find_map(Result::ok).expect("an image");
+        let options = Qcow2Options {
+            discard: setup.discard,
+            detect_zeroes: setup.detect_zeroes,
+            cache_clean_interval: None,
+        };
+        Rc::new(Qcow2Node::new(
+            "image".to_owned(),
+            image,
+            files,
+            backing,
+            options,
+            &self.context,
+        ))
+    }
+
+    /// What the nodes have told since the last call.
+    pub(super) fn news(&self) -> Vec<EventKind> {
+        let mut heard = self.heard.borrow_mut();
+        std::iter::from_fn(|| heard.try_recv().ok()).collect()
+    }
+}
+
+/// Runs of bytes, some of them zeroes.
+pub(super) fn base_bytes(seed: u64, length: u64) -> Vec<u8> {
+    let dice = Seed::new(seed ^ 0xba5e);
+    let mut bytes = Vec::new();
+    while bytes.len() < length as usize {
+        let value = if dice.one_in(3) { 0 } else { dice.any() as u8 };
+        let run = 512 * (1 + dice.below(40)) as usize;
+        bytes.extend((0..run).map(|place| match value {
+            0 => 0,
+            value => value.wrapping_add((place / 100) as u8) | 1,
+        }));
+    }
+    bytes.truncate(length as usize);
+    bytes
+}

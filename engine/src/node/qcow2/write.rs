@@ -1,0 +1,296 @@
+//! Writing: in place where the guest's bytes have a place of their own, else to new room, whose edges are filled with what
+//! was there before; only then does the image lead there.
+
+use std::cell::RefCell;
+
+use blockyard_images::qcow2::lookup::Source;
+use blockyard_images::qcow2::reserve::{Reservation, WritePlan};
+use blockyard_images::qcow2::units::HostOffset;
+use blockyard_storage::{Buffer, ByteRange, Operation, Storage, ZeroMode};
+use futures_util::future::join3;
+
+use crate::error::NodeError;
+use crate::node::NodeTransfer;
+use crate::node::fault_rules::DebugEvent;
+use crate::node::qcow2::mover::Mover;
+use crate::node::qcow2::pieces::{in_pieces, place_in};
+use crate::node::qcow2::read::transferred;
+use crate::node::zeroes::is_zero;
+
+/// Longest write that edges are merged into: beyond it, copying the data costs more than requests of their own.
+const MERGED_BYTES_MAX: u64 = 256 << 10;
+
+/// Longest edge of zeroes that is written as data.
+const ZERO_EDGE_BYTES_MAX: u64 = 64 << 10;
+
+/// What an edge is filled with.
+enum Edge {
+    /// Nothing has to be written: there is no edge, or it reads as zeroes already where it goes.
+    Nothing,
+    Zeroes(ByteRange),
+    Bytes(ByteRange, Buffer),
+}
+
+impl Edge {
+    fn length(&self) -> u64 {
+        match self {
+            Edge::Nothing => 0,
+            Edge::Zeroes(range) | Edge::Bytes(range, _) => range.length(),
+        }
+    }
+
+    /// Whether it is better made of zeroes than written.
+    fn is_long_zeroes(&self) -> bool {
+        matches!(self, Edge::Zeroes(range) if range.length() > ZERO_EDGE_BYTES_MAX)
+    }
+}
+
+impl Mover {
+    /// See [`Node::write`](crate::node::Node::write).
+    pub(super) async fn write(&self, offset: u64, from: Buffer) -> NodeTransfer {
+        let range = ByteRange::new(offset, from.len() as u64);
+        let outcome = match self.refusal(Operation::Write, range) {
+            Some(error) => Err(error),
+            None => match self.zeroes_instead(from.as_slice()) {
+                Some(mode) => self.zero(range, mode).await,
+                None => return self.write_range(range, from).await,
+            },
+        };
+        NodeTransfer {
+            buffer: from,
+            outcome,
+        }
+    }
+
+    /// See [`Node::flush`](crate::node::Node::flush).
+    pub(super) async fn flush(&self) -> Result<(), NodeError> {
+        self.announce(DebugEvent::FlushToOs);
+        let flushed = self.image.flush().await;
+        flushed.map_err(|error| self.failed(error, Operation::Sync, None))
+    }
+
+    /// See [`Node::close`](crate::node::Node::close).
+    pub(super) async fn close(&self) -> Result<(), NodeError> {
+        self.decompressed.clear();
+        let closed = self.image.close().await;
+        closed.map_err(|error| self.failed(error, Operation::Sync, None))
+    }
+
+    /// Writes the whole of `from`, which is as long as `range`.
+    pub(super) async fn write_range(&self, range: ByteRange, from: Buffer) -> NodeTransfer {
+        if range.is_empty() {
+            return NodeTransfer {
+                buffer: from,
+                outcome: Ok(()),
+            };
+        }
+        let first = match self.plan(range).await {
+            Ok(plan) if covered(&plan) == range => return self.carry_out(plan, from).await,
+            Ok(first) => RefCell::new(Some(first)),
+            Err(error) => {
+                return NodeTransfer {
+                    buffer: from,
+                    outcome: Err(error),
+                };
+            }
+        };
+        let bytes = from.as_slice();
+        let outcome = in_pieces(
+            range,
+            async |rest| {
+                let known = first.borrow_mut().take();
+                let plan = match known {
+                    Some(plan) => plan,
+                    None => self.plan(rest).await?,
+                };
+                let covered = covered(&plan);
+                let mut piece = self.scratch(covered.length());
+                piece
+                    .as_mut_slice()
+                    .copy_from_slice(&bytes[place_in(range, covered)]);
+                let written = async move { self.carry_out(plan, piece).await.outcome };
+                Ok((covered, Box::pin(written) as _))
+            },
+            |()| {},
+        )
+        .await;
+        NodeTransfer {
+            buffer: from,
+            outcome,
+        }
+    }
+
+    async fn plan(&self, range: ByteRange) -> Result<WritePlan, NodeError> {
+        let planned = self.image.prepare_write(range).await;
+        planned.map_err(|error| self.failed(error, Operation::Write, Some(range)))
+    }
+
+    /// Writes `from` where the plan says.
+    async fn carry_out(&self, plan: WritePlan, from: Buffer) -> NodeTransfer {
+        match plan {
+            WritePlan::InPlace(place) => {
+                let written = self.write_data(place.at(), from).await;
+                place.done();
+                written
+            }
+            WritePlan::Allocate(reservation) => {
+                let range = reservation.range();
+                let NodeTransfer { buffer, outcome } = self.fill(&reservation, from).await;
+                // Nothing is under way any more, however it ended.
+                let outcome = match outcome {
+                    Ok(()) => self
+                        .image
+                        .publish(reservation)
+                        .await
+                        .map_err(|error| self.failed(error, Operation::Write, Some(range))),
+                    Err(error) => {
+                        reservation.give_back();
+                        Err(error)
+                    }
+                };
+                NodeTransfer { buffer, outcome }
+            }
+        }
+    }
+
+    async fn write_data(&self, at: HostOffset, from: Buffer) -> NodeTransfer {
+        self.announce(DebugEvent::WriteAio);
+        let data = self.data();
+        transferred(data, data.write(at.0, from).await)
+    }
+
+    /// Writes `from` and the edges of its new room, together where that costs little.
+    async fn fill(&self, room: &Reservation, from: Buffer) -> NodeTransfer {
+        let edges = async {
+            let before = self.edge(room.fill_before(), room.reads_zero()).await?;
+            let after = self.edge(room.fill_after(), room.reads_zero()).await?;
+            Ok((before, after))
+        };
+        let (before, after) = match edges.await {
+            Ok((Edge::Nothing, Edge::Nothing)) => return self.write_data(room.at(), from).await,
+            Ok(edges) => edges,
+            Err(error) => {
+                return NodeTransfer {
+                    buffer: from,
+                    outcome: Err(error),
+                };
+            }
+        };
+        let whole = before.length() + room.range().length() + after.length();
+        if whole > MERGED_BYTES_MAX || before.is_long_zeroes() || after.is_long_zeroes() {
+            let data = self.write_data(room.at(), from);
+            let (before, written, after) = join3(
+                self.write_edge(room, before),
+                data,
+                self.write_edge(room, after),
+            )
+            .await;
+            return NodeTransfer {
+                buffer: written.buffer,
+                outcome: written.outcome.and(before).and(after),
+            };
+        }
+        let start = room.range().offset() - before.length();
+        let whole = ByteRange::new(start, whole);
+        let mut merged = self.scratch(whole.length());
+        let bytes = merged.as_mut_slice();
+        bytes[place_in(whole, room.range())].copy_from_slice(from.as_slice());
+        for edge in [before, after] {
+            match edge {
+                Edge::Nothing => {}
+                Edge::Zeroes(range) => bytes[place_in(whole, range)].fill(0),
+                Edge::Bytes(range, old) => {
+                    bytes[place_in(whole, range)].copy_from_slice(old.as_slice());
+                }
+            }
+        }
+        let outcome = self.write_data(room.at_of(start), merged).await.outcome;
+        NodeTransfer {
+            buffer: from,
+            outcome,
+        }
+    }
+
+    /// The old content of an edge. What lies behind the end of the disk is zeroes.
+    async fn edge(&self, range: ByteRange, reads_zero: bool) -> Result<Edge, NodeError> {
+        let zeroes = |range: ByteRange| match reads_zero || range.is_empty() {
+            true => Edge::Nothing,
+            false => Edge::Zeroes(range),
+        };
+        let inside = range.clamp_end(self.image.length_bytes());
+        if inside.is_empty() || self.is_known_zero(inside).await? {
+            return Ok(zeroes(range));
+        }
+        self.announce(DebugEvent::CowRead);
+        let mut old = self.scratch(inside.length());
+        let read = self.read_old(inside, old).await;
+        read.outcome?;
+        old = read.buffer;
+        if is_zero(old.as_slice()) {
+            return Ok(zeroes(range));
+        }
+        if inside == range {
+            return Ok(Edge::Bytes(range, old));
+        }
+        let mut padded = self.scratch(range.length());
+        let (held, behind) = padded.as_mut_slice().split_at_mut(old.len());
+        held.copy_from_slice(old.as_slice());
+        behind.fill(0);
+        Ok(Edge::Bytes(range, padded))
+    }
+
+    /// Reading is written in terms of pieces, and so is writing: boxed, so that their types end somewhere.
+    fn read_old(
+        &self,
+        range: ByteRange,
+        into: Buffer,
+    ) -> blockyard_storage::LocalFuture<'_, NodeTransfer> {
+        Box::pin(self.read_range(range, into))
+    }
+
+    /// Whether the image alone tells that `range` reads as zeroes.
+    pub(super) async fn is_known_zero(&self, range: ByteRange) -> Result<bool, NodeError> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let extent = self.extent(rest).await?;
+            let zero = match extent.source {
+                Source::Zero { .. } => true,
+                Source::Unallocated => self.ends_before(extent.range),
+                Source::Data { .. } | Source::Compressed(_) => false,
+            };
+            if !zero {
+                return Ok(false);
+            }
+            rest = ByteRange::between(extent.range.end(), rest.end());
+        }
+        Ok(true)
+    }
+
+    async fn write_edge(&self, room: &Reservation, edge: Edge) -> Result<(), NodeError> {
+        let data = self.data();
+        let written = match edge {
+            Edge::Nothing => return Ok(()),
+            Edge::Zeroes(range) => {
+                let zeroed = ByteRange::new(room.at_of(range.offset()).0, range.length());
+                let mode = ZeroMode {
+                    may_unmap: true,
+                    no_fallback: false,
+                };
+                data.zero(zeroed, mode).await
+            }
+            Edge::Bytes(range, old) => {
+                self.announce(DebugEvent::CowWrite);
+                data.write(room.at_of(range.offset()).0, old).await.outcome
+            }
+        };
+        written.map_err(|error| data.node_error(&error))
+    }
+}
+
+/// The guest bytes of the request that a plan takes.
+fn covered(plan: &WritePlan) -> ByteRange {
+    match plan {
+        WritePlan::InPlace(place) => place.range(),
+        WritePlan::Allocate(reservation) => reservation.range(),
+    }
+}
