@@ -2,7 +2,8 @@
 //!
 //! Layers, lowest first; a line imports only lines above it:
 //! `error`, `clock`, `limits` < `request`, `reply`, `event` and `job` (status, verb, progress, speed, error policy) <
-//! `node` (what moves bytes, on a data thread) < `job::context`, `job::work` < `jobs` (copier, backup, mirror, create) <
+//! `node` (what moves bytes, on a data thread) < `job::context`, `job::work` < `jobs` (copier, backup, mirror, create)
+//! and `images` (work that is no job) <
 //! `data` (the threads) < `graph` (names, edges, permissions; on the manager's thread) < `manager` < `engine`.
 //!
 //! No JSON here, and no type of this crate is serializable: the front-end converts by hand.
@@ -15,6 +16,7 @@ pub mod engine;
 pub mod error;
 pub mod event;
 pub mod graph;
+pub mod images;
 pub mod job;
 pub mod jobs;
 pub mod limits;

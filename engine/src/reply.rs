@@ -1,5 +1,6 @@
 //! [`Reply`]: the answers to requests and the views that queries return, as plain data.
 
+use crate::images::ImageReply;
 use crate::job::latency::LatencyView;
 use crate::job::status::Status;
 use crate::job::verb::JobType;
@@ -18,6 +19,8 @@ pub enum Reply {
     Nodes(Vec<NodeView>),
     /// The graph with permissions.
     Graph(GraphView),
+    /// What work on an image came to.
+    Image(ImageReply),
 }
 
 /// A job as `query-jobs` shows it.

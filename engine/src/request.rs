@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::images::ImageSpec;
 use crate::job::error_policy::OnError;
 use crate::job::verb::{JobType, VerbCall};
 
@@ -71,6 +72,8 @@ pub enum Request {
     QueryJobs,
     /// All block jobs in the older form, newest first.
     QueryBlockJobs,
+    /// Do something with a whole image that is no job. Not on the wire.
+    Image(ImageSpec),
     /// End all jobs, close all nodes, then end the daemon.
     Quit,
 }

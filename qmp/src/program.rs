@@ -10,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 use crate::control;
 use crate::daemon;
 use crate::terminal::copy::arguments::CopyKind;
-use crate::terminal::{self, Command, bench, copy};
+use crate::terminal::{self, Command, bench, check, copy};
 use crate::tour;
 
 /// Runs the program with the arguments of the process.
@@ -40,6 +40,7 @@ pub fn main() -> ExitCode {
         Command::Daemon { options } => daemon::run(&name, &["daemon".into()], options),
         Command::Backup(arguments) => copy::run(CopyKind::Backup, &arguments).into(),
         Command::Mirror(arguments) => copy::run(CopyKind::Mirror, &arguments).into(),
+        Command::Check(arguments) => check::run(&arguments),
         Command::Qmp(arguments) => control::qmp::run(&arguments).into(),
         Command::Jobs(arguments) => control::jobs::run(&arguments).into(),
         Command::Tour(arguments) => tour::guide::run(&arguments).into(),

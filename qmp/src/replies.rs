@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 /// A reply as the value of `return`.
 pub fn value(reply: &Reply) -> Value {
     match reply {
-        Reply::Done => json!({}),
+        // Work on images is never asked for over the wire.
+        Reply::Done | Reply::Image(_) => json!({}),
         Reply::Jobs(jobs) => jobs.iter().map(job).collect(),
         Reply::BlockJobs(jobs) => jobs.iter().map(block_job).collect(),
         Reply::Nodes(nodes) => nodes.iter().map(node).collect(),

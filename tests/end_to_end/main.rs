@@ -4,6 +4,7 @@
 mod abuse;
 mod bench;
 mod blkdebug;
+mod check;
 mod client;
 mod client_tools;
 mod command_line;

@@ -10,6 +10,7 @@ mod disk_facts;
 mod fault_config;
 mod filenames;
 mod image_locks;
+mod images;
 mod jobs;
 mod names;
 pub mod permissions;

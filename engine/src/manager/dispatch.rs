@@ -110,6 +110,9 @@ impl Manager {
                     block_jobs.map(|job| job.block_view()).collect(),
                 ));
             }
+            Request::Image(spec) => {
+                return Ok(Reply::Image(self.graph.work_on_image(spec).await?));
+            }
             Request::Quit => {}
         }
         Ok(Reply::Done)

@@ -167,6 +167,10 @@ impl Observer for CancelAfter {
     fn found(&self, _: Vec<Finding>) -> LocalFuture<'_, ()> {
         Box::pin(std::future::ready(()))
     }
+    fn repaired(&self, _: u64, _: u64) -> LocalFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
     fn progress(&self, _: u64, _: u64) {}
     fn is_cancelled(&self) -> bool {
         let left = self.0.get();

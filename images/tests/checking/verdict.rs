@@ -29,6 +29,10 @@ impl Observer for Listener {
         Box::pin(std::future::ready(()))
     }
 
+    fn repaired(&self, _: u64, _: u64) -> LocalFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
     fn progress(&self, done_bytes: u64, total_bytes: u64) {
         assert!(done_bytes <= total_bytes);
     }

@@ -229,6 +229,11 @@ impl Display {
         }
     }
 
+    /// A line as it is, to standard error.
+    pub fn line(&self, text: &str) {
+        self.bars.suspend(|| write_line(std::io::stderr(), text));
+    }
+
     /// A line about an error, to standard error.
     pub fn error(&self, text: &str) {
         let line = format!("blockyard: {text}");

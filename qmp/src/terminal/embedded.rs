@@ -2,11 +2,13 @@
 
 use std::future::Future;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use blockyard_engine::engine::{BackendChoice, Engine, EngineConfig, EngineHandle};
 use blockyard_engine::error::EngineError;
 use blockyard_engine::event::{Event, EventKind};
+use blockyard_engine::images::{ImageEvent, ImageReply, ImageSpec, ImageWatch, ImageWork};
 use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::{JobView, Reply};
@@ -65,6 +67,25 @@ pub(crate) struct NodeFile {
     pub(crate) size_bytes: u64,
     pub(crate) discard: Discard,
     pub(crate) detect_zeroes: DetectZeroes,
+}
+
+/// The file or device of an image, as it is.
+#[derive(Clone, Debug)]
+pub(crate) struct ImageFile {
+    pub(crate) name: &'static str,
+    pub(crate) path: PathBuf,
+    pub(crate) is_device: bool,
+    pub(crate) read_only: bool,
+    pub(crate) sharing: Sharing,
+}
+
+/// Who may use a file meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// Others may read it.
+    Readers,
+    /// Others may do whatever they want.
+    Everything,
 }
 
 /// Whether a signal has asked to end. The second one ends the process at once.
@@ -227,6 +248,79 @@ impl Embedded {
         }))
         .await
         .map(drop)
+    }
+
+    /// Opens the file of an image and takes its image locks.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn add_image_file(&self, file: &ImageFile) -> Result<(), EngineError> {
+        let spec = FileSpec {
+            filename: file.path.clone(),
+            exclusive: file.sharing == Sharing::Readers,
+            ..FileSpec::default()
+        };
+        self.call(Request::BlockdevAdd(NodeSpec {
+            node_name: Some(file.name.to_owned()),
+            common: CommonOptions {
+                read_only: Some(file.read_only),
+                force_share: Some(file.sharing == Sharing::Everything),
+                cache_direct: Some(self.cache == Cache::None),
+                ..CommonOptions::default()
+            },
+            driver: match file.is_device {
+                true => DriverSpec::HostDevice(spec),
+                false => DriverSpec::File(spec),
+            },
+        }))
+        .await
+        .map(drop)
+    }
+
+    /// Does something with the image on a node, shown under `name`; `told` hears what is told meanwhile. A signal cancels
+    /// it; its end is waited for all the same.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn work_on_image(
+        &mut self,
+        name: &str,
+        node: &str,
+        work: ImageWork,
+        mut told: impl FnMut(&Display, ImageEvent),
+    ) -> Result<ImageReply, EngineError> {
+        let (watcher, mut watch) = ImageWatch::new();
+        let engine = self.engine.clone();
+        let mut reply = pin!(engine.call(Request::Image(ImageSpec {
+            node: node.to_owned(),
+            work,
+            watcher,
+        })));
+        let mut cancelled = false;
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        let outcome = loop {
+            tokio::select! {
+                event = watch.next() => told(&self.display, event),
+                outcome = &mut reply => break outcome,
+                () = self.interrupt.wait(), if !cancelled => {
+                    cancelled = true;
+                    self.display.note("cancelling (once more ends at once)");
+                    watch.cancel();
+                }
+                _ = look.tick() => {
+                    let (done, total) = watch.progress();
+                    self.display.phase(name, done, total);
+                }
+            }
+        };
+        while let Some(event) = watch.try_next() {
+            told(&self.display, event);
+        }
+        self.display.forget(name);
+        match outcome? {
+            Reply::Image(reply) => Ok(reply),
+            _ => Err(EngineError::generic("Internal error: another reply (bug)")),
+        }
     }
 
     /// Closes a node.

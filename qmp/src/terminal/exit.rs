@@ -49,9 +49,15 @@ impl From<Exit> for ExitCode {
 
 /// The end of a command's `--help`: its examples, then the exit codes.
 pub fn after_help(examples: &str) -> String {
+    let codes = Exit::ALL.map(|exit| (exit.code(), exit.meaning()));
+    after_help_with(examples, &codes)
+}
+
+/// The same for a command with exit codes of its own.
+pub fn after_help_with(examples: &str, codes: &[(u8, &str)]) -> String {
     let mut text = format!("Examples:\n{}\n\nExit codes:", examples.trim_end());
-    for exit in Exit::ALL {
-        text += &format!("\n  {:<4} {}", exit.code(), exit.meaning());
+    for (code, meaning) in codes {
+        text += &format!("\n  {code:<4} {meaning}");
     }
     text
 }

@@ -1,6 +1,7 @@
 //! The commands for people and scripts: what they are asked, how they show progress, how they end.
 
 pub(crate) mod bench;
+pub(crate) mod check;
 pub(crate) mod copy;
 pub mod display;
 pub(crate) mod embedded;
@@ -15,8 +16,9 @@ use crate::control::jobs::JobsArguments;
 use crate::control::qmp::QmpArguments;
 use crate::daemon::options::HELP;
 use crate::terminal::bench::BenchArguments;
+use crate::terminal::check::arguments::CheckArguments;
 use crate::terminal::copy::arguments::CopyArguments;
-use crate::terminal::exit::{Exit, after_help};
+use crate::terminal::exit::{Exit, after_help, after_help_with};
 use crate::tour::guide::TourArguments;
 
 /// What `--version` prints behind the program's name.
@@ -29,6 +31,7 @@ const EXAMPLES: &str = "  \
   blockyard tour
   blockyard backup disk.raw backup.raw
   blockyard mirror --verify disk.raw /mnt/other/disk.raw
+  blockyard check image.qcow2
   blockyard bench --directory /mnt/disk
   blockyard daemon --help
   blockyard qmp qmp.sock query-version
@@ -39,6 +42,11 @@ const BACKUP_EXAMPLES: &str = "  \
   blockyard backup --verify --speed 100M disk.raw /mnt/backup/disk.raw
   blockyard backup --force /dev/vg/snapshot backup.raw
   blockyard backup --json disk.raw backup.raw";
+
+const CHECK_EXAMPLES: &str = "  \
+  blockyard check image.qcow2
+  blockyard check --repair leaks image.qcow2
+  blockyard check --repair all --json /dev/vg/image";
 
 const BENCH_EXAMPLES: &str = "  \
   blockyard bench --directory /mnt/disk --size 4G --rounds 5
@@ -81,6 +89,20 @@ pub enum Command {
     /// as both sides are equal, because here nobody writes to SRC meanwhile.
     #[command(after_help = after_help(MIRROR_EXAMPLES))]
     Mirror(CopyArguments),
+    /// Check a qcow2 image, and repair it
+    ///
+    /// Reads all metadata of FILE and tells what is wrong with it, in the words, figures and exit codes of qemu-img check.
+    /// Findings go to standard error, figures to standard output. FILE must not be in use by somebody who writes to it. Its
+    /// backing and data files are not looked at.
+    ///
+    /// With --repair, what is found is put right, in an order that survives a crash at any time, and the image is checked
+    /// again. Make a copy of an image that is corrupt before you repair it. Leaked clusters are kept as long as a damaged entry
+    /// may have led to them.
+    ///
+    /// Takes one byte of memory for each cluster of FILE, for example 128 MiB for 8 TiB with clusters of 64 KiB, and at most 20
+    /// MiB more (with --repair, 60 MiB); two or eight bytes where clusters have more than 255 or 65535 references.
+    #[command(after_help = after_help_with(CHECK_EXAMPLES, &check::EXIT_CODES))]
+    Check(CheckArguments),
     /// Measure how fast this machine copies
     ///
     /// Copies a file of SIZE made for it in DIR, or SRC to DST, several times, each from the start of a job until the copy is
@@ -114,14 +136,19 @@ pub enum Command {
 /// # Errors
 /// How to exit when there is nothing to run: help, the version or what is wrong has been printed.
 pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Exit> {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    // With `check`, 2 says that an image is corrupt, as with `qemu-img check`.
+    let usage = match arguments.get(1) {
+        Some(command) if command == "check" => Exit::Failed,
+        _ => Exit::Usage,
+    };
     let parsed = Arguments::try_parse_from(arguments);
     parsed.map(|arguments| arguments.command).map_err(|error| {
         // There is nowhere left to complain when this cannot be printed.
         let _ = error.print();
-        if error.use_stderr() {
-            Exit::Usage
-        } else {
-            Exit::Success
+        match error.use_stderr() {
+            true => usage,
+            false => Exit::Success,
         }
     })
 }

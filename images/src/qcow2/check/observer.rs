@@ -10,6 +10,10 @@ pub trait Observer {
     /// Takes the next findings; the check waits until the future ends, so that nothing piles up.
     fn found(&self, findings: Vec<Finding>) -> LocalFuture<'_, ()>;
 
+    /// A repair has put so many corruptions and leaks right, and checks the image again now: findings are of that check from
+    /// here on.
+    fn repaired(&self, corruptions: u64, leaks: u64) -> LocalFuture<'_, ()>;
+
     /// So many bytes of metadata have been read of so many that are known of; both grow.
     fn progress(&self, done_bytes: u64, total_bytes: u64);
 
@@ -23,6 +27,10 @@ pub struct Unobserved;
 
 impl Observer for Unobserved {
     fn found(&self, _: Vec<Finding>) -> LocalFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
+    fn repaired(&self, _: u64, _: u64) -> LocalFuture<'_, ()> {
         Box::pin(std::future::ready(()))
     }
 

@@ -93,7 +93,12 @@ pub async fn repair(
         fixer.fix_flags(&mut scan, how).await?;
     }
     let after = match fixer.has_changed {
-        true => check(file, observer).await?,
+        true => {
+            observer
+                .repaired(fixer.corruptions_fixed, fixer.leaks_fixed)
+                .await;
+            check(file, observer).await?
+        }
         false => scan.sink.report,
     };
     if after.corruptions == 0 && after.check_errors == 0 {
