@@ -12,7 +12,8 @@
 //! | either | compressed | zeroes, freed |
 //!
 //! With `discard-no-unref` a cluster is kept where it would be freed, and is discarded in the file. In version 2 nothing
-//! reads as zeroes by itself: there only what nothing is below can be given up, and the rest is for the caller to write.
+//! reads as zeroes by itself: there what nothing is below is given up, whether it may be or not, as QEMU does, and the rest
+//! is for the caller to write.
 //!
 //! Spec: qcow2, "Standard Cluster Descriptor", "Extended L2 Entries".
 
@@ -291,7 +292,7 @@ impl ImageState {
         }
         if self.geometry.version() == Version::V2 {
             let nothing = source == Source::Unallocated;
-            return request.zero_below && (nothing || request.may_unmap && is_whole);
+            return request.zero_below && (nothing || is_whole);
         }
         // A compressed cluster has no subclusters.
         entry.word & COMPRESSED == 0 || cluster_in_range
