@@ -1,7 +1,9 @@
 //! Images as nodes, on simulated disks: what is read is what was written, whatever the image is like, whatever happens at
 //! the same time, and whatever fails.
 
+mod behaviour;
 mod faults;
 mod model;
+mod oracle;
 mod random;
 mod yard;

@@ -165,7 +165,7 @@ fn discarded(range: ByteRange, setup: &Setup) -> ByteRange {
 
 /// The node holds what the model says, read in pieces of any length.
 pub(super) fn assert_holds(yard: &Yard, node: &Rc<Qcow2Node>, model: &Model, dice: &Seed) {
-    let mut rest = ByteRange::new(0, yard.setup.size_bytes);
+    let mut rest = ByteRange::new(0, model.bytes.len() as u64);
     while !rest.is_empty() {
         let longest = *dice.pick(&[1000, 10_000, 1 << 20]);
         let (piece, after) = rest.split_at(1 + dice.below(longest));
@@ -178,7 +178,7 @@ pub(super) fn assert_holds(yard: &Yard, node: &Rc<Qcow2Node>, model: &Model, dic
 
 /// What the node says of itself agrees with the model: zeroes are zeroes, what it does not hold is the backing's.
 pub(super) fn assert_status(yard: &Yard, node: &Rc<Qcow2Node>, model: &Model, dice: &Seed) {
-    let mut rest = ByteRange::new(0, yard.setup.size_bytes);
+    let mut rest = ByteRange::new(0, model.bytes.len() as u64);
     while !rest.is_empty() {
         let extents_max = 1 + dice.below(5) as usize;
         let extents = yard.drive(node.status(rest, extents_max)).expect("told");
@@ -194,7 +194,7 @@ pub(super) fn assert_status(yard: &Yard, node: &Rc<Qcow2Node>, model: &Model, di
             assert!(zero || !extent.zero, "{extent:?} of {:?}", yard.setup);
             if !extent.allocated {
                 let mut below = yard.base_bytes.clone();
-                below.resize(yard.setup.size_bytes as usize, 0);
+                below.resize(model.bytes.len(), 0);
                 let place = extent.range.offset() as usize..extent.range.end() as usize;
                 assert!(model.slice(extent.range) == &below[place], "{extent:?}");
             }

@@ -1,14 +1,19 @@
 //! Random operations, several at once, on images of every kind, against the model.
 
+use std::rc::Rc;
+
+use blockyard_images::qcow2::units::Version;
 use blockyard_simulator::{Seed, each_seed};
+use blockyard_storage::error::EOPNOTSUPP;
 use futures_util::future::join_all;
 
 use super::model::{Model, Operation, assert_holds, assert_status};
 use super::yard::{Setup, Yard};
 use crate::node::Node;
+use crate::node::qcow2::Qcow2Node;
 
 /// Operations whose ranges do not overlap.
-fn round(dice: &Seed, setup: &Setup) -> Vec<Operation> {
+pub(super) fn round(dice: &Seed, setup: &Setup) -> Vec<Operation> {
     let mut operations: Vec<Operation> = Vec::new();
     for _ in 0..1 + dice.below(6) {
         let operation = Operation::random(dice, setup);
@@ -20,16 +25,38 @@ fn round(dice: &Seed, setup: &Setup) -> Vec<Operation> {
     operations
 }
 
+/// Another length. What comes in is zeroes.
+fn resize(yard: &Yard, node: &Rc<Qcow2Node>, setup: &mut Setup, model: &mut Model, dice: &Seed) {
+    let old = setup.size_bytes;
+    let new = match dice.below(3) {
+        0 => 512 * dice.below(old / 512 + 1),
+        1 => old + 512 * dice.below(20),
+        _ => old + dice.below(4) * setup.cluster_bytes(),
+    };
+    let below = setup.backing_bytes.unwrap_or(0);
+    let clusters = old.next_multiple_of(setup.cluster_bytes());
+    let hidden = new.min(below) > clusters;
+    let resized = yard.drive(node.resize(new));
+    if setup.version == Version::V2 && hidden {
+        assert_eq!(resized.map_err(|error| error.errno()), Err(EOPNOTSUPP));
+        return;
+    }
+    resized.unwrap_or_else(|error| panic!("{new} {setup:?}: {error}"));
+    assert_eq!(node.facts().length_bytes, new);
+    setup.size_bytes = new;
+    model.bytes.resize(new as usize, 0);
+}
+
 #[test]
 fn images_of_every_kind_hold_what_was_written() {
     each_seed("blockyard-engine", "images_of_every_kind", 150, |seed| {
         let yard = Yard::new(Setup::random(seed));
-        let setup = &yard.setup;
+        let mut setup = yard.setup.clone();
         let dice = Seed::new(seed);
         let mut model = Model::of(&yard);
         let mut node = yard.open();
         for _ in 0..25 {
-            let operations = round(&dice, setup);
+            let operations = round(&dice, &setup);
             let asked = operations.iter().map(|one| one.carry_out(&node));
             let answers = yard.drive(join_all(asked));
             for (operation, answer) in operations.iter().zip(answers) {
@@ -39,7 +66,10 @@ fn images_of_every_kind_hold_what_was_written() {
                     let expected = model.slice(operation.range());
                     assert!(read == expected, "{operation:?} {setup:?}");
                 }
-                model.apply(operation, setup);
+                model.apply(operation, &setup);
+            }
+            if dice.one_in(8) {
+                resize(&yard, &node, &mut setup, &mut model, &dice);
             }
             if dice.one_in(6) {
                 assert_status(&yard, &node, &model, &dice);

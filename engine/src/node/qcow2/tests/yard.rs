@@ -236,6 +236,7 @@ impl Yard {
             extended_l2: setup.extended_l2,
             compression: setup.compression,
             backing_name: setup.backing_bytes.map(|_| b"base".to_vec()),
+            backing_format: setup.backing_bytes.map(|_| "raw".to_owned()),
             data_file_name: self.data.as_ref().map(|_| b"data".to_vec()),
             data_file_raw: setup.data_file == DataFile::Raw,
             ..CreateOptions::new(setup.size_bytes)
@@ -304,11 +305,26 @@ impl Yard {
         self.open_over(self.file("file", &self.image, false), self.backing())
     }
 
-    /// The same on another node for its file.
+    /// The same for reading.
+    pub(super) fn open_read_only(&self) -> Rc<Qcow2Node> {
+        let file = self.file("file", &self.image, true);
+        self.open_as(file, self.backing(), true)
+    }
+
+    /// For reading and writing, on another node for its file.
     pub(super) fn open_over(
         &self,
         file: Rc<dyn Node>,
         backing: Option<Rc<dyn Node>>,
+    ) -> Rc<Qcow2Node> {
+        self.open_as(file, backing, false)
+    }
+
+    fn open_as(
+        &self,
+        file: Rc<dyn Node>,
+        backing: Option<Rc<dyn Node>>,
+        read_only: bool,
     ) -> Rc<Qcow2Node> {
         let setup = &self.setup;
         let data = self.data.as_ref();
@@ -317,6 +333,7 @@ impl Yard {
         let storage = files.file.clone() as Rc<dyn Storage>;
         let data_storage = files.data_file.clone().map(|data| data as Rc<dyn Storage>);
         let options = Options {
+            read_only,
             lazy_refcounts: setup.lazy_refcounts,
             discard_no_unref: setup.discard_no_unref,
             pass_discard_request: setup.discard == Discard::Unmap,
