@@ -3,7 +3,6 @@
 use std::io;
 
 use blockyard_engine::error::{EngineError, ErrorKind};
-use serde_json::{Value, json};
 
 /// Class and text of an error reply.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,11 +29,6 @@ impl QmpError {
             class: "CommandNotFound",
             text: text.into(),
         }
-    }
-
-    /// The value of `error` in a reply.
-    pub fn value(&self) -> Value {
-        json!({"class": self.class, "desc": self.text})
     }
 }
 

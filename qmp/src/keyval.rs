@@ -6,6 +6,7 @@ use crate::error::QmpError;
 use crate::schema::Object;
 use crate::schema::check::{Spelling, check};
 use crate::schema::fields::Fields;
+use crate::wire::document::{Document, Json};
 use crate::wire::reader::read_text;
 
 /// Deepest nesting of dotted keys.
@@ -18,15 +19,17 @@ const KEY_BYTES_MAX: usize = 127;
 /// # Errors
 /// In QEMU's words: what is not key=value, or does not fit `object`.
 pub fn read(text: &str, implied_key: Option<&str>, object: &Object) -> Result<Fields, QmpError> {
-    let (members, spelling) = if text.starts_with('{') {
-        match read_text(text).map_err(|error| QmpError::generic(error.0))? {
-            Value::Object(members) => (members, Spelling::Json),
-            _ => return Err(QmpError::generic("JSON object expected")),
-        }
+    let (document, spelling) = if text.starts_with('{') {
+        let document = read_text(text).map_err(|error| QmpError::generic(error.0))?;
+        (document, Spelling::Json)
     } else {
-        (split(text, implied_key)?, Spelling::KeyValue)
+        let members = Value::Object(split(text, implied_key)?);
+        (Document::from(&members), Spelling::KeyValue)
     };
-    check(object, members, spelling).map(Fields::new)
+    match document.root() {
+        Json::Object(members) => check(object, members, spelling).map(Fields::new),
+        _ => Err(QmpError::generic("JSON object expected")),
+    }
 }
 
 /// Splits an option into nested members, whose scalars are all strings.

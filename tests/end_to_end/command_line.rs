@@ -85,6 +85,11 @@ fn refusals_are_those_of_the_oracle() {
         ],
         &["--blockdev", "nope,node-name=a"],
         &["--blockdev", "{\"driver\":\"null-co\""],
+        &["--blockdev", "{\"driver\":\"null-co"],
+        &["--blockdev", "{\"driver\":null-co}"],
+        &["--blockdev", "{\"driver\":1,\"driver\":2"],
+        &["--blockdev", "{\"driver\":\"null-co\"} {"],
+        &["--blockdev", "{\"driver\" 1} x"],
         &["--blockdev", "{\"driver\":\"null-co\",\"node-name\":5}"],
         &["--blockdev", "file,node-name=a,filename=none"],
         &[

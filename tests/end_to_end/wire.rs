@@ -148,6 +148,18 @@ fn refused_input() {
         b"True",
         b"{\"id\":1}",
         b"{\"id\":1,\"execute\":1}",
+        // Several faults, of which one is told.
+        b"{\"foo\":1,\"execute\":2}",
+        b"{\"foo\":1,\"bar\":2,\"id\":3}",
+        b"{\"arguments\":1,\"execute\":2}",
+        b"{\"zoo\":1,\"arguments\":1,\"execute\":2}",
+        b"{\"a\":1,\"a\":2 3}",
+        b"{\"a\":1,\"a\":[1 2]}",
+        b"{{\"a\":1,\"a\":2}:3}",
+        b"{[1]:2}",
+        b"{\"a\":\"\\x\xc3(\"}",
+        b"{\"a\":\"\xc3\\x\"}",
+        b"{\"a\":\"\\u00\xc3\xa9\"}",
         b"/* */",
         b"%i",
     ] {

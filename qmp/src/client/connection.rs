@@ -303,7 +303,7 @@ impl Client {
         let message = self.reader.next(&mut rest);
         let taken = self.received.len() - rest.len();
         self.received.advance(taken);
-        message
+        message.map(|read| read.map(|document| Value::from(document.root())))
     }
 
     fn gone(&self, reason: Option<io::Error>) -> ClientError {

@@ -6,7 +6,7 @@ mod nodes;
 mod protocol;
 
 use blockyard_engine::request::Request;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::error::QmpError;
 use crate::schema::check::{Spelling, check};
@@ -14,9 +14,11 @@ use crate::schema::fields::Fields;
 use crate::schema::introspect::{CommandShape, schema};
 use crate::schema::protocol::EVENTS;
 use crate::schema::{EMPTY, Object, Type};
+use crate::wire::document::Members;
+use crate::wire::output::Constant;
 
 pub use nodes::{node_spec, object_spec};
-pub use protocol::version;
+pub use protocol::VERSION;
 
 /// What a command comes to.
 #[derive(Debug)]
@@ -24,7 +26,7 @@ pub enum Action {
     /// The engine's business.
     Call(Box<Request>),
     /// Known here.
-    Answer(Value),
+    Answer(&'static Constant),
     /// Ends the negotiation.
     Negotiate {
         /// Whether commands may overtake.
@@ -92,7 +94,7 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 ///
 /// # Errors
 /// In QEMU's words: an unknown command, or arguments that do not fit.
-pub fn read(name: &str, arguments: Map<String, Value>) -> Result<Action, QmpError> {
+pub fn read(name: &str, arguments: Members<'_>) -> Result<Action, QmpError> {
     let Some(command) = table().find(|command| command.name == name) else {
         return Err(not_found(name));
     };

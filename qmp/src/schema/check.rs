@@ -1,12 +1,13 @@
 //! Checks a value against its type, in QEMU's order and words, before anything is done with it.
 //!
-//! The checked value is plain: strings of key=value options have become booleans and numbers, and numbers fit their type.
+//! The checked value is built of what is accepted only, and it is plain: strings of key=value options have become booleans and numbers, and numbers fit their type.
 
 use serde_json::{Map, Value};
 
 use crate::error::QmpError;
 use crate::schema::{Member, Object, Type, Words};
 use crate::size;
+use crate::wire::document::{Json, Members, number};
 
 /// Levels of nested objects and lists. Bounds the recursion here and in whatever reads the checked value.
 const DEPTH_MAX: usize = 128;
@@ -26,7 +27,7 @@ pub enum Spelling {
 /// The first member that is missing, of a wrong type or out of range; else a surplus one.
 pub fn check(
     object: &Object,
-    members: Map<String, Value>,
+    members: Members<'_>,
     spelling: Spelling,
 ) -> Result<Map<String, Value>, QmpError> {
     let root = Place {
@@ -92,7 +93,7 @@ impl<'a> Place<'a> {
 
 fn check_object(
     object: &Object,
-    mut members: Map<String, Value>,
+    members: Members<'_>,
     spelling: Spelling,
     place: &Place<'_>,
 ) -> Result<Map<String, Value>, QmpError> {
@@ -101,15 +102,18 @@ fn check_object(
         return Err(QmpError::generic(text));
     }
     let mut checked = Map::new();
-    check_members(object.members, &mut members, &mut checked, spelling, place)?;
+    check_members(object.members, members, &mut checked, spelling, place)?;
     if let Some(union) = &object.union {
         let tag = checked.get(union.tag).and_then(Value::as_str);
         let branch = union.branches.iter().find(|(case, _)| Some(*case) == tag);
         if let Some((_, branch)) = branch {
-            check_members(branch.members, &mut members, &mut checked, spelling, place)?;
+            check_members(branch.members, members, &mut checked, spelling, place)?;
         }
     }
-    match members.keys().next() {
+    if checked.len() == members.len() {
+        return Ok(checked);
+    }
+    match members.keys().find(|name| !checked.contains_key(*name)) {
         None => Ok(checked),
         Some(name) => {
             let path = place.below(Step::Member(name)).path();
@@ -122,14 +126,14 @@ fn check_object(
 
 fn check_members(
     wanted: &[Member],
-    members: &mut Map<String, Value>,
+    members: Members<'_>,
     checked: &mut Map<String, Value>,
     spelling: Spelling,
     place: &Place<'_>,
 ) -> Result<(), QmpError> {
     for member in wanted {
         let here = place.below(Step::Member(member.name));
-        match members.remove(member.name) {
+        match members.find(member.name) {
             Some(value) => {
                 let value = check_value(&member.kind, value, spelling, &here)?;
                 checked.insert(member.name.to_owned(), value);
@@ -146,43 +150,41 @@ fn check_members(
 
 fn check_value(
     kind: &Type,
-    value: Value,
+    value: Json<'_>,
     spelling: Spelling,
     place: &Place<'_>,
 ) -> Result<Value, QmpError> {
     match (kind, value) {
-        (Type::Any, value) => Ok(value),
-        (Type::Text, Value::String(text)) => Ok(Value::String(text)),
+        (Type::Any, value) => Ok(Value::from(value)),
+        (Type::Text, Json::Text(text)) => Ok(Value::from(text)),
         (Type::Text, _) => Err(place.wrong_type("string")),
-        (Type::Null, Value::Null) => Ok(Value::Null),
+        (Type::Null, Json::Null) => Ok(Value::Null),
         (Type::Null, _) => Err(place.wrong_type("null")),
-        (Type::Bool, Value::Bool(flag)) => Ok(Value::Bool(flag)),
-        (Type::Bool, Value::String(text)) if spelling == Spelling::KeyValue => {
-            match text.as_str() {
-                "on" | "yes" | "true" | "y" => Ok(Value::Bool(true)),
-                "off" | "no" | "false" | "n" => Ok(Value::Bool(false)),
-                _ => Err(place.expects("'on' or 'off'")),
-            }
-        }
+        (Type::Bool, Json::Bool(flag)) => Ok(Value::Bool(flag)),
+        (Type::Bool, Json::Text(text)) if spelling == Spelling::KeyValue => match text {
+            "on" | "yes" | "true" | "y" => Ok(Value::Bool(true)),
+            "off" | "no" | "false" | "n" => Ok(Value::Bool(false)),
+            _ => Err(place.expects("'on' or 'off'")),
+        },
         (Type::Bool, _) => Err(place.wrong_type("boolean")),
         (Type::Int | Type::Int32 | Type::Uint32 | Type::Uint64 | Type::Size, value) => {
-            check_number(kind, &value, spelling, place)
+            check_number(kind, value, spelling, place)
         }
-        (Type::Word(words), Value::String(text)) => check_word(words, text, place),
+        (Type::Word(words), Json::Text(text)) => check_word(words, text, place),
         (Type::Word(_), _) => Err(place.wrong_type("string")),
-        (Type::Object(object), Value::Object(members)) => {
+        (Type::Object(object), Json::Object(members)) => {
             check_object(object, members, spelling, place).map(Value::Object)
         }
         (Type::Object(_), _) => Err(place.wrong_type("object")),
         (Type::Alternate(alternate), value) => {
-            let fitting = alternate.kinds.iter().find(|kind| fits(kind, &value));
+            let fitting = alternate.kinds.iter().find(|kind| fits(kind, value));
             match fitting {
                 Some(kind) => check_value(kind, value, spelling, place),
                 None => Err(place.wrong_type(alternate.name)),
             }
         }
-        (Type::List(kind), Value::Array(elements)) => elements
-            .into_iter()
+        (Type::List(kind), Json::List(elements)) => elements
+            .iter()
             .enumerate()
             .map(|(index, element)| {
                 check_value(kind, element, spelling, &place.below(Step::Element(index)))
@@ -192,19 +194,19 @@ fn check_value(
     }
 }
 
-fn fits(kind: &Type, value: &Value) -> bool {
+fn fits(kind: &Type, value: Json<'_>) -> bool {
     matches!(
         (kind, value),
-        (Type::Text | Type::Word(_), Value::String(_))
-            | (Type::Object(_), Value::Object(_))
-            | (Type::Null, Value::Null)
-            | (Type::Bool, Value::Bool(_))
+        (Type::Text | Type::Word(_), Json::Text(_))
+            | (Type::Object(_), Json::Object(_))
+            | (Type::Null, Json::Null)
+            | (Type::Bool, Json::Bool(_))
     )
 }
 
-fn check_word(words: &Words, text: String, place: &Place<'_>) -> Result<Value, QmpError> {
-    if words.words.contains(&text.as_str()) {
-        return Ok(Value::String(text));
+fn check_word(words: &Words, text: &str, place: &Place<'_>) -> Result<Value, QmpError> {
+    if words.words.contains(&text) {
+        return Ok(Value::from(text));
     }
     let name = place.name();
     Err(QmpError::generic(format!(
@@ -214,18 +216,20 @@ fn check_word(words: &Words, text: String, place: &Place<'_>) -> Result<Value, Q
 
 fn check_number(
     kind: &Type,
-    value: &Value,
+    value: Json<'_>,
     spelling: Spelling,
     place: &Place<'_>,
 ) -> Result<Value, QmpError> {
     let signed = matches!(kind, Type::Int | Type::Int32);
     let number = match value {
-        Value::Number(number) if signed => number.as_i64().map(i128::from),
-        Value::Number(number) => number
-            .as_u64()
-            .or_else(|| number.as_i64().map(i64::cast_unsigned))
-            .map(i128::from),
-        Value::String(text) if spelling == Spelling::KeyValue => {
+        Json::Number(digits) => number(digits).and_then(|number| match signed {
+            true => number.as_i64().map(i128::from),
+            false => number
+                .as_u64()
+                .or_else(|| number.as_i64().map(i64::cast_unsigned))
+                .map(i128::from),
+        }),
+        Json::Text(text) if spelling == Spelling::KeyValue => {
             let parsed = match kind {
                 Type::Size => size::parse(text).map(i128::from),
                 _ => parse_integer(text, signed),
@@ -314,6 +318,7 @@ mod tests {
 
     use super::*;
     use crate::schema::{Alternate, optional, required};
+    use crate::wire::document::Document;
 
     static KINDS: Words = Words::of(&["a", "b"]);
     static INNER: Object = Object::of(&[required("n", Type::Uint32)]);
@@ -334,7 +339,8 @@ mod tests {
     );
 
     fn outcome(value: Value, spelling: Spelling) -> Result<Value, String> {
-        let Value::Object(members) = value else {
+        let document = Document::from(&value);
+        let Json::Object(members) = document.root() else {
             panic!("an object")
         };
         check(&OUTER, members, spelling)
@@ -356,6 +362,10 @@ mod tests {
             ),
             (json!({"kind": "b"}), "Parameter 'n' is missing"),
             (json!({"kind": "a", "n": 1}), "Parameter 'n' is unexpected"),
+            (
+                json!({"x": 1, "kind": "b", "n": 1, "y": 2}),
+                "Parameter 'x' is unexpected",
+            ),
             (
                 json!({"kind": "b", "n": "x"}),
                 "Parameter 'n' expects uint64",

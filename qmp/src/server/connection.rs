@@ -6,7 +6,6 @@ use blockyard_engine::engine::EngineHandle;
 use blockyard_engine::error::EngineError;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::Request;
-use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -14,7 +13,8 @@ use crate::error::QmpError;
 use crate::replies;
 use crate::server::clients::Clients;
 use crate::server::outbox::Outbox;
-use crate::session::{self, Message, Session, Step};
+use crate::session::{self, Answer, Message, Returned, Session, Step};
+use crate::wire::document::Document;
 use crate::wire::output::render;
 use crate::wire::reader::Reader;
 
@@ -69,7 +69,7 @@ pub async fn serve(service: Service, input: Input, output: Output, pretty: bool,
     if *service.ended.borrow() {
         outbox.close();
     }
-    connection.send(&session::greeting());
+    outbox.push(render(&session::greeting(), pretty).into());
     let (turns, queue) = mpsc::channel(QUEUE_MAX);
     let reading = connection.clone().read(input, turns);
     let running = connection.clone().run(queue);
@@ -98,8 +98,8 @@ impl Connection {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn send(&self, message: &Value) {
-        self.outbox.push(render(message, self.pretty).into());
+    fn send(&self, answer: &Answer) {
+        self.outbox.push(answer.render(self.pretty).into());
     }
 
     /// Reads messages until the client leaves or the daemon ends.
@@ -191,11 +191,11 @@ impl Connection {
                 let (connection, of) = (self.clone(), id.clone());
                 // In the queue before any later event: who reads a status after an event may rely on it being newer.
                 let replied = self.service.engine.call_then(*request, move |outcome| {
-                    connection.send(&reply_to(outcome, of));
+                    connection.send(&answer(outcome, of));
                     Ok(())
                 });
                 if let Err(gone) = replied.await {
-                    self.send(&reply_to(Err(gone), id));
+                    self.send(&answer(Err(gone), id));
                 }
                 if quits {
                     self.service.ended.send_replace(true);
@@ -206,11 +206,12 @@ impl Connection {
     }
 }
 
-fn reply_to(outcome: Result<Reply, EngineError>, id: Option<Value>) -> Value {
-    match outcome {
-        Ok(reply) => session::success(replies::value(&reply), id),
-        Err(error) => session::failure(&QmpError::from(error), id),
-    }
+fn answer(outcome: Result<Reply, EngineError>, id: Option<Document>) -> Answer {
+    let outcome = match outcome {
+        Ok(reply) => Ok(Returned::Value(replies::value(&reply))),
+        Err(error) => Err(QmpError::from(error)),
+    };
+    Answer { outcome, id }
 }
 
 /// Writes the queue until it is closed and empty.

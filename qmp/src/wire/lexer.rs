@@ -2,8 +2,12 @@
 
 /// Longest token in bytes.
 const TOKEN_BYTES_MAX: usize = 64 << 20;
+/// Room for a token in pieces that stays reserved.
+const KEPT_MAX: usize = 16 << 10;
+/// Bytes of a string that are looked at together.
+const BLOCK_BYTES: usize = 32;
 
-/// What a token is; its bytes are [`Lexer::bytes`].
+/// What a token is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Token {
     /// `{ } [ ] : ,`
@@ -39,14 +43,13 @@ enum State {
     Recovery,
 }
 
-/// The lexer; keeps the bytes of all tokens since the last [`forget`](Lexer::forget), one behind the other.
+/// The lexer. A token is handed out where it stands in the input, unless that came in pieces.
 #[derive(Debug)]
 pub struct Lexer {
     state: State,
-    text: Vec<u8>,
-    /// Where the token begins that is being read, or was handed out last.
-    begin: usize,
-    /// The token was handed out.
+    /// The bytes so far of a token that began in an earlier piece.
+    begun: Vec<u8>,
+    /// What stands there was handed out.
     complete: bool,
 }
 
@@ -54,69 +57,78 @@ impl Default for Lexer {
     fn default() -> Self {
         Self {
             state: State::Start,
-            text: Vec::new(),
-            begin: 0,
+            begun: Vec::new(),
             complete: false,
         }
     }
 }
 
 impl Lexer {
-    /// Bytes of the token that [`next`](Self::next) returned last; of punctuation: none.
-    pub fn bytes(&self) -> &[u8] {
-        &self.text[self.begin..]
-    }
-
-    /// Bytes of all tokens since the last [`forget`](Self::forget).
-    pub fn text(&self) -> &[u8] {
-        &self.text
-    }
-
-    /// Forgets the tokens that were handed out, and gives room for more than `kept_max` bytes back.
-    pub fn forget(&mut self, kept_max: usize) {
-        self.text.clear();
-        self.text.shrink_to(kept_max);
-        self.begin = 0;
-    }
-
-    /// Takes bytes from the front of `input` until a token is complete; `None`: all were taken and more are needed.
-    pub fn next(&mut self, input: &mut &[u8]) -> Option<Token> {
+    /// Takes bytes from the front of `input` until a token is complete, and returns it with all its bytes; `None`: all
+    /// were taken and more are needed.
+    pub fn next<'t, 'i: 't>(&'t mut self, input: &mut &'i [u8]) -> Option<(Token, &'t [u8])> {
         if self.complete {
-            self.begin = self.text.len();
+            self.begun.clear();
+            self.begun.shrink_to(KEPT_MAX);
             self.complete = false;
         }
-        while let Some((&byte, rest)) = input.split_first() {
-            let taken = self.step(byte);
-            if !matches!(taken, Taken::Before(_)) {
-                *input = rest;
+        let text = *input;
+        let (mut begin, mut end) = (0, 0);
+        let token = loop {
+            let Some(byte) = text.get(end) else {
+                self.begun.extend_from_slice(&text[begin..]);
+                *input = &[];
+                return None;
+            };
+            match self.step(*byte) {
+                Taken::Nothing => {
+                    end += 1;
+                    begin = end;
+                    continue;
+                }
+                Taken::Before(token) => break token,
+                Taken::Last(token) => {
+                    end += 1;
+                    break token;
+                }
+                Taken::Byte => end += 1,
             }
-            if let Taken::Token(token) | Taken::Before(token) = taken {
-                self.complete = true;
-                return Some(token);
-            }
-            match self.state {
-                State::Text(quote, false) => self.take_while(input, |byte| {
-                    byte >= 0x20 && byte != quote && byte != b'\\' && byte < 0xfe
-                }),
-                State::Word => self.take_while(input, |byte| byte.is_ascii_lowercase()),
-                State::Digits => self.take_while(input, |byte| byte.is_ascii_digit()),
-                _ => {}
-            }
-            if self.bytes().len() > TOKEN_BYTES_MAX {
+            let room = (TOKEN_BYTES_MAX + 1).saturating_sub(self.begun.len() + end - begin);
+            let rest = &text[end..];
+            end += self.plain(&rest[..rest.len().min(room)]);
+            if self.begun.len() + end - begin > TOKEN_BYTES_MAX {
                 self.state = State::Start;
-                self.complete = true;
-                return Some(Token::TooLong);
+                break Token::TooLong;
             }
+        };
+        let bytes = &text[begin..end];
+        *input = &text[end..];
+        if self.begun.is_empty() {
+            return Some((token, bytes));
         }
-        None
+        self.begun.extend_from_slice(bytes);
+        self.complete = true;
+        Some((token, &self.begun))
     }
 
-    /// Takes a run of bytes that do not change the state at once.
-    fn take_while(&mut self, input: &mut &[u8], plain: impl Fn(u8) -> bool) {
-        let length = input.iter().take_while(|byte| plain(**byte)).count();
-        let (text, rest) = input.split_at(length);
-        self.text.extend_from_slice(text);
-        *input = rest;
+    /// Bytes that end a token which has begun as the end of all input does, and add nothing to it.
+    pub fn end_of_token(&self) -> &'static [u8] {
+        use State::*;
+        match self.state {
+            Start | Recovery => b"",
+            Word | Zero | Digits | Fraction | ExponentDigits => b"\n",
+            Text(..) | Minus | Point | Exponent | ExponentSign => b"\0",
+        }
+    }
+
+    /// How many bytes at the front change nothing.
+    fn plain(&self, bytes: &[u8]) -> usize {
+        match self.state {
+            State::Text(quote, false) => plain_text(bytes, quote),
+            State::Word => count_while(bytes, u8::is_ascii_lowercase),
+            State::Digits => count_while(bytes, u8::is_ascii_digit),
+            _ => 0,
+        }
     }
 
     fn step(&mut self, byte: u8) -> Taken {
@@ -125,15 +137,15 @@ impl Lexer {
             let resets = matches!(byte, b'{' | b'}' | b'[' | b']' | b':' | b',' | 0xfe..)
                 || (byte < 0x20 && byte != b'\t');
             if !resets {
-                return Taken::Byte;
+                return Taken::Nothing;
             }
             // It is looked at again, and may be stray itself.
             self.state = Start;
         }
         let next = match (self.state, byte) {
-            (Start, b' ' | b'\t' | b'\r' | b'\n') => return Taken::Byte,
+            (Start, b' ' | b'\t' | b'\r' | b'\n') => return Taken::Nothing,
             (Start, b'{' | b'}' | b'[' | b']' | b':' | b',') => {
-                return Taken::Token(Token::Punctuation(byte));
+                return Taken::Last(Token::Punctuation(byte));
             }
             (Start, b'"' | b'\'') => Some(Text(byte, false)),
             (Start, b'-') => Some(Minus),
@@ -141,9 +153,8 @@ impl Lexer {
             (Start | Minus, b'1'..=b'9') => Some(Digits),
             (Start | Word, b'a'..=b'z') => Some(Word),
             (Text(quote, false), byte) if byte == quote => {
-                self.text.push(byte);
                 self.state = Start;
-                return Taken::Token(Token::Text);
+                return Taken::Last(Token::Text);
             }
             (Text(quote, false), b'\\') => Some(Text(quote, true)),
             (Text(quote, _), 0x20..0xfe) => Some(Text(quote, false)),
@@ -156,16 +167,15 @@ impl Lexer {
             _ => None,
         };
         if let Some(next) = next {
-            self.text.push(byte);
             self.state = next;
             return Taken::Byte;
         }
         match self.state {
             Word => self.complete(Token::Word),
             // A zero may not be followed by more digits; everything else ends a number.
-            Zero if byte.is_ascii_digit() => self.stray(byte),
+            Zero if byte.is_ascii_digit() => self.stray(),
             Zero | Digits | Fraction | ExponentDigits => self.complete(Token::Number),
-            _ => self.stray(byte),
+            _ => self.stray(),
         }
     }
 
@@ -174,18 +184,51 @@ impl Lexer {
         Taken::Before(token)
     }
 
-    fn stray(&mut self, byte: u8) -> Taken {
-        self.text.push(byte);
+    fn stray(&mut self) -> Taken {
         self.state = State::Recovery;
-        Taken::Token(Token::Stray)
+        Taken::Last(Token::Stray)
     }
 }
 
+/// What became of a byte.
 enum Taken {
-    /// The byte is part of an unfinished token, or nothing.
+    /// It belongs to no token.
+    Nothing,
+    /// It is part of an unfinished token.
     Byte,
-    /// The byte completes a token.
-    Token(Token),
-    /// A token ended before this byte.
+    /// It completes a token.
+    Last(Token),
+    /// A token ended before it.
     Before(Token),
+}
+
+/// How many bytes stand before one that ends a string or begins an escape.
+fn plain_text(bytes: &[u8], quote: u8) -> usize {
+    let first = &bytes[..bytes.len().min(BLOCK_BYTES)];
+    match count_while(first, is_plain_in(quote)) {
+        BLOCK_BYTES => BLOCK_BYTES + long_plain_text(&bytes[BLOCK_BYTES..], quote),
+        length => length,
+    }
+}
+
+/// The same, a block at a time, which is one comparison each for the processor. Not for short strings, nor where those
+/// are read: getting ready takes as long as they do.
+#[inline(never)]
+fn long_plain_text(bytes: &[u8], quote: u8) -> usize {
+    let is_plain = is_plain_in(quote);
+    let blocks = bytes.chunks_exact(BLOCK_BYTES).take_while(|block| {
+        block
+            .iter()
+            .fold(true, |plain, byte| plain & is_plain(byte))
+    });
+    let length = BLOCK_BYTES * blocks.count();
+    length + count_while(&bytes[length..], is_plain)
+}
+
+fn is_plain_in(quote: u8) -> impl Fn(&u8) -> bool {
+    move |byte| (*byte >= 0x20) & (*byte < 0xfe) & (*byte != quote) & (*byte != b'\\')
+}
+
+fn count_while(bytes: &[u8], is_plain: impl Fn(&u8) -> bool) -> usize {
+    bytes.iter().take_while(|byte| is_plain(byte)).count()
 }

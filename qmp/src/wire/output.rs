@@ -1,68 +1,279 @@
 //! Values to bytes in QEMU's form: ASCII only, `", "` and `": "`, its order of members, CR LF behind every line.
 
+use std::cmp::Reverse;
 use std::fmt::Write;
+use std::sync::OnceLock;
 
-use serde_json::{Map, Value};
+use serde_json::{Number, Value};
+
+use crate::wire::document::{Json, number};
+
+/// Room for a message of common size.
+const COMMON_BYTES: usize = 256;
+/// Members of an object that are put in order on the stack.
+const FEW_MEMBERS: usize = 8;
+
+/// What a reply tells.
+#[derive(Clone, Copy, Debug)]
+pub enum Outcome<'a> {
+    /// The command's result.
+    Return(&'a Value),
+    /// A result that is always the same.
+    Constant(&'a Constant),
+    /// Why there is none.
+    Error {
+        /// The class of the error.
+        class: &'a str,
+        /// Its text.
+        desc: &'a str,
+    },
+}
+
+/// A result that is always the same and is written once only: everybody asks for some of them, again and again.
+#[derive(Debug)]
+pub struct Constant {
+    make: fn() -> Value,
+    /// As it stands in a reply, plain and pretty.
+    forms: [OnceLock<String>; 2],
+}
+
+impl Constant {
+    /// The result that `make` makes.
+    pub const fn new(make: fn() -> Value) -> Self {
+        Self {
+            make,
+            forms: [const { OnceLock::new() }; 2],
+        }
+    }
+
+    /// The result.
+    pub fn value(&self) -> Value {
+        (self.make)()
+    }
+
+    /// How it is written at the depth of a result, which is the same in all replies.
+    fn form(&self, pretty: bool, depth: usize) -> &str {
+        self.forms[usize::from(pretty)].get_or_init(|| {
+            let mut writer = Writer::new(pretty);
+            writer.value(&self.value(), depth);
+            writer.text
+        })
+    }
+}
 
 /// One message as a line, or pretty over several.
 pub fn render(value: &Value, pretty: bool) -> Vec<u8> {
-    let mut text = String::new();
-    write_value(&mut text, value, pretty, 0);
-    if pretty {
-        text = text.replace('\n', "\r\n");
-    }
-    text.push_str("\r\n");
-    text.into_bytes()
+    let mut writer = Writer::new(pretty);
+    writer.value(value, 0);
+    writer.finish()
 }
 
-fn write_value(text: &mut String, value: &Value, pretty: bool, depth: usize) {
-    match value {
-        Value::Null => text.push_str("null"),
-        Value::Bool(flag) => text.push_str(if *flag { "true" } else { "false" }),
-        Value::Number(number) => match (number.as_i64(), number.as_u64(), number.as_f64()) {
-            (None, None, Some(double)) => write_double(text, double),
+/// A reply, as [`render`] would render it, with the id of its command.
+pub fn render_reply(outcome: Outcome<'_>, id: Option<Json<'_>>, pretty: bool) -> Vec<u8> {
+    let mut writer = Writer::new(pretty);
+    let outcome = match outcome {
+        Outcome::Return(value) => ("return", Part::Value(value)),
+        Outcome::Constant(constant) => ("return", Part::Constant(constant)),
+        Outcome::Error { class, desc } => ("error", Part::Error { class, desc }),
+    };
+    let id = id.map(|id| ("id", Part::Json(id)));
+    let members = [outcome].into_iter().chain(id);
+    writer.object(members, 0, |writer, part, depth| match part {
+        Part::Value(value) => writer.value(value, depth),
+        Part::Constant(constant) => {
+            let form = constant.form(writer.pretty, depth);
+            writer.text.push_str(form);
+        }
+        Part::Json(json) => writer.json(json, depth),
+        Part::Error { class, desc } => {
+            let members = [("class", class), ("desc", desc)].into_iter();
+            writer.object(members, depth, |writer, text, _| writer.string(text));
+        }
+    });
+    writer.finish()
+}
+
+/// The value of a member of a reply.
+#[derive(Clone, Copy)]
+enum Part<'a> {
+    Value(&'a Value),
+    Constant(&'a Constant),
+    Json(Json<'a>),
+    Error { class: &'a str, desc: &'a str },
+}
+
+struct Writer {
+    text: String,
+    pretty: bool,
+}
+
+impl Writer {
+    fn new(pretty: bool) -> Self {
+        Self {
+            text: String::with_capacity(COMMON_BYTES),
+            pretty,
+        }
+    }
+
+    fn finish(self) -> Vec<u8> {
+        let mut text = self.text;
+        if self.pretty {
+            text = text.replace('\n', "\r\n");
+        }
+        text.push_str("\r\n");
+        text.into_bytes()
+    }
+
+    fn value(&mut self, value: &Value, depth: usize) {
+        match value {
+            Value::Null => self.text.push_str("null"),
+            Value::Bool(flag) => self.bool(*flag),
+            Value::Number(number) => self.number(number),
+            Value::String(string) => self.string(string),
+            Value::Array(elements) => self.list(elements.iter(), depth, Self::value),
+            Value::Object(members) => {
+                let members = members.iter().map(|(key, member)| (key.as_str(), member));
+                self.object(members, depth, Self::value);
+            }
+        }
+    }
+
+    /// Nesting was bounded when it was read, so this recursion is too.
+    fn json(&mut self, json: Json<'_>, depth: usize) {
+        match json {
+            Json::Null => self.text.push_str("null"),
+            Json::Bool(flag) => self.bool(flag),
+            Json::Number(digits) => match number(digits) {
+                Some(number) => self.number(&number),
+                None => self.text.push_str("null"),
+            },
+            Json::Text(string) => self.string(string),
+            Json::List(elements) => self.list(elements.iter(), depth, Self::json),
+            Json::Object(members) => self.object(members.iter(), depth, Self::json),
+        }
+    }
+
+    fn bool(&mut self, flag: bool) {
+        self.text.push_str(if flag { "true" } else { "false" });
+    }
+
+    fn number(&mut self, number: &Number) {
+        match (number.as_i64(), number.as_u64(), number.as_f64()) {
+            (None, None, Some(double)) => write_double(&mut self.text, double),
             _ => {
-                let _ = write!(text, "{number}");
+                let _ = write!(self.text, "{number}");
             }
-        },
-        Value::String(string) => write_string(text, string),
-        Value::Array(elements) => {
-            text.push('[');
-            for (index, element) in elements.iter().enumerate() {
-                separate(text, index, pretty, depth + 1);
-                write_value(text, element, pretty, depth + 1);
-            }
-            close(text, ']', pretty, depth);
         }
-        Value::Object(members) => {
-            text.push('{');
-            for (index, (key, member)) in in_order(members).into_iter().enumerate() {
-                separate(text, index, pretty, depth + 1);
-                write_string(text, key);
-                text.push_str(": ");
-                write_value(text, member, pretty, depth + 1);
-            }
-            close(text, '}', pretty, depth);
+    }
+
+    fn list<T>(
+        &mut self,
+        elements: impl Iterator<Item = T>,
+        depth: usize,
+        write: impl Fn(&mut Self, T, usize),
+    ) {
+        self.text.push('[');
+        for (index, element) in elements.enumerate() {
+            self.separate(index, depth + 1);
+            write(self, element, depth + 1);
         }
+        self.close(']', depth);
+    }
+
+    /// Members in the order in which QEMU's hash table gives them out: by bucket, and later ones first in each.
+    fn object<'a, T: Copy>(
+        &mut self,
+        members: impl Iterator<Item = (&'a str, T)>,
+        depth: usize,
+        write: impl Fn(&mut Self, T, usize),
+    ) {
+        let mut members = members
+            .enumerate()
+            .map(|(index, (key, member))| ((bucket(key), Reverse(index)), key, member));
+        self.text.push('{');
+        if let Some(first) = members.next() {
+            // Most objects are small enough to need no memory for their order.
+            let mut few = [first; FEW_MEMBERS];
+            let places = few.iter_mut().skip(1);
+            let count = places
+                .zip(&mut members)
+                .map(|(place, member)| *place = member)
+                .count();
+            let mut many = Vec::new();
+            let list = match members.next() {
+                None => &mut few[..=count],
+                Some(next) => {
+                    many.extend(few.into_iter().chain([next]).chain(members));
+                    &mut many[..]
+                }
+            };
+            list.sort_unstable_by_key(|(order, ..)| *order);
+            for (index, (_, key, member)) in list.iter().enumerate() {
+                self.separate(index, depth + 1);
+                self.string(key);
+                self.text.push_str(": ");
+                write(self, *member, depth + 1);
+            }
+        }
+        self.close('}', depth);
+    }
+
+    fn separate(&mut self, index: usize, depth: usize) {
+        if index > 0 {
+            self.text.push_str(if self.pretty { "," } else { ", " });
+        }
+        self.line(depth);
+    }
+
+    fn close(&mut self, bracket: char, depth: usize) {
+        self.line(depth);
+        self.text.push(bracket);
+    }
+
+    fn line(&mut self, depth: usize) {
+        if self.pretty {
+            self.text.push('\n');
+            (0..depth).for_each(|_| self.text.push_str("    "));
+        }
+    }
+
+    fn string(&mut self, string: &str) {
+        self.text.push('"');
+        let mut rest = string;
+        while let Some(place) = rest.bytes().position(|byte| !is_plain(byte)) {
+            let (plain, special) = rest.split_at(place);
+            self.text.push_str(plain);
+            let mut characters = special.chars();
+            if let Some(character) = characters.next() {
+                write_escaped(&mut self.text, character);
+            }
+            rest = characters.as_str();
+        }
+        self.text.push_str(rest);
+        self.text.push('"');
     }
 }
 
-fn separate(text: &mut String, index: usize, pretty: bool, depth: usize) {
-    if index > 0 {
-        text.push_str(if pretty { "," } else { ", " });
-    }
-    if pretty {
-        text.push('\n');
-        text.push_str(&"    ".repeat(depth));
-    }
+fn is_plain(byte: u8) -> bool {
+    matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\'
 }
 
-fn close(text: &mut String, bracket: char, pretty: bool, depth: usize) {
-    if pretty {
-        text.push('\n');
-        text.push_str(&"    ".repeat(depth));
+fn write_escaped(text: &mut String, character: char) {
+    match character {
+        '"' => text.push_str("\\\""),
+        '\\' => text.push_str("\\\\"),
+        '\u{8}' => text.push_str("\\b"),
+        '\u{c}' => text.push_str("\\f"),
+        '\n' => text.push_str("\\n"),
+        '\r' => text.push_str("\\r"),
+        '\t' => text.push_str("\\t"),
+        _ => {
+            let mut units = [0; 2];
+            for unit in character.encode_utf16(&mut units) {
+                let _ = write!(text, "\\u{unit:04X}");
+            }
+        }
     }
-    text.push(bracket);
 }
 
 /// Seventeen significant digits, trailing zeroes cut, no forced point.
@@ -86,48 +297,23 @@ fn write_double(text: &mut String, double: f64) {
     }
 }
 
-fn write_string(text: &mut String, string: &str) {
-    text.push('"');
-    for character in string.chars() {
-        match character {
-            '"' => text.push_str("\\\""),
-            '\\' => text.push_str("\\\\"),
-            '\u{8}' => text.push_str("\\b"),
-            '\u{c}' => text.push_str("\\f"),
-            '\n' => text.push_str("\\n"),
-            '\r' => text.push_str("\\r"),
-            '\t' => text.push_str("\\t"),
-            ' '..='~' => text.push(character),
-            _ => {
-                let mut units = [0; 2];
-                for unit in character.encode_utf16(&mut units) {
-                    let _ = write!(text, "\\u{unit:04X}");
-                }
-            }
-        }
-    }
-    text.push('"');
-}
-
-/// The order in which QEMU's hash table gives members out.
-fn in_order(members: &Map<String, Value>) -> Vec<(&String, &Value)> {
-    let mut list: Vec<_> = members.iter().rev().collect();
-    list.sort_by_key(|(key, _)| bucket(key));
-    list
-}
-
-fn bucket(key: &str) -> u32 {
+/// The bucket of QEMU's hash table in which a member is.
+pub fn bucket(key: &str) -> u32 {
     let length = u32::try_from(key.len()).unwrap_or(u32::MAX);
     let mut hash = 0x238f_13af_u32.wrapping_mul(length);
-    for (index, byte) in key.bytes().enumerate() {
-        hash = hash.wrapping_add(u32::from(byte) << (5 * index % 24));
+    let mut shift = 0;
+    for byte in key.bytes() {
+        hash = hash.wrapping_add(u32::from(byte) << shift);
+        shift = (shift + 5) % 24;
     }
     hash.wrapping_mul(1_103_515_243).wrapping_add(12345) % 512
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Map, json};
+
+    use crate::wire::document::Document;
 
     use super::*;
 
@@ -168,5 +354,42 @@ mod tests {
     fn pretty_form() {
         let text = String::from_utf8(render(&json!({"return": {}}), true)).expect("ASCII");
         assert_eq!(text, "{\r\n    \"return\": {\r\n    }\r\n}\r\n");
+    }
+
+    #[test]
+    fn replies_are_written_as_values_are() {
+        static CONSTANT: Constant = Constant::new(|| json!({"b": [1, {}], "a": {"c": "d"}}));
+        let document = Document::from(&json!({"z": [1.5, null], "y": "x"}));
+        for pretty in [false, true] {
+            let reply = render_reply(
+                Outcome::Return(&CONSTANT.value()),
+                Some(document.root()),
+                pretty,
+            );
+            let whole = json!({"return": CONSTANT.value(), "id": Value::from(document.root())});
+            assert_eq!(reply, render(&whole, pretty));
+            // Twice, as it is written once only.
+            for _ in 0..2 {
+                let constant = Outcome::Constant(&CONSTANT);
+                assert_eq!(render_reply(constant, Some(document.root()), pretty), reply);
+            }
+            let error = Outcome::Error {
+                class: "c",
+                desc: "d",
+            };
+            let whole = json!({"error": {"class": "c", "desc": "d"}});
+            assert_eq!(render_reply(error, None, pretty), render(&whole, pretty));
+        }
+    }
+
+    #[test]
+    fn many_members_have_the_order_of_few() {
+        let member = |number: usize| (format!("member-{number}"), json!(number));
+        let all: Map<String, Value> = (0..40).map(member).collect();
+        let text = line(&Value::Object(all.clone()));
+        let mut list: Vec<&String> = all.keys().rev().collect();
+        list.sort_by_key(|key| bucket(key));
+        let places = list.iter().map(|key| text.find(&format!("\"{key}\"")));
+        assert!(places.clone().all(|place| place.is_some()) && places.is_sorted());
     }
 }
