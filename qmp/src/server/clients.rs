@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockyard_engine::event::Event;
-use bytes::Bytes;
 
 use crate::events;
 use crate::server::outbox::Outbox;
@@ -59,11 +58,11 @@ impl Clients {
             return;
         }
         let message = events::message(event);
-        let mut forms: [Option<Bytes>; 2] = [None, None];
+        let mut forms: [Option<Vec<u8>>; 2] = [None, None];
         for client in list.iter().filter(|client| client.hears) {
             let form = &mut forms[usize::from(client.pretty)];
-            let bytes = form.get_or_insert_with(|| render(&message, client.pretty).into());
-            client.outbox.push(bytes.clone());
+            let bytes = form.get_or_insert_with(|| render(&message, client.pretty));
+            client.outbox.push(&bytes[..]);
         }
     }
 

@@ -20,6 +20,8 @@ use crate::wire::reader::Reader;
 
 /// Bytes read from a client at once.
 const READ_BYTES: usize = 256 << 10;
+/// Messages taken before the replies to them are written, and others have their turn on this thread.
+const MESSAGES_AT_ONCE: usize = 256;
 /// Commands read ahead of the one that runs, when the client has enabled that.
 const QUEUE_MAX: usize = 8;
 
@@ -69,7 +71,7 @@ pub async fn serve(service: Service, input: Input, output: Output, pretty: bool,
     if *service.ended.borrow() {
         outbox.close();
     }
-    outbox.push(render(&session::greeting(), pretty).into());
+    outbox.push(render(&session::greeting(), pretty));
     let (turns, queue) = mpsc::channel(QUEUE_MAX);
     let reading = connection.clone().read(input, turns);
     let running = connection.clone().run(queue);
@@ -99,13 +101,14 @@ impl Connection {
     }
 
     fn send(&self, answer: &Answer) {
-        self.outbox.push(answer.render(self.pretty).into());
+        self.outbox.push(answer.render(self.pretty));
     }
 
     /// Reads messages until the client leaves or the daemon ends.
     async fn read(self, mut input: Input, turns: mpsc::Sender<Turn>) {
         let mut reader = Reader::default();
         let mut buffer = vec![0; READ_BYTES];
+        let mut taken = 0;
         loop {
             let read = tokio::select! {
                 read = input.read(&mut buffer) => read,
@@ -128,6 +131,10 @@ impl Connection {
                 let message = self.session().receive(value);
                 if !self.pass_on(message, &turns).await {
                     return;
+                }
+                taken += 1;
+                if taken % MESSAGES_AT_ONCE == 0 {
+                    tokio::task::yield_now().await;
                 }
             }
             tokio::task::consume_budget().await;

@@ -7,7 +7,6 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bytes::{Bytes, BytesMut};
 use tokio::sync::Notify;
 
 /// Unread bytes at which no further request of this client is read.
@@ -30,7 +29,8 @@ pub struct Outbox {
 
 #[derive(Debug, Default)]
 struct State {
-    messages: VecDeque<Bytes>,
+    /// Messages, short ones in one piece.
+    pieces: VecDeque<Vec<u8>>,
     unread_bytes: usize,
     closed: bool,
     /// Closed, and nothing in it is worth sending any more.
@@ -43,13 +43,21 @@ impl Outbox {
     }
 
     /// Adds a message; it is dropped when the box is closed.
-    pub fn push(&self, message: Bytes) {
+    pub fn push(&self, message: impl AsRef<[u8]> + Into<Vec<u8>>) {
         let mut state = self.state();
         if state.closed {
             return;
         }
-        state.unread_bytes += message.len();
-        state.messages.push_back(message);
+        let length = message.as_ref().len();
+        state.unread_bytes += length;
+        match state.pieces.back_mut() {
+            Some(last) if last.len() + length <= TOGETHER_BYTES_MAX => {
+                // Where two wait, many do.
+                last.reserve_exact(TOGETHER_BYTES_MAX - last.len());
+                last.extend_from_slice(message.as_ref());
+            }
+            _ => state.pieces.push_back(message.into()),
+        }
         if state.unread_bytes > CUT_OFF_BYTES {
             tracing::warn!(
                 unread_bytes = state.unread_bytes,
@@ -81,11 +89,11 @@ impl Outbox {
     ///
     /// # Cancel safety
     /// Nothing is taken unless it is returned.
-    pub async fn next(&self) -> Option<Bytes> {
+    pub async fn next(&self) -> Option<Vec<u8>> {
         loop {
             {
                 let mut state = self.state();
-                if let Some(messages) = state.take() {
+                if let Some(messages) = state.pieces.pop_front() {
                     return Some(messages);
                 }
                 if state.closed {
@@ -96,10 +104,10 @@ impl Outbox {
         }
     }
 
-    /// Tells that a message from [`next`](Self::next) has left, which makes room for more.
-    pub fn sent(&self, message: &Bytes) {
+    /// Tells that what [`next`](Self::next) gave out has left, which makes room for more.
+    pub fn sent(&self, messages: &[u8]) {
         let mut state = self.state();
-        state.unread_bytes = state.unread_bytes.saturating_sub(message.len());
+        state.unread_bytes = state.unread_bytes.saturating_sub(messages.len());
         drop(state);
         self.taken.notify_waiters();
     }
@@ -131,10 +139,11 @@ impl Outbox {
     }
 
     async fn until(&self, condition: impl Fn(&State) -> bool) {
-        loop {
+        while !condition(&self.state()) {
             let taken = self.taken.notified();
             tokio::pin!(taken);
             taken.as_mut().enable();
+            // It may have become true before this was listening.
             if condition(&self.state()) {
                 return;
             }
@@ -144,28 +153,8 @@ impl Outbox {
 }
 
 impl State {
-    fn take(&mut self) -> Option<Bytes> {
-        let first = self.messages.pop_front()?;
-        let fits = |bytes: usize, next: &Bytes| bytes + next.len() <= TOGETHER_BYTES_MAX;
-        if !self
-            .messages
-            .front()
-            .is_some_and(|next| fits(first.len(), next))
-        {
-            return Some(first);
-        }
-        let mut together = BytesMut::from(first);
-        while let Some(next) = self
-            .messages
-            .pop_front_if(|next| fits(together.len(), next))
-        {
-            together.extend_from_slice(&next);
-        }
-        Some(together.freeze())
-    }
-
     fn abandon(&mut self) {
-        self.messages.clear();
+        self.pieces.clear();
         self.unread_bytes = 0;
         self.closed = true;
         self.abandoned = true;
@@ -176,8 +165,8 @@ impl State {
 mod tests {
     use super::*;
 
-    fn message(bytes: usize) -> Bytes {
-        Bytes::from(vec![b'x'; bytes])
+    fn message(bytes: usize) -> Vec<u8> {
+        vec![b'x'; bytes]
     }
 
     #[tokio::test]
@@ -211,9 +200,9 @@ mod tests {
     #[tokio::test]
     async fn short_messages_leave_together_and_in_order() {
         let outbox = Outbox::default();
-        let numbered: Vec<Bytes> = (0..9).map(|n| Bytes::from(vec![n; 4 << 10])).collect();
+        let numbered: Vec<Vec<u8>> = (0..9).map(|n| vec![n; 4 << 10]).collect();
         for one in &numbered {
-            outbox.push(one.clone());
+            outbox.push(&one[..]);
         }
         outbox.close();
         let mut taken = Vec::new();
