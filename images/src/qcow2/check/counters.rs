@@ -14,26 +14,26 @@ enum Chunk {
 
 /// A number for each of the first [`clusters`](Counters::clusters) clusters of a file; all of them begin as 0.
 #[derive(Default)]
-pub(super) struct Counters {
+pub(in crate::qcow2) struct Counters {
     chunks: Vec<Option<Chunk>>,
     clusters: u64,
 }
 
 impl Counters {
     /// Zeroes for so many clusters. The caller bounds the number.
-    pub(super) fn new(clusters: u64) -> Self {
+    pub(in crate::qcow2) fn new(clusters: u64) -> Self {
         let mut counters = Self::default();
         counters.grow(clusters);
         counters
     }
 
     /// How many clusters have a number.
-    pub(super) const fn clusters(&self) -> u64 {
+    pub(in crate::qcow2) const fn clusters(&self) -> u64 {
         self.clusters
     }
 
     /// Gives at least so many clusters a number.
-    pub(super) fn grow(&mut self, clusters: u64) {
+    pub(in crate::qcow2) fn grow(&mut self, clusters: u64) {
         self.clusters = self.clusters.max(clusters);
         let (chunks, _) = split(self.clusters.next_multiple_of(CHUNK as u64));
         if self.chunks.len() < chunks {
@@ -42,7 +42,7 @@ impl Counters {
     }
 
     /// The number of a cluster; 0 behind the last.
-    pub(super) fn of(&self, cluster: u64) -> u64 {
+    pub(in crate::qcow2) fn of(&self, cluster: u64) -> u64 {
         let (chunk, place) = split(cluster);
         self.chunks
             .get(chunk)
@@ -51,7 +51,7 @@ impl Counters {
     }
 
     /// Gives a cluster another number; behind the last, nothing happens.
-    pub(super) fn set(&mut self, cluster: u64, number: u64) {
+    pub(in crate::qcow2) fn set(&mut self, cluster: u64, number: u64) {
         let (chunk, place) = split(cluster);
         let Some(slot) = self.chunks.get_mut(chunk) else {
             return;
@@ -66,7 +66,7 @@ impl Counters {
     }
 
     /// Adds `times` to the number of a cluster, up to `number_max`. Returns what did not fit.
-    pub(super) fn add(&mut self, cluster: u64, times: u64, number_max: u64) -> u64 {
+    pub(in crate::qcow2) fn add(&mut self, cluster: u64, times: u64, number_max: u64) -> u64 {
         let number = self.of(cluster);
         let added = times.min(number_max.saturating_sub(number));
         self.set(cluster, number + added);
@@ -74,7 +74,7 @@ impl Counters {
     }
 
     /// The first cluster from `cluster` on whose number is not 0.
-    pub(super) fn next_counted(&self, cluster: u64) -> Option<u64> {
+    pub(in crate::qcow2) fn next_counted(&self, cluster: u64) -> Option<u64> {
         let (first, mut place) = split(cluster);
         for (index, chunk) in self.chunks.iter().enumerate().skip(first) {
             let found = chunk
@@ -90,7 +90,7 @@ impl Counters {
 
     /// Memory of the numbers in bytes.
     #[cfg(test)]
-    pub(super) fn memory_bytes(&self) -> usize {
+    pub(in crate::qcow2) fn memory_bytes(&self) -> usize {
         let chunks = self.chunks.iter().flatten().map(|chunk| match chunk {
             Chunk::Bytes(_) => CHUNK,
             Chunk::Words(_) => 2 * CHUNK,

@@ -17,7 +17,7 @@ const ALL_DATA: u64 = 0xffff_ffff;
 
 /// What an entry is to a check, which takes bit 0 for "reads as zeroes" in version 2 as well, as QEMU does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Kind {
+pub(in crate::qcow2) enum Kind {
     Unallocated,
     /// Reads as zeroes and keeps nothing.
     ZeroPlain,
@@ -27,7 +27,11 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    pub(super) const fn of(entry: &L2Entry, geometry: &Geometry, has_data_file: bool) -> Self {
+    pub(in crate::qcow2) const fn of(
+        entry: &L2Entry,
+        geometry: &Geometry,
+        has_data_file: bool,
+    ) -> Self {
         let leads = entry.word & OFFSET_MASK != 0;
         if entry.word & COMPRESSED != 0 {
             Kind::Compressed
@@ -62,7 +66,7 @@ struct Place {
 }
 
 /// Pieces of tables to read, with where each begins in its table.
-pub(super) fn pieces_of(
+pub(in crate::qcow2) fn pieces_of(
     tables: impl Iterator<Item = (HostOffset, Links)>,
     geometry: &Geometry,
 ) -> impl Iterator<Item = (ByteRange, (HostOffset, Links))> {

@@ -23,22 +23,22 @@
 
 mod bitmaps;
 mod copied;
-mod counters;
+pub(in crate::qcow2) mod counters;
 pub mod findings;
 mod flags;
 mod l1;
-mod l2;
+pub(in crate::qcow2) mod l2;
 pub mod observer;
-mod read_ahead;
-mod rebuild;
+pub(in crate::qcow2) mod read_ahead;
+pub(in crate::qcow2) mod rebuild;
 mod refcounts;
-mod references;
-mod repair;
-mod scan;
+pub(in crate::qcow2) mod references;
+pub(in crate::qcow2) mod repair;
+pub(in crate::qcow2) mod scan;
 mod snapshots;
 mod stream;
 mod sweep;
-mod tables;
+pub(in crate::qcow2) mod tables;
 
 use std::rc::Rc;
 

@@ -19,6 +19,11 @@ pub trait Observer {
 
     /// Whether to end early. Asked between any two steps that read or write.
     fn is_cancelled(&self) -> bool;
+
+    /// Asked between any two steps, before [`is_cancelled`](Self::is_cancelled): the work waits as long as the future takes.
+    fn pause(&self) -> Option<LocalFuture<'_, ()>> {
+        None
+    }
 }
 
 /// Hears nothing and never cancels.
@@ -80,24 +85,24 @@ pub struct Report {
 }
 
 /// Counts findings and hands them on.
-pub(super) struct Sink<'a> {
+pub(in crate::qcow2) struct Sink<'a> {
     observer: &'a dyn Observer,
     /// Findings are counted only: they have been told before.
-    pub(super) silent: bool,
+    pub(in crate::qcow2) silent: bool,
     pending: Vec<Finding>,
-    pub(super) report: Report,
+    pub(in crate::qcow2) report: Report,
     /// References may be missing.
-    pub(super) hides_references: bool,
+    pub(in crate::qcow2) hides_references: bool,
     /// Not everything was looked at.
-    pub(super) is_blind: bool,
+    pub(in crate::qcow2) is_blind: bool,
     /// Corruptions that are gone once the refcount structure has been made anew.
-    pub(super) of_refcounts: u64,
-    pub(super) done_bytes: u64,
-    pub(super) total_bytes: u64,
+    pub(in crate::qcow2) of_refcounts: u64,
+    pub(in crate::qcow2) done_bytes: u64,
+    pub(in crate::qcow2) total_bytes: u64,
 }
 
 impl<'a> Sink<'a> {
-    pub(super) fn new(observer: &'a dyn Observer, silent: bool) -> Self {
+    pub(in crate::qcow2) fn new(observer: &'a dyn Observer, silent: bool) -> Self {
         Self {
             observer,
             silent,
@@ -111,12 +116,12 @@ impl<'a> Sink<'a> {
         }
     }
 
-    pub(super) const fn observer(&self) -> &'a dyn Observer {
+    pub(in crate::qcow2) const fn observer(&self) -> &'a dyn Observer {
         self.observer
     }
 
     /// Counts a finding.
-    pub(super) fn found(&mut self, kind: FindingKind, times: u64) {
+    pub(in crate::qcow2) fn found(&mut self, kind: FindingKind, times: u64) {
         let weight = times.saturating_mul(kind.weight());
         let counter = match kind.severity() {
             Severity::Note => None,
@@ -136,7 +141,7 @@ impl<'a> Sink<'a> {
     }
 
     /// Tells that something is repaired; it is not counted.
-    pub(super) fn repairing(&mut self, kind: FindingKind) {
+    pub(in crate::qcow2) fn repairing(&mut self, kind: FindingKind) {
         self.tell(kind, true, 1);
     }
 
@@ -154,12 +159,15 @@ impl<'a> Sink<'a> {
     ///
     /// # Errors
     /// When the observer does not want to go on.
-    pub(super) async fn step(&mut self, bytes: u64) -> Result<(), CheckStop> {
+    pub(in crate::qcow2) async fn step(&mut self, bytes: u64) -> Result<(), CheckStop> {
         self.done_bytes = self.done_bytes.saturating_add(bytes);
         self.total_bytes = self.total_bytes.max(self.done_bytes);
         self.observer.progress(self.done_bytes, self.total_bytes);
         if !self.pending.is_empty() {
             self.observer.found(std::mem::take(&mut self.pending)).await;
+        }
+        if let Some(pause) = self.observer.pause() {
+            pause.await;
         }
         match self.observer.is_cancelled() {
             true => Err(CheckStop::Cancelled),

@@ -8,11 +8,11 @@ use std::task::{Context, Poll};
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Storage, StorageError, Transfer};
 
 /// Largest read in bytes. With the number of reads, this is all the memory that reading takes: 4 MiB.
-pub(super) const PIECE_BYTES: u64 = 256 << 10;
+pub(in crate::qcow2) const PIECE_BYTES: u64 = 256 << 10;
 const READS_MAX: usize = 16;
 
 /// Reads ranges of a file, none longer than [`PIECE_BYTES`], and keeps what belongs to each with it.
-pub(super) struct ReadAhead<I, T> {
+pub(in crate::qcow2) struct ReadAhead<I, T> {
     file: Rc<dyn Storage>,
     ranges: I,
     reads: VecDeque<(ByteRange, T, Read)>,
@@ -25,7 +25,7 @@ enum Read {
 }
 
 impl<I: Iterator<Item = (ByteRange, T)>, T> ReadAhead<I, T> {
-    pub(super) fn new(file: &Rc<dyn Storage>, ranges: I) -> Self {
+    pub(in crate::qcow2) fn new(file: &Rc<dyn Storage>, ranges: I) -> Self {
         Self {
             file: Rc::clone(file),
             ranges,
@@ -38,7 +38,9 @@ impl<I: Iterator<Item = (ByteRange, T)>, T> ReadAhead<I, T> {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub(super) async fn next(&mut self) -> Result<Option<(ByteRange, T, Buffer)>, StorageError> {
+    pub(in crate::qcow2) async fn next(
+        &mut self,
+    ) -> Result<Option<(ByteRange, T, Buffer)>, StorageError> {
         self.fill();
         poll_fn(|cx| self.poll_front(cx)).await;
         let Some((range, belongs, Read::Done(transfer))) = self.reads.pop_front() else {
@@ -49,7 +51,7 @@ impl<I: Iterator<Item = (ByteRange, T)>, T> ReadAhead<I, T> {
     }
 
     /// Takes a buffer back for a later read.
-    pub(super) fn give_back(&mut self, buffer: Buffer) {
+    pub(in crate::qcow2) fn give_back(&mut self, buffer: Buffer) {
         self.spare.push(buffer);
     }
 
@@ -97,7 +99,7 @@ impl<I: Iterator<Item = (ByteRange, T)>, T> ReadAhead<I, T> {
 ///
 /// # Errors
 /// When it cannot be read.
-pub(super) async fn read_all(
+pub(in crate::qcow2) async fn read_all(
     file: &Rc<dyn Storage>,
     range: ByteRange,
 ) -> Result<Vec<u8>, StorageError> {

@@ -17,16 +17,18 @@ use super::scan::{Extent, Scan};
 use super::tables::Tables;
 use crate::error::ImageError;
 use crate::qcow2::layout::entries::put_word;
-use crate::qcow2::layout::header::REFCOUNT_TABLE_BYTES_MAX;
+use crate::qcow2::layout::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
 use crate::qcow2::layout::refcounts::{put_refcount, refcount_at};
-use crate::qcow2::units::HostOffset;
+use crate::qcow2::units::{Geometry, HostCluster, HostOffset};
 
 /// Where `refcount_table_offset`, `refcount_table_clusters`, `nb_snapshots` and `snapshots_offset` stand in the header, one
 /// after the other.
 const PLACES_OFFSET: u64 = 48;
 
-/// Where the new structure goes.
-struct Plan {
+/// Where a new structure goes.
+pub(in crate::qcow2) struct Plan {
+    /// What the widths of its counts follow from.
+    geometry: Geometry,
     /// First cluster of the table, and how many.
     table: (u64, u64),
     /// Cluster of each block, by its index in the table.
@@ -36,7 +38,7 @@ struct Plan {
 }
 
 /// Makes the refcount structure anew, and the snapshot table if `replaces_snapshots`. `scan` says what was wrong.
-pub(super) async fn rebuild(
+pub(in crate::qcow2) async fn rebuild(
     fixer: &mut Fixer,
     scan: &mut Scan<'_>,
     replaces_snapshots: bool,
@@ -69,9 +71,10 @@ pub(super) async fn rebuild(
         true => Some(fresh.complete_snapshot_table().await?),
         false => None,
     };
-    let mut room = Room::of(&fresh, scan);
-    let plan = room.plan(&mut fresh, snapshots.as_ref().map(Vec::len))?;
-    write(fixer, &fresh, &plan, snapshots.as_deref()).await?;
+    let mut room = Room::of(&fresh);
+    let geometry = fresh.geometry;
+    let plan = room.plan(&mut fresh, geometry, snapshots.as_ref().map(Vec::len))?;
+    write(fixer, &mut fresh, &plan, snapshots.as_deref()).await?;
     fixer.sync().await?;
     switch(fixer, &fresh, &plan).await?;
     fixer.sync().await?;
@@ -114,8 +117,20 @@ impl Scan<'_> {
     }
 }
 
-/// Finds clusters for the new structure.
-struct Room {
+impl Plan {
+    /// Lets a header lead to the new structure.
+    pub(in crate::qcow2) fn place_in(&self, header: &mut Header) {
+        header.refcount_table = self.geometry.host_offset(HostCluster(self.table.0));
+        // At most 8 MiB of clusters.
+        header.refcount_table_clusters = u32::try_from(self.table.1).unwrap_or(0);
+        if let Some(cluster) = self.snapshot_table {
+            header.snapshot_table = self.geometry.host_offset(HostCluster(cluster));
+        }
+    }
+}
+
+/// Finds clusters for a new structure.
+pub(in crate::qcow2) struct Room {
     /// Clusters that the present structure takes, which is used until the new one takes its place.
     present: Counters,
     /// Where to begin to look.
@@ -125,7 +140,8 @@ struct Room {
 }
 
 impl Room {
-    fn of(fresh: &Scan<'_>, scan: &Scan<'_>) -> Self {
+    /// Whatever neither `fresh`, whose references have been counted, nor the present structure takes.
+    pub(in crate::qcow2) fn of(fresh: &Scan<'_>) -> Self {
         let clusters = fresh.references.counters.clusters();
         let facts = fresh.file.facts();
         if !facts.fixed_length {
@@ -146,7 +162,7 @@ impl Room {
             fresh.header.refcount_table,
             fresh.header.refcount_table_bytes(),
         );
-        keep(fresh.header.snapshot_table, scan.snapshots.length_bytes);
+        keep(fresh.header.snapshot_table, fresh.snapshots.length_bytes);
         for index in 0..fresh.refcount_table.len() as u64 {
             if let Block::At(at) = fresh.block(index) {
                 keep(at, geometry.cluster_bytes());
@@ -160,7 +176,14 @@ impl Room {
     }
 
     /// Takes a run of clusters: they have one reference from now on.
-    fn take(&mut self, fresh: &mut Scan<'_>, length: u64) -> Result<u64, ImageError> {
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub(in crate::qcow2) fn take(
+        &mut self,
+        fresh: &mut Scan<'_>,
+        length: u64,
+    ) -> Result<u64, ImageError> {
         let references = &mut fresh.references;
         let mut start = self.from;
         let mut run = 0;
@@ -188,12 +211,16 @@ impl Room {
         Ok(start)
     }
 
-    fn plan(
+    /// Takes clusters for a structure with counts as wide as `geometry` says, and for a snapshot table of so many bytes.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub(in crate::qcow2) fn plan(
         &mut self,
         fresh: &mut Scan<'_>,
+        geometry: Geometry,
         snapshot_bytes: Option<usize>,
     ) -> Result<Plan, ImageError> {
-        let geometry = fresh.geometry;
         let snapshot_table = match snapshot_bytes {
             Some(bytes) => {
                 let clusters = geometry.clusters_for(bytes as u64).0;
@@ -202,7 +229,7 @@ impl Room {
             None => None,
         };
         let mut blocks = BTreeMap::new();
-        self.place_blocks(fresh, &mut blocks)?;
+        self.place_blocks(fresh, geometry, &mut blocks)?;
         let mut length = 1;
         let table = loop {
             if length * geometry.cluster_bytes() > REFCOUNT_TABLE_BYTES_MAX {
@@ -220,12 +247,13 @@ impl Room {
             }
             break self.take(fresh, length)?;
         };
-        self.place_blocks(fresh, &mut blocks)?;
+        self.place_blocks(fresh, geometry, &mut blocks)?;
         let entries = blocks.last_key_value().map_or(0, |(last, _)| last + 1);
         if entries * 8 > length * geometry.cluster_bytes() {
             return Err(ImageError::refused("No place for the new refcount table"));
         }
         Ok(Plan {
+            geometry,
             table: (table, length),
             blocks,
             snapshot_table,
@@ -236,9 +264,10 @@ impl Room {
     fn place_blocks(
         &mut self,
         fresh: &mut Scan<'_>,
+        geometry: Geometry,
         blocks: &mut BTreeMap<u64, u64>,
     ) -> Result<(), ImageError> {
-        let per_block = fresh.geometry.refcounts_per_block();
+        let per_block = geometry.refcounts_per_block();
         loop {
             let mut from = 0;
             let mut missing = None;
@@ -258,13 +287,16 @@ impl Room {
 }
 
 /// Writes everything that the header does not lead to yet.
-async fn write(
+///
+/// # Errors
+/// When a count does not fit or something cannot be written, or the observer cancels. The image is what it was.
+pub(in crate::qcow2) async fn write(
     fixer: &mut Fixer,
-    fresh: &Scan<'_>,
+    fresh: &mut Scan<'_>,
     plan: &Plan,
     snapshots: Option<&[u8]>,
 ) -> Result<(), CheckStop> {
-    let geometry = fresh.geometry;
+    let geometry = plan.geometry;
     let cluster_bytes = usize::try_from(geometry.cluster_bytes()).unwrap_or(0);
     let offset_of = |cluster: u64| cluster << geometry.cluster_bits();
     let table_bytes = cluster_bytes.saturating_mul(usize::try_from(plan.table.1).unwrap_or(0));
@@ -293,9 +325,7 @@ async fn write(
         if !put_word(&mut table, place, offset_of(*cluster)) {
             return Err(ImageError::refused("The refcount table is too short").into());
         }
-        if fresh.sink.observer().is_cancelled() {
-            return Err(CheckStop::Cancelled);
-        }
+        fresh.sink.step(geometry.cluster_bytes()).await?;
     }
     fixer.write(fresh, offset_of(plan.table.0), &table).await?;
     if let Some((cluster, bytes)) = plan.snapshot_table.zip(snapshots) {
@@ -308,16 +338,12 @@ async fn write(
 
 /// Lets the header lead to the new structure: 24 bytes of its first sector.
 async fn switch(fixer: &mut Fixer, fresh: &Scan<'_>, plan: &Plan) -> Result<(), CheckStop> {
-    let geometry = fresh.geometry;
+    let mut header = fresh.header.clone();
+    plan.place_in(&mut header);
     let mut fields = Vec::with_capacity(24);
-    fields.extend((plan.table.0 << geometry.cluster_bits()).to_be_bytes());
-    // At most 8 MiB of clusters.
-    fields.extend(u32::try_from(plan.table.1).unwrap_or(0).to_be_bytes());
-    fields.extend(fresh.header.snapshots.to_be_bytes());
-    let snapshot_table = match plan.snapshot_table {
-        Some(cluster) => cluster << geometry.cluster_bits(),
-        None => fresh.header.snapshot_table.0,
-    };
-    fields.extend(snapshot_table.to_be_bytes());
+    fields.extend(header.refcount_table.0.to_be_bytes());
+    fields.extend(header.refcount_table_clusters.to_be_bytes());
+    fields.extend(header.snapshots.to_be_bytes());
+    fields.extend(header.snapshot_table.0.to_be_bytes());
     fixer.write(fresh, PLACES_OFFSET, &fields).await
 }

@@ -56,7 +56,7 @@ impl Scan<'_> {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub(super) async fn read_refcount_table(&mut self) -> Result<(), CheckStop> {
+    pub(in crate::qcow2) async fn read_refcount_table(&mut self) -> Result<(), CheckStop> {
         let length_bytes = self.header.refcount_table_bytes();
         let range = self.in_file(self.header.refcount_table, length_bytes);
         let bytes = read_all(&self.file, range).await?;

@@ -14,8 +14,8 @@ pub const CLUSTERS_MAX: u64 = i32::MAX as u64;
 const WANTED_MAX: usize = 4096;
 
 /// References to clusters, and what bounds them.
-pub(super) struct References {
-    pub(super) counters: Counters,
+pub(in crate::qcow2) struct References {
+    pub(in crate::qcow2) counters: Counters,
     geometry: Geometry,
     file_bytes: u64,
     /// Clusters of what is behind the end of the file, with the references that would count; the first ones.
@@ -26,7 +26,7 @@ pub(super) struct References {
 
 impl References {
     /// No references yet, to the clusters of a file of so many bytes.
-    pub(super) fn new(geometry: Geometry, file_bytes: u64) -> Self {
+    pub(in crate::qcow2) fn new(geometry: Geometry, file_bytes: u64) -> Self {
         Self {
             counters: Counters::new(geometry.clusters_for(file_bytes).0),
             geometry,
@@ -38,7 +38,13 @@ impl References {
 
     /// Counts `times` references to each cluster of a run of bytes. Bytes that end more than a cluster behind the end of the
     /// file are found and not counted; the last cluster of a file may be incomplete.
-    pub(super) fn add(&mut self, at: HostOffset, length_bytes: u64, times: u64, sink: &mut Sink) {
+    pub(in crate::qcow2) fn add(
+        &mut self,
+        at: HostOffset,
+        length_bytes: u64,
+        times: u64,
+        sink: &mut Sink,
+    ) {
         if self.is_in_file(at, length_bytes, times, sink)
             && let Some((first, end)) = self.clusters_of(at, length_bytes)
         {
@@ -47,7 +53,13 @@ impl References {
     }
 
     /// The same for clusters `first..end`, which are known to be in the file.
-    pub(super) fn add_clusters(&mut self, first: u64, end: u64, times: u64, sink: &mut Sink) {
+    pub(in crate::qcow2) fn add_clusters(
+        &mut self,
+        first: u64,
+        end: u64,
+        times: u64,
+        sink: &mut Sink,
+    ) {
         self.counters.grow(end);
         for cluster in first..end {
             let over = self
@@ -61,7 +73,7 @@ impl References {
     }
 
     /// Whether bytes are in the file as far as they have to be; if not, that is found.
-    pub(super) fn is_in_file(
+    pub(in crate::qcow2) fn is_in_file(
         &mut self,
         at: HostOffset,
         length_bytes: u64,
@@ -97,7 +109,7 @@ impl References {
 
     /// Whether a new table can be put into a cluster: nothing refers to it, not even a damaged entry that leads behind the end
     /// of the file, which would lead to that table then.
-    pub(super) fn is_free(&self, cluster: u64) -> bool {
+    pub(in crate::qcow2) fn is_free(&self, cluster: u64) -> bool {
         self.counters.of(cluster) == 0
             && cluster < self.wanted_unknown
             && !self.wanted.contains_key(&cluster)
@@ -105,7 +117,7 @@ impl References {
 
     /// Counts clusters of a new table, with one reference each. What damaged entries refer to before their end is in the file
     /// from now on, and counts as well.
-    pub(super) fn place(&mut self, first: u64, end: u64) {
+    pub(in crate::qcow2) fn place(&mut self, first: u64, end: u64) {
         self.counters.grow(end);
         (first..end).for_each(|cluster| self.counters.set(cluster, 1));
         let behind = self.wanted.split_off(&end);
@@ -116,7 +128,11 @@ impl References {
     }
 
     /// The clusters that hold some bytes: the first, and the one behind the last. `None`: there are no bytes.
-    pub(super) fn clusters_of(&self, at: HostOffset, length_bytes: u64) -> Option<(u64, u64)> {
+    pub(in crate::qcow2) fn clusters_of(
+        &self,
+        at: HostOffset,
+        length_bytes: u64,
+    ) -> Option<(u64, u64)> {
         let last = at.plus(length_bytes.checked_sub(1)?);
         Some((
             self.geometry.host_cluster(at).0,
@@ -125,7 +141,7 @@ impl References {
     }
 
     /// Length of the file in bytes.
-    pub(super) const fn file_bytes(&self) -> u64 {
+    pub(in crate::qcow2) const fn file_bytes(&self) -> u64 {
         self.file_bytes
     }
 }

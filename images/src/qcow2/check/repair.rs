@@ -146,15 +146,15 @@ enum Direction {
 }
 
 /// Changes an image, and remembers what it did.
-pub(super) struct Fixer {
-    pub(super) file: Rc<dyn Storage>,
-    pub(super) has_changed: bool,
-    pub(super) corruptions_fixed: u64,
-    pub(super) leaks_fixed: u64,
+pub(in crate::qcow2) struct Fixer {
+    pub(in crate::qcow2) file: Rc<dyn Storage>,
+    pub(in crate::qcow2) has_changed: bool,
+    pub(in crate::qcow2) corruptions_fixed: u64,
+    pub(in crate::qcow2) leaks_fixed: u64,
 }
 
 impl Fixer {
-    fn new(file: &Rc<dyn Storage>) -> Self {
+    pub(in crate::qcow2) fn new(file: &Rc<dyn Storage>) -> Self {
         Self {
             file: Rc::clone(file),
             has_changed: false,
@@ -260,7 +260,7 @@ impl Fixer {
     }
 
     /// Writes the sectors of a piece that have changed.
-    pub(super) async fn write_back(
+    pub(in crate::qcow2) async fn write_back(
         &mut self,
         scan: &Scan<'_>,
         range: ByteRange,
@@ -276,16 +276,13 @@ impl Fixer {
     }
 
     /// Writes some bytes. Before the first write of all, the header stops saying what only those know who wrote it.
-    pub(super) async fn write(
+    pub(in crate::qcow2) async fn write(
         &mut self,
         scan: &Scan<'_>,
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), CheckStop> {
-        if !self.has_changed {
-            self.has_changed = true;
-            self.forget_unknown_features(scan).await?;
-        }
+        self.begin(scan).await?;
         let range = ByteRange::new(offset, bytes.len() as u64);
         for piece in range.pieces(PIECE_BYTES) {
             let from = usize::try_from(piece.offset() - offset).unwrap_or(usize::MAX);
@@ -297,8 +294,17 @@ impl Fixer {
         Ok(())
     }
 
+    /// What comes before the first write of all.
+    pub(in crate::qcow2) async fn begin(&mut self, scan: &Scan<'_>) -> Result<(), CheckStop> {
+        if !self.has_changed {
+            self.has_changed = true;
+            self.forget_unknown_features(scan).await?;
+        }
+        Ok(())
+    }
+
     /// Makes what was written durable.
-    pub(super) async fn sync(&self) -> Result<(), CheckStop> {
+    pub(in crate::qcow2) async fn sync(&self) -> Result<(), CheckStop> {
         if self.has_changed {
             self.file.sync().await?;
         }
@@ -334,17 +340,17 @@ impl Fixer {
 
 /// Which bytes of a piece have changed.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Changed(Option<(usize, usize)>);
+pub(in crate::qcow2) struct Changed(Option<(usize, usize)>);
 
 impl Changed {
     /// So many bits from a bit on have changed.
-    pub(super) fn bits(&mut self, bit: usize, bits: u32) {
+    pub(in crate::qcow2) fn bits(&mut self, bit: usize, bits: u32) {
         let end = bit.saturating_add(usize::try_from(bits).unwrap_or(0));
         self.bytes(bit / 8, end.div_ceil(8));
     }
 
     /// The bytes from `start` up to `end` have changed.
-    pub(super) fn bytes(&mut self, start: usize, end: usize) {
+    pub(in crate::qcow2) fn bytes(&mut self, start: usize, end: usize) {
         let (first, last) = self.0.unwrap_or((start, end));
         self.0 = Some((first.min(start), last.max(end)));
     }

@@ -18,27 +18,27 @@ use crate::qcow2::units::{Geometry, HostOffset};
 const HEADER_START_BYTES: u64 = 112;
 
 /// An image that is looked at, and what was found out so far.
-pub(super) struct Scan<'a> {
-    pub(super) file: Rc<dyn Storage>,
-    pub(super) header: Header,
-    pub(super) geometry: Geometry,
-    pub(super) references: References,
-    pub(super) tables: Tables,
-    pub(super) snapshots: SnapshotTable,
+pub(in crate::qcow2) struct Scan<'a> {
+    pub(in crate::qcow2) file: Rc<dyn Storage>,
+    pub(in crate::qcow2) header: Header,
+    pub(in crate::qcow2) geometry: Geometry,
+    pub(in crate::qcow2) references: References,
+    pub(in crate::qcow2) tables: Tables,
+    pub(in crate::qcow2) snapshots: SnapshotTable,
     /// The clusters of the active L1 table, and how many L1 tables each belongs to.
-    pub(super) active_l1: Vec<Covered>,
+    pub(in crate::qcow2) active_l1: Vec<Covered>,
     /// The refcount table; what lies behind the end of the file is zeroes.
-    pub(super) refcount_table: Vec<u64>,
-    pub(super) sink: Sink<'a>,
+    pub(in crate::qcow2) refcount_table: Vec<u64>,
+    pub(in crate::qcow2) sink: Sink<'a>,
     /// The refcount structure cannot be repaired where it is.
-    pub(super) must_rebuild: bool,
+    pub(in crate::qcow2) must_rebuild: bool,
     /// Entries of zeroes that keep room in the middle of a cluster.
-    pub(super) unaligned_zeroes: u64,
+    pub(in crate::qcow2) unaligned_zeroes: u64,
 }
 
 /// Which references a scan counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Extent {
+pub(in crate::qcow2) enum Extent {
     /// All.
     Whole,
     /// All but those to a refcount structure that is going to be replaced, and, if `snapshot_table` says so, to the snapshot
@@ -54,7 +54,7 @@ impl<'a> Scan<'a> {
     ///
     /// # Errors
     /// When the image is refused, or its file is too long to be checked.
-    pub(super) async fn begin(
+    pub(in crate::qcow2) async fn begin(
         file: &Rc<dyn Storage>,
         observer: &'a dyn Observer,
         silent: bool,
@@ -95,7 +95,7 @@ impl<'a> Scan<'a> {
     ///
     /// # Cancel safety
     /// Changes nothing; the scan is of no further use when the future is dropped.
-    pub(super) async fn count(&mut self, extent: Extent) -> Result<(), CheckStop> {
+    pub(in crate::qcow2) async fn count(&mut self, extent: Extent) -> Result<(), CheckStop> {
         let (cluster_bytes, header) = (self.geometry.cluster_bytes(), self.header.clone());
         self.read_snapshots().await?;
         self.references
@@ -153,7 +153,7 @@ impl<'a> Scan<'a> {
     }
 
     /// The part of some bytes that is in the file, up to the end of its last cluster.
-    pub(super) fn in_file(&self, at: HostOffset, length_bytes: u64) -> ByteRange {
+    pub(in crate::qcow2) fn in_file(&self, at: HostOffset, length_bytes: u64) -> ByteRange {
         let end = self
             .references
             .file_bytes()
@@ -166,7 +166,7 @@ impl<'a> Scan<'a> {
 ///
 /// # Errors
 /// When it cannot be read or is refused.
-pub(super) async fn read_header(file: &Rc<dyn Storage>) -> Result<Header, CheckStop> {
+pub(in crate::qcow2) async fn read_header(file: &Rc<dyn Storage>) -> Result<Header, CheckStop> {
     let start = read_all(file, ByteRange::new(0, HEADER_START_BYTES)).await?;
     let cluster_bytes = Header::cluster_bytes_of(&start)?;
     let cluster = read_all(file, ByteRange::new(0, cluster_bytes)).await?;

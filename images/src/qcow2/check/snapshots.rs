@@ -15,7 +15,7 @@ use crate::qcow2::units::{HostOffset, Version};
 
 /// What the references need of the table.
 #[derive(Default)]
-pub(super) struct SnapshotTable {
+pub(in crate::qcow2) struct SnapshotTable {
     /// Length in bytes.
     pub(super) length_bytes: u64,
     /// L1 tables with their number of entries.
@@ -81,7 +81,7 @@ impl Scan<'_> {
     ///
     /// # Errors
     /// When the old one cannot be read.
-    pub(super) async fn complete_snapshot_table(&self) -> Result<Vec<u8>, CheckStop> {
+    pub(in crate::qcow2) async fn complete_snapshot_table(&self) -> Result<Vec<u8>, CheckStop> {
         let mut entries = self.snapshot_entries();
         let mut table = Vec::new();
         for index in 0..self.header.snapshots {

@@ -5,7 +5,7 @@
 
 /// A run of places that the same number of ranges cover.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Covered {
+pub(in crate::qcow2) struct Covered {
     pub(super) start: u64,
     pub(super) end: u64,
     /// How many ranges; at least one.

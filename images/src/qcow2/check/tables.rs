@@ -16,15 +16,15 @@ const UNALIGNED_BYTES_MIN: u64 = 64 << 20;
 
 /// How many L1 entries lead to a table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(super) struct Links {
+pub(in crate::qcow2) struct Links {
     /// Of all L1 tables.
-    pub(super) times: u64,
+    pub(in crate::qcow2) times: u64,
     /// Of the active one.
-    pub(super) active: u64,
+    pub(in crate::qcow2) active: u64,
 }
 
 /// The L2 tables of an image.
-pub(super) struct Tables {
+pub(in crate::qcow2) struct Tables {
     geometry: Geometry,
     file_bytes: u64,
     /// Number of links, by cluster.
@@ -36,7 +36,7 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    pub(super) fn new(geometry: Geometry, file_bytes: u64) -> Self {
+    pub(in crate::qcow2) fn new(geometry: Geometry, file_bytes: u64) -> Self {
         let clusters = geometry.clusters_for(file_bytes).0;
         Self {
             geometry,
@@ -52,7 +52,7 @@ impl Tables {
     /// Counts links to a table. What lies behind the end of the file has no entries and is left out. `false`: there are too
     /// many unaligned tables, this one is not read.
     #[must_use]
-    pub(super) fn add(&mut self, at: HostOffset, links: Links) -> bool {
+    pub(in crate::qcow2) fn add(&mut self, at: HostOffset, links: Links) -> bool {
         if at.0 >= self.file_bytes {
             return true;
         }
@@ -79,12 +79,12 @@ impl Tables {
     }
 
     /// Every table in the order of the file, the unaligned ones last.
-    pub(super) fn all(&self) -> impl Iterator<Item = (HostOffset, Links)> {
+    pub(in crate::qcow2) fn all(&self) -> impl Iterator<Item = (HostOffset, Links)> {
         self.within(&self.times)
     }
 
     /// Those that the active L1 table leads to. An entry with no offset at all does not count as one that does.
-    pub(super) fn active(&self) -> impl Iterator<Item = (HostOffset, Links)> {
+    pub(in crate::qcow2) fn active(&self) -> impl Iterator<Item = (HostOffset, Links)> {
         self.within(&self.active)
             .filter(|(at, links)| links.active > 0 && at.0 != 0)
     }
@@ -107,12 +107,12 @@ impl Tables {
     }
 
     /// How many L1 entries lead to the table in a cluster.
-    pub(super) fn links_of(&self, cluster: u64) -> u64 {
+    pub(in crate::qcow2) fn links_of(&self, cluster: u64) -> u64 {
         self.times.of(cluster)
     }
 
     /// Bytes of all tables, and of the active ones.
-    pub(super) fn bytes(&self) -> (u64, u64) {
+    pub(in crate::qcow2) fn bytes(&self) -> (u64, u64) {
         let unaligned = self.unaligned.len() as u64;
         let bytes = |tables: u64| {
             tables

@@ -152,6 +152,17 @@ impl Extensions {
         Ok(area)
     }
 
+    /// How much of `area` is read as extensions: up to the end of the end mark, and whether there is one.
+    pub(crate) fn read_of(area: &[u8]) -> (usize, bool) {
+        let mut walk = Walk::new(area);
+        while walk.next().is_some_and(|found| found.is_ok()) {}
+        let before = area.len() - walk.rest.len();
+        match walk.ended {
+            true => (area.len().min(before + 8), true),
+            false => (before, false),
+        }
+    }
+
     fn take(&mut self, kind: u32, data: &[u8], rules: &ExtensionRules) -> Result<(), ImageError> {
         match kind {
             BACKING_FORMAT => {

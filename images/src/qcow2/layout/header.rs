@@ -22,6 +22,8 @@ pub const L1_TABLE_BYTES_MAX: u64 = 32 << 20;
 pub const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 /// Most internal snapshots.
 pub const SNAPSHOTS_MAX: u32 = 65_536;
+/// Widest reference count in bits.
+pub const REFCOUNT_BITS_MAX: u64 = 64;
 /// Longest name of a backing file in bytes.
 pub const BACKING_NAME_BYTES_MAX: usize = 1023;
 
@@ -115,6 +117,15 @@ impl Header {
     /// # Errors
     /// [`ImageError::Refused`] where it does not fit into a cluster, or a version 2 header cannot say it.
     pub fn encode(&self) -> Result<Vec<u8>, ImageError> {
+        self.encode_with_name_at(0)
+    }
+
+    /// The same with the name of the backing file at `name_offset`, or directly behind the extensions where that is further
+    /// on. What lies between is zeroes.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_with_name_at(&self, name_offset: usize) -> Result<Vec<u8>, ImageError> {
         let extensions = self.extensions.encode()?;
         let name = self.backing_name.as_deref().unwrap_or(&[]);
         if name.len() > BACKING_NAME_BYTES_MAX {
@@ -126,7 +137,11 @@ impl Header {
                 ),
             ));
         }
-        let name_offset = self.header_bytes() + extensions.len();
+        let extensions_end = self.header_bytes() + extensions.len();
+        let name_offset = match name.is_empty() {
+            true => extensions_end,
+            false => name_offset.max(extensions_end),
+        };
         let length = name_offset + name.len();
         if length as u64 > self.geometry.cluster_bytes() {
             return Err(ImageError::refused_because(
@@ -140,6 +155,7 @@ impl Header {
         let mut bytes = Vec::with_capacity(length);
         self.encode_fields(&mut bytes, name_offset, name.len())?;
         bytes.extend(extensions);
+        bytes.resize(name_offset, 0);
         bytes.extend(name);
         Ok(bytes)
     }

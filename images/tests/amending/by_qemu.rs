@@ -1,0 +1,242 @@
+//! Amending held against `qemu-img amend` on copies: the same refusals, the same options afterwards, sound images, and the
+//! content that there was.
+
+use std::rc::Rc;
+
+use blockyard_images::pace::Unwatched;
+use blockyard_images::qcow2::amend::{AmendOptions, amend};
+use blockyard_images::qcow2::units::Version;
+use blockyard_simulator::run;
+use blockyard_storage::{Buffer, Storage};
+
+use crate::content::content;
+use crate::images::{NAME, RECIPES, Recipe, Step};
+use crate::oracle::Oracle;
+use crate::verdict::{storage, theirs};
+
+/// More images: with a backing file, with snapshots that share what became zeroes, and with zstd.
+const MORE: &[Recipe] = &[
+    recipe("backing_file=base.raw,backing_fmt=raw", "4M", ZEROES),
+    recipe(
+        "backing_file=base.raw,backing_fmt=raw,cluster_size=512,refcount_bits=64",
+        "1M",
+        ZEROES,
+    ),
+    recipe("cluster_size=4k", "4M", ZEROES),
+    recipe("compression_type=zstd,cluster_size=4k", "1M", &[WRITE]),
+    recipe(
+        "compression_type=zstd,cluster_size=4k",
+        "1M",
+        &[WRITE, Step::Compress],
+    ),
+    recipe("compat=0.10", "4M", &[WRITE, Step::Compress]),
+];
+
+const WRITE: Step = Step::Io(&["write -P 1 0 200k"]);
+const ZEROES: &[Step] = &[
+    Step::Io(&[
+        "write -P 1 0 128k",
+        "write -z 256k 64k",
+        "write -z -u 512k 64k",
+    ]),
+    Step::Snapshot("one"),
+    Step::Io(&[
+        "write -z 0 64k",
+        "write -P 3 64k 8k",
+        "write -z -u 768k 64k",
+    ]),
+    Step::Snapshot("two"),
+    Step::Io(&["write -P 9 256k 4k", "discard 64k 64k"]),
+];
+
+const fn recipe(options: &'static str, size: &'static str, steps: &'static [Step]) -> Recipe {
+    Recipe {
+        options,
+        size,
+        steps,
+    }
+}
+
+/// Options as `qemu-img` takes them, and ours.
+fn amends() -> Vec<(&'static str, AmendOptions)> {
+    let none = AmendOptions::default();
+    let version = |version| AmendOptions {
+        version: Some(version),
+        ..none.clone()
+    };
+    let bits = |bits| AmendOptions {
+        refcount_bits: Some(bits),
+        ..none.clone()
+    };
+    let lazy = |lazy| AmendOptions {
+        lazy_refcounts: Some(lazy),
+        ..none.clone()
+    };
+    let raw = |raw| AmendOptions {
+        data_file_raw: Some(raw),
+        ..none.clone()
+    };
+    let backing = |name: Option<&str>, format: Option<&str>| AmendOptions {
+        backing_name: name.map(|name| name.as_bytes().to_vec()),
+        backing_format: format.map(|format| format.as_bytes().to_vec()),
+        ..none.clone()
+    };
+    vec![
+        ("compat=v3", version(Version::V3)),
+        ("compat=v2", version(Version::V2)),
+        ("lazy_refcounts=on", lazy(true)),
+        ("lazy_refcounts=off", lazy(false)),
+        ("refcount_bits=1", bits(1)),
+        ("refcount_bits=2", bits(2)),
+        ("refcount_bits=4", bits(4)),
+        ("refcount_bits=8", bits(8)),
+        ("refcount_bits=16", bits(16)),
+        ("refcount_bits=32", bits(32)),
+        ("refcount_bits=64", bits(64)),
+        ("refcount_bits=3", bits(3)),
+        ("refcount_bits=128", bits(128)),
+        ("data_file_raw=on", raw(true)),
+        ("data_file_raw=off", raw(false)),
+        ("backing_file=other", backing(Some("other"), None)),
+        (
+            "backing_file=base.raw,backing_fmt=raw",
+            backing(Some("base.raw"), Some("raw")),
+        ),
+        ("backing_fmt=raw", backing(None, Some("raw"))),
+        (
+            "compat=v2,refcount_bits=16",
+            AmendOptions {
+                refcount_bits: Some(16),
+                ..version(Version::V2)
+            },
+        ),
+        (
+            "compat=v2,lazy_refcounts=on",
+            AmendOptions {
+                lazy_refcounts: Some(true),
+                ..version(Version::V2)
+            },
+        ),
+        (
+            "compat=v2,refcount_bits=8",
+            AmendOptions {
+                refcount_bits: Some(8),
+                ..version(Version::V2)
+            },
+        ),
+        (
+            "compat=v3,lazy_refcounts=on,refcount_bits=64",
+            AmendOptions {
+                lazy_refcounts: Some(true),
+                refcount_bits: Some(64),
+                ..version(Version::V3)
+            },
+        ),
+    ]
+}
+
+/// The bytes of an image after our amending, and what was refused.
+fn ours(image: &[u8], options: &AmendOptions) -> (Result<(), String>, Vec<u8>) {
+    let file = storage(image);
+    let ended = run(amend(&file, options, &Unwatched), || false).expect("nothing waits");
+    (ended.map_err(|error| error.to_string()), bytes_of(&file))
+}
+
+fn bytes_of(file: &Rc<dyn Storage>) -> Vec<u8> {
+    let length = file.facts().length_bytes as usize;
+    let read = run(file.read(0, Buffer::zeroed(length)), || false).expect("at once");
+    read.outcome.expect("read");
+    read.buffer.as_slice().to_vec()
+}
+
+/// What `qemu-img info` says of the format, without what a file takes.
+fn info(oracle: &Oracle, name: &str) -> String {
+    let text = oracle.qemu_img(&["info", "-f", "qcow2", name]);
+    let from = text.find("Format specific").expect("always there");
+    let to = text.find("Child node").unwrap_or(text.len());
+    let size = text.lines().find(|line| line.starts_with("virtual size"));
+    format!("{size:?}{}", &text[from..to])
+}
+
+/// Where QEMU does something that we do not: bitmaps are lost and their clusters leak.
+fn loses_bitmaps(recipe: &Recipe, amend: &str) -> bool {
+    let has = recipe
+        .steps
+        .iter()
+        .any(|step| matches!(step, Step::Bitmap(_)));
+    has && amend.starts_with("compat=v2") && !amend.contains("lazy") && !amend.contains("=8")
+}
+
+/// QEMU looks at every count of a block by itself, of which there may be sixteen million.
+fn takes_long(recipe: &Recipe, amend: &str) -> bool {
+    let large = ["cluster_size=256k", "cluster_size=2M"].contains(&recipe.options);
+    large
+        && ["=1", "=2", "=4", "=8"]
+            .iter()
+            .any(|narrow| amend.ends_with(narrow))
+}
+
+#[test]
+fn the_same_as_qemu_img() {
+    let Some(oracle) = Oracle::find() else {
+        return;
+    };
+    oracle.write("base.raw", &vec![0x5a; 4 << 20]);
+    let amends = amends();
+    let (mut changed, mut refused) = (0, 0);
+    for (number, recipe) in RECIPES.iter().chain(MORE).enumerate() {
+        let image = recipe.make(&oracle);
+        let before = content(&image);
+        for (index, (text, options)) in amends.iter().enumerate() {
+            // Each with every fourth, those where most happens with all.
+            if index > 1 && (index + number) % 4 != 0 || takes_long(recipe, text) {
+                continue;
+            }
+            let told = format!("{recipe:?} {text}");
+            oracle.write("theirs.qcow2", &image);
+            let arguments = ["amend", "-f", "qcow2", "-o", text, "theirs.qcow2"];
+            let qemu = oracle.run("qemu-img", &arguments);
+            let said = String::from_utf8_lossy(&qemu.stderr).into_owned();
+            let (ended, bytes) = ours(&image, options);
+            if loses_bitmaps(recipe, text) {
+                assert!(qemu.status.success(), "{told}: {said}");
+                let text = "Cannot downgrade an image with bitmaps".to_owned();
+                assert_eq!(ended, Err(text), "{told}");
+                assert!(bytes == image, "{told}");
+                continue;
+            }
+            if !qemu.status.success() {
+                let first = said.lines().next().unwrap_or_default();
+                let first = first.trim_start_matches("qemu-img: ").to_owned();
+                assert_eq!(ended, Err(first), "{told}");
+                assert!(bytes == image, "{told}: a refusal changes nothing");
+                refused += 1;
+                continue;
+            }
+            assert_eq!(ended, Ok(()), "{told}");
+            changed += u64::from(bytes != image);
+            oracle.write(NAME, &bytes);
+            assert_eq!(info(&oracle, NAME), info(&oracle, "theirs.qcow2"), "{told}");
+            let checked = theirs(&oracle, NAME).unwrap_or_else(|error| panic!("{told}: {error}"));
+            let report = checked.report;
+            assert_eq!(
+                (report.corruptions, report.leaks, report.check_errors),
+                (0, 0, 0),
+                "{told}: {:?}",
+                checked.lines
+            );
+            assert!(content(&bytes) == before, "{told}: the content is another");
+            oracle.write("before.qcow2", &image);
+            oracle.qemu_img(&[
+                "compare",
+                "-f",
+                "qcow2",
+                "-F",
+                "qcow2",
+                NAME,
+                "before.qcow2",
+            ]);
+        }
+    }
+    assert!(changed > 40 && refused > 25, "{changed} {refused}");
+}
