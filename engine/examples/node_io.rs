@@ -15,10 +15,13 @@ use std::time::{Duration, Instant};
 use blockyard_engine::data::{DataContext, ThreadSet};
 use blockyard_engine::engine::{BackendChoice, share_one_heap};
 use blockyard_engine::graph::Graph;
+use blockyard_engine::image_policy::ImagePolicy;
 use blockyard_engine::limits::BUFFER_BUDGET_BYTES;
 use blockyard_engine::node::Node;
 use blockyard_engine::node::news::News;
-use blockyard_engine::request::{CommonOptions, DriverSpec, FileSpec, NodeRef, NodeSpec};
+use blockyard_engine::request::{
+    CommonOptions, DriverSpec, FileSpec, NodeRef, NodeSpec, Qcow2Spec,
+};
 use blockyard_storage::buffer::{BUFFER_SLOT_BYTES, BufferPool};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
@@ -135,7 +138,7 @@ fn run(options: Options) -> Result<String, String> {
 }
 
 async fn measure(threads: &ThreadSet, options: Options) -> Result<Duration, String> {
-    let graph = Graph::new(threads.clone());
+    let graph = Graph::new(threads.clone(), ImagePolicy::default());
     let text = |error: blockyard_engine::error::EngineError| error.to_string();
     graph.add(spec(&options)?).await.map_err(text)?;
     let id = graph.find(NODE).ok_or("the node is not there")?;
@@ -171,6 +174,7 @@ fn spec(options: &Options) -> Result<NodeSpec, String> {
             offset: None,
             size: None,
         },
+        "qcow2" => DriverSpec::Qcow2(Box::new(Qcow2Spec::over(file))),
         other => return Err(format!("no node for format '{other}'")),
     };
     Ok(NodeSpec {

@@ -14,6 +14,7 @@ use crate::data::ThreadSet;
 use crate::error::EngineError;
 use crate::event::Event;
 use crate::graph::Graph;
+use crate::image_policy::ImagePolicy;
 use crate::limits::BUFFER_BUDGET_BYTES;
 use crate::manager::{Call, Manager, serve};
 use crate::node::news::News;
@@ -21,7 +22,7 @@ use crate::reply::Reply;
 use crate::request::Request;
 
 /// How an engine is set up.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EngineConfig {
     /// Data threads of the engine's own; at least one.
     pub data_threads: usize,
@@ -29,6 +30,8 @@ pub struct EngineConfig {
     pub buffer_budget_bytes: usize,
     /// How host files are read and written.
     pub backend: BackendChoice,
+    /// How far names that stand in images are trusted.
+    pub images: ImagePolicy,
 }
 
 impl Default for EngineConfig {
@@ -39,6 +42,7 @@ impl Default for EngineConfig {
             data_threads: cores.min(4),
             buffer_budget_bytes: BUFFER_BUDGET_BYTES,
             backend: BackendChoice::Auto,
+            images: ImagePolicy::default(),
         }
     }
 }
@@ -172,7 +176,7 @@ impl Manager {
         let (news, mut told) = News::channel();
         let threads = ThreadSet::start(config.data_threads, config.backend, pool.clone(), news)?;
         let (reports, mut heard) = mpsc::unbounded_channel();
-        let graph = Graph::new(threads.clone());
+        let graph = Graph::new(threads.clone(), config.images);
         let manager = Rc::new(Self::with(graph, threads, pool, reports));
         let listener = Rc::downgrade(&manager);
         tokio::task::spawn_local(async move {

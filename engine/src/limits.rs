@@ -12,6 +12,9 @@ pub const STATUS_EXTENTS_MAX: usize = 256;
 /// Levels of nested inline node definitions.
 pub const NODE_DEPTH_MAX: usize = 32;
 
+/// Layers of a backing chain. Requests pass from layer to layer on one stack.
+pub const CHAIN_LAYERS_MAX: usize = 256;
+
 /// Longest node name in bytes.
 pub const NODE_NAME_BYTES_MAX: usize = 31;
 

@@ -1,6 +1,11 @@
 //! [`Reply`]: the answers to requests and the views that queries return, as plain data.
 
 use crate::images::ImageReply;
+use std::sync::Arc;
+
+pub use blockyard_images::qcow2::info::{BitmapInfo, SnapshotInfo, Version3Info};
+pub use blockyard_images::qcow2::units::Compression;
+
 use crate::job::latency::LatencyView;
 use crate::job::status::Status;
 use crate::job::verb::JobType;
@@ -131,10 +136,18 @@ pub struct ImageView {
     pub cluster_size_bytes: Option<u64>,
     /// The image was not closed cleanly; `None` where nothing can tell.
     pub dirty_flag: Option<bool>,
+    /// Name of the backing file as the image has it.
+    pub backing_filename: Option<String>,
+    /// The same, from where the image is.
+    pub full_backing_filename: Option<String>,
+    /// Format of the backing file as the image has it.
+    pub backing_filename_format: Option<String>,
+    /// Snapshots inside the image, in its order.
+    pub snapshots: Vec<SnapshotInfo>,
     /// What only this format has to say.
     pub format_specific: Option<FormatSpecific>,
-    /// The image behind it, or below a filter; left out where views are flat.
-    pub backing_image: Option<Box<ImageView>>,
+    /// The image behind it, or below a filter, shared by all that stand on it; left out where views are flat.
+    pub backing_image: Option<Arc<ImageView>>,
 }
 
 /// What one format has to say of an image.
@@ -144,6 +157,15 @@ pub enum FormatSpecific {
     File {
         /// The file system's extent size hint in bytes, if set.
         extent_size_hint: Option<u64>,
+    },
+    /// `qcow2`.
+    Qcow2 {
+        /// Widths of reference counts in bits.
+        refcount_bits: u32,
+        /// How compressed clusters are compressed.
+        compression: Compression,
+        /// What only version 3 has.
+        version_3: Option<Version3Info>,
     },
 }
 

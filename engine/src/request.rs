@@ -7,6 +7,9 @@ use crate::job::error_policy::OnError;
 use crate::job::verb::{JobType, VerbCall};
 
 pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError, SetState};
+pub use crate::qcow2::{
+    BackingRef, EncryptionFormat, OverlapCheckSpec, OverlapTemplate, Qcow2Spec,
+};
 
 /// One command to the engine.
 #[derive(Clone, Debug, PartialEq)]
@@ -188,6 +191,8 @@ pub enum DriverSpec {
     NullAio(NullSpec),
     /// A filter that injects faults.
     Blkdebug(BlkdebugSpec),
+    /// A qcow2 image.
+    Qcow2(Box<Qcow2Spec>),
 }
 
 impl DriverSpec {
@@ -200,16 +205,43 @@ impl DriverSpec {
             DriverSpec::NullCo(_) => "null-co",
             DriverSpec::NullAio(_) => "null-aio",
             DriverSpec::Blkdebug(_) => "blkdebug",
+            DriverSpec::Qcow2(_) => "qcow2",
         }
     }
 
-    /// The node below, if the driver has one.
-    pub const fn child(&self) -> Option<&NodeRef> {
-        match self {
-            DriverSpec::Raw { file, .. } => Some(file),
-            DriverSpec::Blkdebug(spec) => Some(&spec.image),
-            _ => None,
-        }
+    /// The same, to be changed.
+    pub fn children_mut(&mut self) -> impl Iterator<Item = &mut NodeRef> {
+        let children = match self {
+            DriverSpec::Raw { file, .. } => [Some(file), None, None],
+            DriverSpec::Blkdebug(spec) => [Some(&mut spec.image), None, None],
+            DriverSpec::Qcow2(spec) => {
+                let spec = &mut **spec;
+                let backing = match &mut spec.backing {
+                    BackingRef::Node(backing) => Some(backing),
+                    BackingRef::FromImage | BackingRef::Nothing => None,
+                };
+                [Some(&mut spec.file), spec.data_file.as_mut(), backing]
+            }
+            _ => [const { None }; 3],
+        };
+        children.into_iter().flatten()
+    }
+
+    /// The nodes below that the client tells of, the one with the image first.
+    pub fn children(&self) -> impl Iterator<Item = &NodeRef> {
+        let children = match self {
+            DriverSpec::Raw { file, .. } => [Some(file), None, None],
+            DriverSpec::Blkdebug(spec) => [Some(&spec.image), None, None],
+            DriverSpec::Qcow2(spec) => {
+                let backing = match &spec.backing {
+                    BackingRef::Node(backing) => Some(backing),
+                    BackingRef::FromImage | BackingRef::Nothing => None,
+                };
+                [Some(&spec.file), spec.data_file.as_ref(), backing]
+            }
+            _ => [None; 3],
+        };
+        children.into_iter().flatten()
     }
 }
 
@@ -234,6 +266,21 @@ pub struct FileSpec {
     /// Keep writers in other programs off the file as long as the node lives, not only while a user of the node needs
     /// that. No client can ask for it over the wire.
     pub exclusive: bool,
+    /// Who has chosen it. Over the wire it is always the client.
+    pub named_by: NamedBy,
+}
+
+/// Who has chosen a file, which decides how it is looked at before it is opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NamedBy {
+    /// A client, whom everything belongs to.
+    #[default]
+    Client,
+    /// An image, whose content may be anybody's.
+    Image {
+        /// The folder that the file has to be in; `None`: any that the daemon's options allow.
+        folder: Option<PathBuf>,
+    },
 }
 
 /// Options of `null-co` and `null-aio`.

@@ -1,8 +1,8 @@
 //! Replies as clients see them.
 
 use blockyard_engine::reply::{
-    BlockJobView, FormatSpecific, GraphNodeKind, GraphView, ImageView, IoStatus, JobView, NodeView,
-    Reply,
+    BitmapInfo, BlockJobView, Compression, FormatSpecific, GraphNodeKind, GraphView, ImageView,
+    IoStatus, JobView, NodeView, Reply, SnapshotInfo, Version3Info,
 };
 use blockyard_engine::request::{DetectZeroes, Permission};
 use serde_json::{Value, json};
@@ -109,17 +109,94 @@ fn image(view: &ImageView) -> Value {
     if let Some(size) = view.cluster_size_bytes {
         value["cluster-size"] = json!(size);
     }
-    if let Some(FormatSpecific::File { extent_size_hint }) = &view.format_specific {
-        let mut data = json!({});
-        if let Some(hint) = extent_size_hint {
-            data["extent-size-hint"] = json!(hint);
+    for (name, text) in [
+        ("backing-filename", &view.backing_filename),
+        ("full-backing-filename", &view.full_backing_filename),
+        ("backing-filename-format", &view.backing_filename_format),
+    ] {
+        if let Some(text) = text {
+            value[name] = json!(text);
         }
-        value["format-specific"] = json!({"type": "file", "data": data});
+    }
+    if !view.snapshots.is_empty() {
+        value["snapshots"] = view.snapshots.iter().map(snapshot).collect();
+    }
+    if let Some(specific) = &view.format_specific {
+        value["format-specific"] = format_specific(specific);
     }
     if let Some(backing) = &view.backing_image {
         value["backing-image"] = image(backing);
     }
     value
+}
+
+fn snapshot(snapshot: &SnapshotInfo) -> Value {
+    const SECOND: u64 = 1_000_000_000;
+    let mut value = json!({
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "vm-state-size": snapshot.vm_state_bytes,
+        "date-sec": snapshot.date_seconds,
+        "date-nsec": snapshot.date_nanoseconds,
+        "vm-clock-sec": snapshot.vm_clock_nanoseconds / SECOND,
+        "vm-clock-nsec": snapshot.vm_clock_nanoseconds % SECOND,
+    });
+    if let Some(count) = snapshot.icount {
+        value["icount"] = json!(count);
+    }
+    value
+}
+
+fn format_specific(specific: &FormatSpecific) -> Value {
+    let (kind, data) = match specific {
+        FormatSpecific::File { extent_size_hint } => {
+            let mut data = json!({});
+            if let Some(hint) = extent_size_hint {
+                data["extent-size-hint"] = json!(hint);
+            }
+            ("file", data)
+        }
+        FormatSpecific::Qcow2 {
+            refcount_bits,
+            compression,
+            version_3,
+        } => {
+            let mut data = json!({
+                "compat": if version_3.is_some() { "1.1" } else { "0.10" },
+                "compression-type": match compression {
+                    Compression::Zlib => "zlib",
+                    Compression::Zstd => "zstd",
+                },
+                "refcount-bits": refcount_bits,
+            });
+            if let Some(version_3) = version_3 {
+                add_version_3(&mut data, version_3);
+            }
+            ("qcow2", data)
+        }
+    };
+    json!({"type": kind, "data": data})
+}
+
+fn add_version_3(data: &mut Value, info: &Version3Info) {
+    data["lazy-refcounts"] = json!(info.lazy_refcounts);
+    data["corrupt"] = json!(info.corrupt);
+    data["extended-l2"] = json!(info.extended_l2);
+    if let Some(name) = &info.data_file {
+        data["data-file"] = json!(name);
+    }
+    if let Some(is_raw) = info.data_file_raw {
+        data["data-file-raw"] = json!(is_raw);
+    }
+    if !info.bitmaps.is_empty() {
+        let bitmap = |bitmap: &BitmapInfo| {
+            let flags = [("in-use", bitmap.in_use), ("auto", bitmap.auto)];
+            let set = flags.iter().filter(|(_, set)| *set);
+            let flags: Vec<&str> = set.map(|(name, _)| *name).collect();
+            json!({"name": bitmap.name, "granularity": bitmap.granularity_bytes, "flags": flags})
+        };
+        data["bitmaps"] = info.bitmaps.iter().map(bitmap).collect();
+    }
 }
 
 fn graph(view: &GraphView) -> Value {

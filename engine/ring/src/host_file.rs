@@ -43,6 +43,7 @@ pub struct HostFile {
     file: Arc<OwnedFd>,
     length_bytes: Arc<AtomicU64>,
     kind: FileKind,
+    identity: (u64, u64),
     direct: bool,
     write: bool,
     request_alignment: u32,
@@ -94,6 +95,7 @@ impl HostFile {
             file: Arc::new(file),
             length_bytes: Arc::new(AtomicU64::new(length)),
             kind,
+            identity: (stat.st_dev, stat.st_ino),
             direct: mode.direct,
             write: mode.write,
             request_alignment: 1,
@@ -181,12 +183,8 @@ impl HostFile {
     }
 
     /// Device and inode: which file it is, whatever its name.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn identity(&self) -> io::Result<(u64, u64)> {
-        let stat = fstat(&*self.file)?;
-        Ok((stat.st_dev, stat.st_ino))
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
     }
 
     /// The errno of the flush that failed on this open file, if one did: nothing written through it can be trusted to

@@ -3,6 +3,7 @@
 //! The only crate of the workspace with unsafe code. It knows no runtime, no image format and no job. A [`Reactor`] belongs
 //! to one thread; its [`turn`](Reactor::turn) is the only place where that thread waits.
 
+pub mod confined;
 pub mod file_attributes;
 pub mod file_calls;
 pub mod heap;

@@ -1,98 +1,60 @@
-//! `blockdev-add`: from a description to open nodes, children first; everything is taken back if a later step fails.
+//! `blockdev-add`: from a description to open nodes, files first; everything is taken back if a later step fails.
+//!
+//! What one command opens is a batch: its nodes have their edges and image locks while others are still being opened, but
+//! nobody else sees one of them before all are open. Files are opened on threads of their own, and formats look at their
+//! images on data threads, so nothing here may hold the graph meanwhile.
 
-use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use blockyard_ring::{FileKind, HostFile, OpenMode};
+use blockyard_ring::HostFile;
 use blockyard_storage::LocalFuture;
-use blockyard_storage::error::errno_text;
-use tokio::sync::MutexGuard;
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
 use crate::graph::disk_facts::DiskQuestion;
 use crate::graph::filenames::FileName;
 use crate::graph::image_locks::HeldLocks;
+use crate::graph::options::{Inherits, Resolved};
 use crate::graph::permissions::{ExtraPermissions, Permissions};
-use crate::graph::records::{Edge, NodeRecord, Records, User};
-use crate::graph::{Graph, names};
+use crate::graph::records::{Batch, Edge, FILE_ROLE, NodeRecord, Records, User};
+use crate::graph::{Graph, names, not_found};
 use crate::limits::{NODE_DEPTH_MAX, NODE_LENGTH_MAX, SECTOR_BYTES};
 use crate::node::build::NodePlan;
-use crate::node::file_node::FileOptions;
 use crate::node::null_node::NullOptions;
 use crate::node::raw_node::Window;
-use crate::request::{
-    Aio, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, NodeRef, NodeSpec, NullSpec,
-    OnOffAuto,
-};
-
-/// How long opening a file may take: longer, and something is stuck.
-const OPEN_WAIT: Duration = Duration::from_secs(30);
+use crate::request::{DriverSpec, NodeRef, NodeSpec, NullSpec};
 
 /// Length of a null node if the client does not say.
 const NULL_LENGTH_BYTES: i64 = 1 << 30;
 
-/// Options of one node with the defaults and the parent's values filled in.
+/// Where a node is opened.
 #[derive(Clone, Copy)]
-pub(super) struct Resolved {
-    pub(super) read_only: bool,
-    auto_read_only: bool,
-    force_share: bool,
-    cache_direct: bool,
-    pub(super) cache_no_flush: bool,
-    pub(super) discard: Discard,
-    pub(super) detect_zeroes: DetectZeroes,
+pub(super) struct Site {
+    /// With what else.
+    pub(super) batch: Batch,
+    /// On which thread, unless a child decides.
+    pub(super) thread: ThreadId,
+    /// Below which node, if it is described with that.
+    pub(super) inherits: Option<Inherits>,
 }
 
-/// The child of a node that is being opened.
-pub(super) struct OpenedChild<'a> {
-    pub(super) id: NodeId,
-    pub(super) filename: FileName,
-    /// It was opened with its parent, and goes if that cannot be opened.
-    inline: bool,
-    held: MutexGuard<'a, ()>,
+/// A child of a node that is being opened.
+pub(super) enum Below {
+    /// Somebody else's, as far as it is still there when it is needed.
+    Named(String),
+    /// Opened with its parent, and closed if that cannot be opened.
+    Opened(NodeId),
 }
 
-impl Resolved {
-    /// Inline children take what they do not say from their parent.
-    fn new(options: CommonOptions, parent: Option<Resolved>) -> Result<Self, EngineError> {
-        let of_parent = |pick: fn(&Resolved) -> bool| parent.as_ref().is_some_and(pick);
-        let resolved = Self {
-            read_only: options
-                .read_only
-                .unwrap_or_else(|| of_parent(|parent| parent.read_only)),
-            auto_read_only: options
-                .auto_read_only
-                .unwrap_or_else(|| of_parent(|parent| parent.auto_read_only)),
-            force_share: options
-                .force_share
-                .unwrap_or_else(|| of_parent(|parent| parent.force_share)),
-            cache_direct: options
-                .cache_direct
-                .unwrap_or_else(|| of_parent(|parent| parent.cache_direct)),
-            cache_no_flush: options
-                .cache_no_flush
-                .unwrap_or_else(|| of_parent(|parent| parent.cache_no_flush)),
-            discard: options.discard.unwrap_or_default(),
-            detect_zeroes: options.detect_zeroes.unwrap_or_default(),
-        };
-        if resolved.detect_zeroes == DetectZeroes::Unmap && resolved.discard != Discard::Unmap {
-            return Err(EngineError::generic(
-                "setting detect-zeroes to unmap is not allowed without setting discard operation \
-                 to unmap",
-            ));
-        }
-        if resolved.force_share && !resolved.read_only {
-            let text = "force-share=on can only be used with read-only images";
-            return Err(EngineError::generic(text));
-        }
-        Ok(resolved)
-    }
+/// A name that is kept for a node. It is free again when this goes, unless the node is in the records then.
+pub(super) struct Reserved<'a> {
+    graph: &'a Graph,
+    id: NodeId,
+    name: String,
 }
 
 impl Graph {
-    /// Opens a node and its inline children.
+    /// Opens a node and everything that is described with it or follows from its image.
     ///
     /// # Errors
     /// In QEMU's words; nothing of it stays open then.
@@ -110,88 +72,286 @@ impl Graph {
         Ok(())
     }
 
-    /// Opens a node and its inline children for somebody who closes it again.
+    /// The same for somebody who closes the node again.
     pub(super) async fn open_unowned(&self, spec: NodeSpec) -> Result<NodeId, EngineError> {
         check_depth(&spec)?;
-        let thread = self.thread_for(&spec);
-        self.open(spec, None, thread).await
+        let batch = self.records.borrow_mut().new_batch();
+        let site = Site {
+            batch,
+            thread: self.thread_for(&spec),
+            inherits: None,
+        };
+        let id = self.open(spec, site).await?;
+        self.records.borrow_mut().publish(batch);
+        Ok(id)
     }
 
-    /// A node goes where its existing child lives, else to the least loaded thread.
+    /// A node goes where its existing children live, else to the least loaded thread.
     fn thread_for(&self, spec: &NodeSpec) -> ThreadId {
-        match spec.driver.child() {
-            Some(NodeRef::Name(name)) => self
-                .find(name)
-                .map_or_else(|| self.threads.choose(), |id| self.thread_of(id)),
-            Some(NodeRef::Inline(child)) => self.thread_for(child),
-            None => self.threads.choose(),
+        let mut waiting = vec![spec];
+        while let Some(spec) = waiting.pop() {
+            for child in spec.driver.children() {
+                match child {
+                    NodeRef::Inline(child) => waiting.push(child),
+                    NodeRef::Name(name) => {
+                        if let Some(id) = self.find(name) {
+                            return self.thread_of(id);
+                        }
+                    }
+                }
+            }
         }
+        self.threads.choose()
     }
 
-    /// Opens one node below `parent`; its name is reserved meanwhile.
-    fn open(
+    /// Opens one node; its name is reserved meanwhile.
+    pub(super) fn open(
         &self,
         spec: NodeSpec,
-        parent: Option<Resolved>,
-        thread: ThreadId,
+        site: Site,
     ) -> LocalFuture<'_, Result<NodeId, EngineError>> {
         Box::pin(async move {
-            let resolved = Resolved::new(spec.common, parent)?;
+            let resolved = Resolved::new(spec.common, site.inherits)?;
+            let name = spec.node_name.as_deref();
+            let driver = spec.driver.name();
             if let DriverSpec::File(file) | DriverSpec::HostDevice(file) = &spec.driver
                 && file.filename.as_os_str().is_empty()
             {
                 return Err(EngineError::generic(format!(
-                    "The '{}' block driver requires a file name",
-                    spec.driver.name()
+                    "The '{driver}' block driver requires a file name"
                 )));
             }
-            // What is below comes before the name.
-            if let DriverSpec::Raw {
-                file: NodeRef::Name(child),
-                ..
-            } = &spec.driver
-            {
-                self.look_up(child)?;
+            match spec.driver {
+                DriverSpec::File(file) => {
+                    let open = self.open_file(driver, file, resolved, false);
+                    self.open_leaf(name, driver, resolved, site, open).await
+                }
+                DriverSpec::HostDevice(file) => {
+                    let open = self.open_file(driver, file, resolved, true);
+                    self.open_leaf(name, driver, resolved, site, open).await
+                }
+                DriverSpec::NullCo(null) | DriverSpec::NullAio(null) => {
+                    let open = async move {
+                        Ok(Leaf {
+                            plan: NodePlan::Null(null_options(null, resolved.read_only)?),
+                            filename: FileName::of_null(driver, &null),
+                            read_only: resolved.read_only,
+                            exclusive: false,
+                            locked: None,
+                        })
+                    };
+                    self.open_leaf(name, driver, resolved, site, open).await
+                }
+                DriverSpec::Raw { file, offset, size } => {
+                    let file = self
+                        .open_below(file, Inherits::Held(resolved), site)
+                        .await?;
+                    let raw = self.open_raw(name, &file, (offset, size), resolved, site);
+                    let outcome = raw.await;
+                    self.settle(file, outcome).await
+                }
+                DriverSpec::Blkdebug(spec) => self.open_blkdebug(name, spec, resolved, site).await,
+                DriverSpec::Qcow2(spec) => self.open_qcow2(name, *spec, resolved, site).await,
             }
-            let (id, name) = {
-                let mut records = self.records.borrow_mut();
-                let id = records.new_id();
-                let name = match &spec.node_name {
-                    Some(name) => {
-                        names::check(&records, name)?;
-                        name.clone()
-                    }
-                    None => names::made_up(id.0),
-                };
-                records.reserved.push(name.clone());
-                (id, name)
-            };
-            let opened = self
-                .open_reserved(id, name.clone(), spec, resolved, thread)
-                .await;
-            self.records
-                .borrow_mut()
-                .reserved
-                .retain(|other| *other != name);
-            opened
         })
     }
 
-    async fn open_reserved(
-        &self,
-        early_id: NodeId,
-        name: String,
-        spec: NodeSpec,
-        resolved: Resolved,
-        thread: ThreadId,
-    ) -> Result<NodeId, EngineError> {
-        let driver = spec.driver.name();
-        let mut record = NodeRecord {
-            id: early_id,
-            listed: early_id,
+    /// Keeps a name, or one that is made up, for a node that is being opened.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub(super) fn reserve(&self, name: Option<&str>) -> Result<Reserved<'_>, EngineError> {
+        let mut records = self.records.borrow_mut();
+        if let Some(name) = name {
+            names::check(&records, name)?;
+        }
+        let id = records.new_id();
+        let name = name.map_or_else(|| names::made_up(id.0), str::to_owned);
+        records.reserved.push(name.clone());
+        Ok(Reserved {
+            graph: self,
+            id,
             name,
+        })
+    }
+
+    /// Opens a child that is described with its parent; one that is named must be there.
+    pub(super) async fn open_below(
+        &self,
+        child: NodeRef,
+        inherits: Inherits,
+        site: Site,
+    ) -> Result<Below, EngineError> {
+        match child {
+            NodeRef::Name(name) => {
+                self.look_up_in(&name, site.batch)?;
+                Ok(Below::Named(name))
+            }
+            NodeRef::Inline(spec) => {
+                let inherits = Some(inherits);
+                let id = self.open(*spec, Site { inherits, ..site }).await?;
+                Ok(Below::Opened(id))
+            }
+        }
+    }
+
+    /// Which node a child is now. The graph is held.
+    pub(super) fn child_now(&self, child: &Below, batch: Batch) -> Result<NodeId, EngineError> {
+        match child {
+            Below::Named(name) => self.look_up_in(name, batch),
+            Below::Opened(id) => Ok(*id),
+        }
+    }
+
+    /// The end of opening a node above a child, which is let go of if it came to nothing.
+    pub(super) async fn settle<T>(
+        &self,
+        child: Below,
+        outcome: Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        if let (Below::Opened(id), Err(_)) = (child, &outcome) {
+            self.close_unused(id).await;
+        }
+        outcome
+    }
+
+    /// The node with a name, if it is open or part of the same batch.
+    fn look_up_in(&self, name: &str, batch: Batch) -> Result<NodeId, EngineError> {
+        let records = self.records.borrow();
+        let found = records.by_name(name, Some(batch)).map(|node| node.id);
+        found.ok_or_else(|| not_found(name, name))
+    }
+
+    /// Opens a node that stands on no other.
+    async fn open_leaf(
+        &self,
+        name: Option<&str>,
+        driver: &'static str,
+        resolved: Resolved,
+        site: Site,
+        open: impl Future<Output = Result<Leaf, EngineError>>,
+    ) -> Result<NodeId, EngineError> {
+        let reserved = self.reserve(name)?;
+        let leaf = open.await?;
+        let record = NodeRecord {
+            plan: leaf.plan,
+            filename: leaf.filename,
+            read_only: leaf.read_only,
+            exclusive: leaf.exclusive,
+            locked: leaf.locked,
+            ..reserved.record(driver, resolved, site)?
+        };
+        let _held = self.hold().await;
+        self.enlist(record, None).await
+    }
+
+    async fn open_raw(
+        &self,
+        name: Option<&str>,
+        file: &Below,
+        (offset, size): (Option<u64>, Option<u64>),
+        resolved: Resolved,
+        site: Site,
+    ) -> Result<NodeId, EngineError> {
+        let reserved = self.reserve(name)?;
+        let _held = self.hold_still(&[file], site.batch).await;
+        let child = self.child_now(file, site.batch)?;
+        let length = self.facts(child).await?.length_bytes;
+        let window = check_window(offset, size, length)?;
+        let record = NodeRecord {
+            fixed_size: size.is_some(),
+            windowed: size.is_some() || offset.is_some_and(|offset| offset > 0),
+            filename: FileName::of_raw(&self.filename(child), offset, size),
+            plan: NodePlan::Raw {
+                child,
+                window,
+                read_only: resolved.read_only,
+                discard: resolved.discard,
+                detect_zeroes: resolved.detect_zeroes,
+            },
+            thread: self.thread_of(child),
+            ..reserved.record("raw", resolved, site)?
+        };
+        self.enlist(record, Some((child, FILE_ROLE))).await
+    }
+
+    /// How queries show a node.
+    pub(super) fn filename(&self, id: NodeId) -> FileName {
+        let records = self.records.borrow();
+        records
+            .node(id)
+            .map(|node| node.filename.clone())
+            .unwrap_or_default()
+    }
+
+    /// Takes a node into the records and brings it up on its thread. The graph is held.
+    pub(super) async fn enlist(
+        &self,
+        record: NodeRecord,
+        child: Option<(NodeId, &'static str)>,
+    ) -> Result<NodeId, EngineError> {
+        let id = self.record(record, child)?;
+        if let Err(error) = self.bring_up(id).await {
+            self.close(id).await;
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    /// Takes a node into the records, with its edge and the image locks that follow. The graph is held.
+    pub(super) fn record(
+        &self,
+        record: NodeRecord,
+        child: Option<(NodeId, &'static str)>,
+    ) -> Result<NodeId, EngineError> {
+        let (id, thread) = (record.id, record.thread);
+        let mut records = self.records.borrow_mut();
+        if let Some((child, _)) = child {
+            check_stays(&records, child)?;
+        }
+        records.insert(record);
+        let linked = records.change_edges(|edges| {
+            edges.extend(child.map(|(child, role)| Edge {
+                user: User::Node(id),
+                child,
+                role,
+                taken: Permissions::NONE,
+                shared: Permissions::EVERY,
+            }));
+        });
+        if let Err(error) = linked {
+            records.nodes.retain(|node| node.id != id);
+            return Err(error);
+        }
+        self.threads.load(thread, 1);
+        Ok(id)
+    }
+}
+
+/// What a node that stands on no other has of its own.
+pub(super) struct Leaf {
+    pub(super) plan: NodePlan,
+    pub(super) filename: FileName,
+    pub(super) read_only: bool,
+    pub(super) exclusive: bool,
+    pub(super) locked: Option<(HostFile, HeldLocks)>,
+}
+
+impl Reserved<'_> {
+    /// The record of a node under this name, which stands on nothing yet.
+    pub(super) fn record(
+        &self,
+        driver: &'static str,
+        resolved: Resolved,
+        site: Site,
+    ) -> Result<NodeRecord, EngineError> {
+        Ok(NodeRecord {
+            id: self.id,
+            name: self.name.clone(),
+            batch: Some(site.batch),
             driver,
             filename: FileName::default(),
+            image: None,
             read_only: resolved.read_only,
             detect_zeroes: resolved.detect_zeroes,
             cache_direct: resolved.cache_direct,
@@ -200,221 +360,26 @@ impl Graph {
             fixed_size: false,
             windowed: false,
             force_share: resolved.force_share,
-            exclusive: false,
             extra: ExtraPermissions::default(),
-            thread,
+            exclusive: false,
+            thread: site.thread,
             plan: NodePlan::Null(null_options(NullSpec::default(), true)?),
             locked: None,
             disk: DiskQuestion::default(),
-        };
-        match spec.driver {
-            DriverSpec::File(file) => self.open_file(&mut record, file, resolved, false).await?,
-            DriverSpec::HostDevice(file) => {
-                self.open_file(&mut record, file, resolved, true).await?;
-            }
-            DriverSpec::NullCo(null) | DriverSpec::NullAio(null) => {
-                record.plan = NodePlan::Null(null_options(null, resolved.read_only)?);
-                record.filename = FileName::of_null(driver, &null);
-            }
-            DriverSpec::Raw { file, offset, size } => {
-                return self.open_raw(record, file, offset, size, resolved).await;
-            }
-            DriverSpec::Blkdebug(spec) => {
-                return self.open_blkdebug(record, spec, resolved).await;
-            }
-        }
-        let _held = self.hold().await;
-        self.enlist(record, None).await
-    }
-
-    /// The child of a node that is being opened; a child that is described inline is opened with it. The graph is held
-    /// from then on.
-    pub(super) async fn child(
-        &self,
-        record: &mut NodeRecord,
-        child: NodeRef,
-        resolved: Resolved,
-    ) -> Result<OpenedChild<'_>, EngineError> {
-        let inline = match child {
-            NodeRef::Name(name) => Err(name),
-            NodeRef::Inline(spec) => Ok(self.open(*spec, Some(resolved), record.thread).await?),
-        };
-        let held = self.hold().await;
-        let (id, inline) = match inline {
-            Ok(child) => (child, true),
-            Err(name) => (self.look_up(&name)?, false),
-        };
-        // Children are older than their parents: what walks the graph relies on it.
-        let mut records = self.records.borrow_mut();
-        record.id = records.new_id();
-        let below = records.node(id);
-        let filename = below.map(|node| node.filename.clone()).unwrap_or_default();
-        drop(records);
-        record.thread = self.thread_of(id);
-        Ok(OpenedChild {
-            id,
-            filename,
-            inline,
-            held,
         })
     }
+}
 
-    /// The end of opening a node above a child: lets go of the graph, and of the child if it came to nothing.
-    pub(super) async fn settle_child(
-        &self,
-        child: OpenedChild<'_>,
-        outcome: Result<NodeId, EngineError>,
-    ) -> Result<NodeId, EngineError> {
-        drop(child.held);
-        if outcome.is_err() && child.inline {
-            self.close_unused(child.id).await;
-        }
-        outcome
-    }
-
-    async fn open_raw(
-        &self,
-        mut record: NodeRecord,
-        file: NodeRef,
-        offset: Option<u64>,
-        size: Option<u64>,
-        resolved: Resolved,
-    ) -> Result<NodeId, EngineError> {
-        let child = self.child(&mut record, file, resolved).await?;
-        record.listed = record.id;
-        let outcome = async {
-            let length = self.facts(child.id).await?.length_bytes;
-            let window = check_window(offset, size, length)?;
-            record.fixed_size = size.is_some();
-            record.windowed = size.is_some() || offset.is_some_and(|offset| offset > 0);
-            record.filename = FileName::of_raw(child.filename.clone(), offset, size);
-            record.plan = NodePlan::Raw {
-                child: child.id,
-                window,
-                read_only: resolved.read_only,
-                discard: resolved.discard,
-                detect_zeroes: resolved.detect_zeroes,
-            };
-            self.enlist(record, Some((child.id, "file"))).await
-        }
-        .await;
-        self.settle_child(child, outcome).await
-    }
-
-    /// Takes a node into the records and brings it up on its thread.
-    pub(super) async fn enlist(
-        &self,
-        record: NodeRecord,
-        child: Option<(NodeId, &'static str)>,
-    ) -> Result<NodeId, EngineError> {
-        let (id, thread) = (record.id, record.thread);
-        {
-            let mut records = self.records.borrow_mut();
-            if let Some((child, _)) = child {
-                check_stays(&records, child)?;
-            }
-            let place = records.nodes.partition_point(|node| node.id < id);
-            records.nodes.insert(place, record);
-            let linked = records.change_edges(|edges| {
-                edges.extend(child.map(|(child, role)| Edge {
-                    user: User::Node(id),
-                    child,
-                    role,
-                    taken: Permissions::NONE,
-                    shared: Permissions::EVERY,
-                }));
-            });
-            if let Err(error) = linked {
-                records.nodes.retain(|node| node.id != id);
-                return Err(error);
-            }
-        }
-        self.threads.load(thread, 1);
-        if let Err(error) = self.bring_up(id).await {
-            self.close(id).await;
-            return Err(error);
-        }
-        Ok(id)
-    }
-
-    async fn open_file(
-        &self,
-        record: &mut NodeRecord,
-        spec: FileSpec,
-        resolved: Resolved,
-        device: bool,
-    ) -> Result<(), EngineError> {
-        if spec.aio == Some(Aio::Native) && !resolved.cache_direct {
-            return Err(EngineError::generic(
-                "aio=native was specified, but it requires cache.direct=on, which was not \
-                 specified.",
-            ));
-        }
-        let mode = OpenMode {
-            write: !resolved.read_only,
-            direct: resolved.cache_direct,
-            create: false,
-        };
-        let shown = spec.filename.display().to_string();
-        let opened = open_in_background(spec.filename.clone(), mode).await;
-        let file = match opened {
-            Err(error) if mode.write && resolved.auto_read_only && is_refused(&error) => {
-                record.read_only = true;
-                let read_only = OpenMode {
-                    write: false,
-                    ..mode
-                };
-                open_in_background(spec.filename, read_only).await
-            }
-            other => other,
-        };
-        let file = file.map_err(|error| {
-            let reason = error
-                .raw_os_error()
-                .map_or_else(|| error.to_string(), errno_text);
-            EngineError::generic(format!("Could not open '{shown}': {reason}"))
-        })?;
-        match (file.kind(), device) {
-            (FileKind::Regular, false) | (FileKind::BlockDevice, true) => {}
-            (_, false) => {
-                let name = &record.name;
-                let text = format!("'file' driver requires '{shown}' to be a regular file");
-                tracing::debug!(node = name, "not a regular file");
-                return Err(EngineError::generic(text));
-            }
-            (_, true) => {
-                let text = format!(
-                    "'host_device' driver requires '{shown}' to be either a character or block \
-                     device"
-                );
-                return Err(EngineError::generic(text));
-            }
-        }
-        if !record.read_only && file.is_write_protected().unwrap_or(false) {
-            if !resolved.auto_read_only {
-                let text = "The device is not writable: Permission denied";
-                return Err(EngineError::generic(text));
-            }
-            record.read_only = true;
-        }
-        let locks = spec.locking != Some(OnOffAuto::Off);
-        record.exclusive = spec.exclusive;
-        record.locked = locks.then(|| (file.clone(), HeldLocks::default()));
-        record.filename = FileName::of_file(record.driver, shown);
-        let options = FileOptions {
-            read_only: record.read_only,
-            discard: resolved.discard,
-            detect_zeroes: resolved.detect_zeroes,
-            no_flush: resolved.cache_no_flush,
-        };
-        record.plan = NodePlan::File { file, options };
-        Ok(())
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        let mut records = self.graph.records.borrow_mut();
+        records.reserved.retain(|name| *name != self.name);
     }
 }
 
 /// A job's filter goes with its job: what stood on it would go on reading through a node that the graph has forgotten, and
 /// could not be moved any more.
-fn check_stays(records: &Records, child: NodeId) -> Result<(), EngineError> {
+pub(super) fn check_stays(records: &Records, child: NodeId) -> Result<(), EngineError> {
     match records.node(child) {
         Some(node) if matches!(node.plan, NodePlan::Filter { .. }) => {
             let name = &node.name;
@@ -425,46 +390,22 @@ fn check_stays(records: &Records, child: NodeId) -> Result<(), EngineError> {
     }
 }
 
-async fn open_in_background(path: PathBuf, mode: OpenMode) -> io::Result<HostFile> {
-    in_background(move || HostFile::open(&path, mode)).await
-}
-
-/// Runs a call on a thread of its own: a file system that does not answer holds up only this request, and not for ever.
-pub(super) async fn in_background<T: Send + 'static>(
-    call: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    let calling = tokio::task::spawn_blocking(call);
-    match tokio::time::timeout(OPEN_WAIT, calling).await {
-        Ok(Ok(outcome)) => outcome,
-        Ok(Err(_)) => Err(io::Error::other("opening failed (bug)")),
-        Err(_) => Err(io::ErrorKind::TimedOut.into()),
-    }
-}
-
-/// Whether a file may just not be written.
-fn is_refused(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
-    )
-}
-
 /// Refuses descriptions nested too deep before anything is opened.
 fn check_depth(spec: &NodeSpec) -> Result<(), EngineError> {
-    let mut depth = 1;
-    let mut rest = spec;
-    loop {
-        let Some(NodeRef::Inline(child)) = rest.driver.child() else {
-            return Ok(());
-        };
-        depth += 1;
+    let mut waiting = vec![(spec, 1)];
+    while let Some((spec, depth)) = waiting.pop() {
         if depth > NODE_DEPTH_MAX {
             return Err(EngineError::generic(format!(
                 "Node definitions are nested more than {NODE_DEPTH_MAX} deep"
             )));
         }
-        rest = child;
+        for child in spec.driver.children() {
+            if let NodeRef::Inline(child) = child {
+                waiting.push((child, depth + 1));
+            }
+        }
     }
+    Ok(())
 }
 
 fn check_window(
@@ -508,7 +449,7 @@ fn check_window(
     Ok(window)
 }
 
-fn null_options(spec: NullSpec, read_only: bool) -> Result<NullOptions, EngineError> {
+pub(super) fn null_options(spec: NullSpec, read_only: bool) -> Result<NullOptions, EngineError> {
     let length = u64::try_from(spec.size.unwrap_or(NULL_LENGTH_BYTES));
     let length = length.map_err(|_| EngineError::generic("size is invalid"))?;
     let latency_ns = spec.latency_ns.unwrap_or(0);

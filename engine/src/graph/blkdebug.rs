@@ -8,11 +8,13 @@ use blockyard_storage::error::errno_text;
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::Graph;
-use crate::graph::add::{Resolved, in_background};
+use crate::graph::add::Site;
 use crate::graph::fault_config::{self, FaultConfig};
 use crate::graph::filenames::FileName;
+use crate::graph::host_files::in_background;
+use crate::graph::options::{Inherits, Resolved};
 use crate::graph::permissions::{ExtraPermissions, Permissions};
-use crate::graph::records::NodeRecord;
+use crate::graph::records::{IMAGE_ROLE, NodeRecord};
 use crate::limits::{BLKDEBUG_ALIGN_MAX_BYTES, FAULT_CONFIG_BYTES_MAX};
 use crate::node::blkdebug_node::{BlkdebugOptions, SharedFaults};
 use crate::node::build::NodePlan;
@@ -23,10 +25,12 @@ impl Graph {
     /// Opens a fault filter and, if that is described inline, its child.
     pub(super) async fn open_blkdebug(
         &self,
-        mut record: NodeRecord,
+        name: Option<&str>,
         spec: BlkdebugSpec,
         resolved: Resolved,
+        site: Site,
     ) -> Result<NodeId, EngineError> {
+        let reserved = self.reserve(name)?;
         let mut config = match &spec.config {
             Some(path) => read_config(path.clone()).await?,
             None => FaultConfig::default(),
@@ -35,11 +39,12 @@ impl Graph {
         config.set_state.extend(spec.set_state.clone());
         let rules = FaultRules::new(&config.inject_error, config.set_state);
         let rules = rules.map_err(|(name, value)| out_of_range(name, value))?;
-        let child = self
-            .child(&mut record, spec.image.clone(), resolved)
-            .await?;
+        let inherits = Inherits::Filtered(resolved);
+        let image = self.open_below(spec.image.clone(), inherits, site).await?;
         let outcome = async {
-            let alignment = self.facts(child.id).await?.request_alignment;
+            let _held = self.hold_still(&[&image], site.batch).await;
+            let child = self.child_now(&image, site.batch)?;
+            let alignment = self.facts(child).await?.request_alignment;
             let options = BlkdebugOptions {
                 read_only: resolved.read_only,
                 discard: resolved.discard,
@@ -47,20 +52,24 @@ impl Graph {
                 no_flush: resolved.cache_no_flush,
                 ..limits(&spec, alignment)?
             };
-            record.extra = ExtraPermissions {
-                taken: Permissions::of(&spec.take_child_perms),
-                unshared: Permissions::of(&spec.unshare_child_perms),
+            let record = NodeRecord {
+                extra: ExtraPermissions {
+                    taken: Permissions::of(&spec.take_child_perms),
+                    unshared: Permissions::of(&spec.unshare_child_perms),
+                },
+                filename: FileName::of_blkdebug(&self.filename(child), &spec),
+                plan: NodePlan::Blkdebug {
+                    child,
+                    options,
+                    faults: SharedFaults::new(rules),
+                },
+                thread: self.thread_of(child),
+                ..reserved.record("blkdebug", resolved, site)?
             };
-            record.filename = FileName::of_blkdebug(child.filename.clone(), &spec);
-            record.plan = NodePlan::Blkdebug {
-                child: child.id,
-                options,
-                faults: SharedFaults::new(rules),
-            };
-            self.enlist(record, Some((child.id, "image"))).await
+            self.enlist(record, Some((child, IMAGE_ROLE))).await
         }
         .await;
-        self.settle_child(child, outcome).await
+        self.settle(image, outcome).await
     }
 }
 

@@ -1,6 +1,9 @@
 //! [`FileName`]: how queries show what a node stands on: a plain name where that says it all, else its options.
+//!
+//! Options of what is below are shared, not copied: a chain of n layers takes room for n of them.
 
-use std::fmt;
+use std::fmt::{self, Write};
+use std::rc::Rc;
 
 use crate::request::{BlkdebugSpec, NullSpec};
 
@@ -10,17 +13,33 @@ enum Shown {
     Text(String),
     Number(i128),
     Flag(bool),
-    Members(Members),
+    Null,
+    Members(Rc<Members>),
 }
 
 type Members = Vec<(String, Shown)>;
+
+/// Longest name in bytes; one that is longer ends in dots.
+const SHOWN_BYTES_MAX: usize = 4095;
 
 /// What a node stands on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct FileName {
     /// A name that can stand for all the options.
     plain: Option<String>,
-    options: Members,
+    /// It is a file, a device or the like, not something that is in one.
+    is_protocol: bool,
+    options: Rc<Members>,
+}
+
+/// Which backing a name has to tell of.
+pub(super) enum ShownBacking<'a> {
+    /// None: it is what the image names.
+    AsNamed,
+    /// Another one.
+    Other(&'a FileName),
+    /// That there is none although the image names one.
+    Nothing,
 }
 
 impl FileName {
@@ -30,7 +49,8 @@ impl FileName {
         push(&mut options, "filename", Shown::Text(filename.clone()));
         Self {
             plain: Some(filename),
-            options,
+            is_protocol: true,
+            options: Rc::new(options),
         }
     }
 
@@ -45,22 +65,62 @@ impl FileName {
         );
         Self {
             plain: (options.len() == 1).then(|| format!("{driver}://")),
-            options,
+            is_protocol: true,
+            options: Rc::new(options),
         }
     }
 
     /// Of a raw node; a window is an option that the plain name would lose.
-    pub(super) fn of_raw(child: FileName, offset: Option<u64>, size: Option<u64>) -> Self {
+    pub(super) fn of_raw(child: &FileName, offset: Option<u64>, size: Option<u64>) -> Self {
         let mut options = driver_only("raw");
         push_some(&mut options, "offset", offset.map(number));
         push_some(&mut options, "size", size.map(number));
-        let plain = child.plain.filter(|_| options.len() == 1);
-        push(&mut options, "file", Shown::Members(child.options));
-        Self { plain, options }
+        let says_it_all = options.len() == 1;
+        push(&mut options, "file", child.shown());
+        Self::of_format(child, options, says_it_all)
+    }
+
+    /// Of a qcow2 image.
+    pub(super) fn of_qcow2(
+        file: &FileName,
+        data_file: Option<&FileName>,
+        backing: &ShownBacking<'_>,
+    ) -> Self {
+        let mut options = driver_only("qcow2");
+        push(&mut options, "file", file.shown());
+        push_some(&mut options, "data-file", data_file.map(FileName::shown));
+        match backing {
+            ShownBacking::AsNamed => {}
+            ShownBacking::Other(backing) => push(&mut options, "backing", backing.shown()),
+            ShownBacking::Nothing => push(&mut options, "backing", Shown::Null),
+        }
+        let says_it_all = matches!(backing, ShownBacking::AsNamed);
+        Self::of_format(file, options, says_it_all)
+    }
+
+    /// Of what is in a file: the file's name if opening that again would come to the same.
+    fn of_format(file: &FileName, options: Members, says_it_all: bool) -> Self {
+        let plain = file.plain.as_ref();
+        let plain = plain.filter(|_| says_it_all && file.is_protocol);
+        Self {
+            plain: plain.cloned(),
+            is_protocol: false,
+            options: Rc::new(options),
+        }
+    }
+
+    fn shown(&self) -> Shown {
+        Shown::Members(self.options.clone())
+    }
+
+    /// The folder part of the name, with the slash, of what is a file under a plain name.
+    pub(super) fn folder(&self) -> Option<&str> {
+        let plain = self.plain.as_deref().filter(|_| self.is_protocol)?;
+        Some(plain.rfind('/').map_or("", |slash| &plain[..=slash]))
     }
 
     /// Of a fault filter: its plain name can tell of a file of rules and of nothing else.
-    pub(super) fn of_blkdebug(child: FileName, spec: &BlkdebugSpec) -> Self {
+    pub(super) fn of_blkdebug(child: &FileName, spec: &BlkdebugSpec) -> Self {
         let mut options = driver_only("blkdebug");
         let config = spec.config.as_ref().map(|path| path.display().to_string());
         push_some(&mut options, "config", config.clone().map(Shown::Text));
@@ -96,28 +156,50 @@ impl FileName {
             member("state", rule.state.map(number));
             member("new_state", Some(number(rule.new_state)));
         }
-        let plain = child
-            .plain
+        let plain = child.plain.as_ref();
+        let plain = plain
             .filter(|_| options.len() == telling)
             .map(|below| format!("blkdebug:{}:{below}", config.unwrap_or_default()));
-        push(&mut options, "image", Shown::Members(child.options));
-        Self { plain, options }
+        push(&mut options, "image", child.shown());
+        Self {
+            plain,
+            is_protocol: true,
+            options: Rc::new(options),
+        }
     }
 }
 
 impl fmt::Display for FileName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.plain {
-            Some(plain) => f.write_str(plain),
-            None => {
-                f.write_str("json:")?;
-                write_members(f, &self.options)
-            }
+        if let Some(plain) = &self.plain {
+            return f.write_str(plain);
         }
+        let mut text = Bounded(String::from("json:"));
+        // Fails where it gets too long.
+        let _ = write_members(&mut text, &self.options);
+        if text.0.len() > SHOWN_BYTES_MAX {
+            // All of it is ASCII.
+            text.0.truncate(SHOWN_BYTES_MAX - 3);
+            text.0.push_str("...");
+        }
+        f.write_str(&text.0)
     }
 }
 
-fn write_members(f: &mut fmt::Formatter<'_>, members: &Members) -> fmt::Result {
+/// A text that is not written further once it is too long.
+struct Bounded(String);
+
+impl Write for Bounded {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        if self.0.len() > SHOWN_BYTES_MAX {
+            return Err(fmt::Error);
+        }
+        self.0.push_str(text);
+        Ok(())
+    }
+}
+
+fn write_members(f: &mut Bounded, members: &Members) -> fmt::Result {
     f.write_str("{")?;
     for (index, (name, value)) in members.iter().enumerate() {
         let separator = if index == 0 { "" } else { ", " };
@@ -126,20 +208,30 @@ fn write_members(f: &mut fmt::Formatter<'_>, members: &Members) -> fmt::Result {
             Shown::Text(text) => f.write_str(&quoted(text))?,
             Shown::Number(number) => write!(f, "{number}")?,
             Shown::Flag(flag) => write!(f, "{flag}")?,
+            Shown::Null => f.write_str("null")?,
             Shown::Members(members) => write_members(f, members)?,
         }
     }
     f.write_str("}")
 }
 
-/// A text between quotes, escaped as in JSON.
+/// A text between quotes, escaped as in JSON; all of it is ASCII.
 fn quoted(text: &str) -> String {
     let mut quoted = String::from("\"");
     for character in text.chars() {
         match character {
             '"' | '\\' => quoted.extend(['\\', character]),
-            '\u{0}'..='\u{1f}' => quoted += &format!("\\u{:04X}", u32::from(character)),
-            _ => quoted.push(character),
+            '\u{8}' => quoted.push_str("\\b"),
+            '\u{c}' => quoted.push_str("\\f"),
+            '\n' => quoted.push_str("\\n"),
+            '\r' => quoted.push_str("\\r"),
+            '\t' => quoted.push_str("\\t"),
+            ' '..='~' => quoted.push(character),
+            _ => {
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    quoted += &format!("\\u{unit:04X}");
+                }
+            }
         }
     }
     quoted.push('"');
@@ -172,12 +264,12 @@ mod tests {
     fn plain_names_and_options() {
         let file = FileName::of_file("file", "a \"b\"\n\\".to_owned());
         assert_eq!(file.to_string(), "a \"b\"\n\\");
-        let raw = FileName::of_raw(file.clone(), None, None);
+        let raw = FileName::of_raw(&file, None, None);
         assert_eq!(raw.to_string(), "a \"b\"\n\\");
-        let window = FileName::of_raw(raw, Some(512), Some(u64::MAX));
+        let window = FileName::of_raw(&raw, Some(512), Some(u64::MAX));
         assert_eq!(
             window.to_string(),
-            r#"json:{"driver": "raw", "offset": 512, "size": 18446744073709551615, "file": {"driver": "raw", "file": {"driver": "file", "filename": "a \"b\"\u000A\\"}}}"#
+            r#"json:{"driver": "raw", "offset": 512, "size": 18446744073709551615, "file": {"driver": "raw", "file": {"driver": "file", "filename": "a \"b\"\n\\"}}}"#
         );
         let null = NullSpec::default();
         assert_eq!(
@@ -190,8 +282,78 @@ mod tests {
         };
         let null = FileName::of_null("null-co", &null);
         assert_eq!(
-            FileName::of_raw(null, None, None).to_string(),
+            FileName::of_raw(&null, None, None).to_string(),
             r#"json:{"driver": "raw", "file": {"driver": "null-co", "read-zeroes": false}}"#
         );
+        let raw_on_raw = FileName::of_raw(&raw, None, None);
+        assert!(raw_on_raw.to_string().starts_with("json:{"));
+    }
+
+    #[test]
+    fn names_of_images_tell_of_a_backing_that_is_not_their_own() {
+        let file = |name: &str| FileName::of_file("file", name.to_owned());
+        let image =
+            |name: &str, backing: &ShownBacking<'_>| FileName::of_qcow2(&file(name), None, backing);
+        let base = image("base", &ShownBacking::AsNamed);
+        assert_eq!(base.to_string(), "base");
+        let alone = image("top", &ShownBacking::Nothing);
+        assert_eq!(
+            alone.to_string(),
+            r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "top"}, "backing": null}"#
+        );
+        let top = image("top", &ShownBacking::Other(&base));
+        assert_eq!(
+            top.to_string(),
+            r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "top"}, "backing": {"driver": "qcow2", "file": {"driver": "file", "filename": "base"}}}"#
+        );
+        // What is in an image, or in raw data, has no plain name.
+        let nested = FileName::of_qcow2(&base, None, &ShownBacking::AsNamed);
+        assert!(nested.to_string().starts_with("json:{"));
+        let outside = FileName::of_qcow2(&file("a"), Some(&file("d")), &ShownBacking::AsNamed);
+        assert_eq!(outside.to_string(), "a");
+        assert_eq!(
+            FileName::of_qcow2(&file("a"), Some(&file("d")), &ShownBacking::Nothing).to_string(),
+            r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "a"}, "data-file": {"driver": "file", "filename": "d"}, "backing": null}"#
+        );
+    }
+
+    #[test]
+    fn a_long_chain_has_a_name_of_bounded_length() {
+        let mut name = FileName::of_file("file", "0".to_owned());
+        for layer in 0..1000 {
+            let file = FileName::of_file("file", layer.to_string());
+            name = FileName::of_qcow2(&file, None, &ShownBacking::Other(&name));
+        }
+        let shown = name.to_string();
+        assert_eq!(shown.len(), SHOWN_BYTES_MAX);
+        assert!(shown.ends_with("..."));
+    }
+
+    #[test]
+    fn texts_are_escaped_as_elsewhere() {
+        let window = FileName::of_raw(
+            &FileName::of_file("file", "a\tb\n\u{1}\u{e9}\"\u{7f}x\u{1f600}".to_owned()),
+            Some(1),
+            None,
+        );
+        assert_eq!(
+            window.to_string(),
+            r#"json:{"driver": "raw", "offset": 1, "file": {"driver": "file", "filename": "a\tb\n\u0001\u00E9\"\u007Fx\uD83D\uDE00"}}"#
+        );
+    }
+
+    #[test]
+    fn folders_are_those_of_files() {
+        for (name, folder) in [
+            ("a", ""),
+            ("/a", "/"),
+            ("b/a", "b/"),
+            ("/c/../b/a", "/c/../b/"),
+        ] {
+            let file = FileName::of_file("file", name.to_owned());
+            assert_eq!(file.folder(), Some(folder), "{name}");
+        }
+        let null = FileName::of_null("null-co", &NullSpec::default());
+        assert_eq!(FileName::of_raw(&null, Some(1), None).folder(), None);
     }
 }

@@ -19,7 +19,7 @@ impl Graph {
             let id = self.look_up(&spec.node)?;
             let mut records = self.records.borrow_mut();
             records.check_free(id)?;
-            records.check_unpinned(&records.component(id))?;
+            records.check_unpinned(&records.component(id), None)?;
             let mut edge = user(id, spec.work.writes());
             if records.node(id).is_some_and(|node| node.force_share) {
                 edge.shared = Permissions::EVERY;

@@ -1,10 +1,14 @@
 //! What jobs need of the graph: the checks before a job exists, its filter, its edges, the place where both sides meet.
 
-use crate::data::{NodeId, ThreadId};
+use tokio::sync::MutexGuard;
+
+use crate::data::NodeId;
 use crate::error::{EngineError, JobError};
 use crate::graph::creating::{Opened, image_edges};
 use crate::graph::permissions::{ExtraPermissions, Permissions};
-use crate::graph::records::{Blocker, Edge, JobLabel, NodeRecord, User};
+use crate::graph::records::{
+    BACKING_ROLE, Blocker, Edge, FILE_ROLE, JobLabel, NodeRecord, TARGET_ROLE, User,
+};
 use crate::graph::{Graph, names};
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
@@ -16,8 +20,6 @@ use crate::request::{
 
 /// Unit of a backup in bytes.
 const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
-/// Role of a node that a job, or its filter, writes to. Permissions on such an edge are fixed.
-pub(super) const TARGET_ROLE: &str = "target";
 
 /// The nodes of one job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,6 +57,37 @@ impl Graph {
             WorkSpec::Create(CreateSpec::Qcow2(spec)) => self.open_for_qcow2(spec).await,
             _ => Ok(Opened::default()),
         }
+    }
+
+    /// Keeps every other change of the graph waiting, once none of a job's nodes is on its way to another thread.
+    ///
+    /// # Cancel safety
+    /// Nothing is held then.
+    pub async fn hold_for(&self, work: &WorkSpec, opened: &Opened) -> MutexGuard<'_, ()> {
+        fn name(node: Option<&NodeRef>) -> Option<&str> {
+            match node {
+                Some(NodeRef::Name(name)) => Some(name),
+                Some(NodeRef::Inline(_)) | None => None,
+            }
+        }
+        let names = match work {
+            WorkSpec::Backup(spec) => [Some(&*spec.device), Some(&*spec.target), None],
+            WorkSpec::Mirror(spec) => {
+                let replaces = spec.replaces.as_deref();
+                [Some(&*spec.device), Some(&*spec.target), replaces]
+            }
+            WorkSpec::Create(CreateSpec::Raw { file, .. }) => [name(Some(file)), None, None],
+            WorkSpec::Create(CreateSpec::Qcow2(spec)) => {
+                [name(Some(&spec.file)), name(spec.data_file.as_ref()), None]
+            }
+            WorkSpec::Create(_) => [None; 3],
+        };
+        self.hold_while(|records| {
+            let names = names.iter().flatten();
+            let named = names.filter_map(|name| records.by_name(name, None));
+            named.map(|node| node.id).chain(opened.all()).collect()
+        })
+        .await
     }
 
     /// Every check that comes before a job exists, in QEMU's order, and the filter above the source. What was `opened`
@@ -95,8 +128,9 @@ impl Graph {
                 "Compression is not supported for this drive ",
             ));
         }
-        self.records.borrow().check_free(source)?;
-        self.records.borrow().check_free(target)?;
+        // A backup may go on below an overlay.
+        self.records.borrow().check_no_job(source)?;
+        self.records.borrow().check_no_job(target)?;
         if spec.perf.max_workers < 1 || spec.perf.max_workers > i64::from(i32::MAX) {
             let text = "max-workers must be between 1 and 2147483647";
             return Err(EngineError::generic(text));
@@ -295,12 +329,12 @@ impl Graph {
             if target.is_some_and(|target| records.node(target).is_none()) {
                 return Err(EngineError::generic("The target node is gone"));
             }
-            records.nodes.push(NodeRecord {
+            records.insert(NodeRecord {
                 id,
-                listed: id,
                 name,
                 driver,
                 detect_zeroes: DetectZeroes::Off,
+                image: None,
                 monitor_owned: false,
                 fixed_size: false,
                 windowed: false,
@@ -312,9 +346,9 @@ impl Graph {
                 ..below
             });
             let role = if driver == "mirror_top" {
-                "backing"
+                BACKING_ROLE
             } else {
-                "file"
+                FILE_ROLE
             };
             let linked = records.change_edges(|edges| {
                 for edge in edges.iter_mut().filter(|edge| edge.child == source) {
@@ -358,7 +392,7 @@ impl Graph {
         let thread = self.thread_of(id);
         {
             let mut records = self.records.borrow_mut();
-            let below = records.children(id).map(|edge| edge.child).next();
+            let below = records.primary(id);
             let unlinked = records.change_edges(|edges| {
                 edges.retain(|edge| edge.user != User::Node(id));
                 if let Some(below) = below {
@@ -373,9 +407,7 @@ impl Graph {
             records.nodes.retain(|node| node.id != id);
         }
         self.threads.load(thread, -1);
-        if let Err(error) = self.take_off(thread, id).await {
-            tracing::error!(%error, "a filter could not be taken off its thread");
-        }
+        self.forget_on(thread, id).await;
     }
 
     /// Takes back what [`prepare_job`](Self::prepare_job) did.
@@ -485,39 +517,6 @@ impl Graph {
             job_type,
         }));
         Ok(())
-    }
-
-    /// Brings both sides of a job to one thread. The idle side moves.
-    ///
-    /// # Errors
-    /// When both sides have other jobs on different threads.
-    pub async fn place(&self, nodes: &JobNodes) -> Result<ThreadId, EngineError> {
-        let Some(target) = nodes.target else {
-            return Ok(self.threads.choose());
-        };
-        // A data file is brought to its image, as a source to its target.
-        let source = nodes.source.or(nodes.data_file).unwrap_or(target);
-        let (here, there) = (self.thread_of(source), self.thread_of(target));
-        if here == there {
-            return Ok(here);
-        }
-        let jobs_of = |id| {
-            let records = self.records.borrow();
-            records.jobs_on(&records.component(id)).len()
-        };
-        // The job itself is on both sides by now.
-        if jobs_of(target) <= 1 {
-            self.move_component(target, here).await?;
-            Ok(here)
-        } else if jobs_of(source) <= 1 {
-            self.move_component(source, there).await?;
-            Ok(there)
-        } else {
-            Err(EngineError::generic(
-                "Source and target are used by other jobs on different data threads; move one \
-                 with x-blockdev-set-iothread once its jobs have ended",
-            ))
-        }
     }
 
     /// Lets the target take the source's place, for a mirror that completes.

@@ -5,15 +5,24 @@
 
 mod add;
 mod blkdebug;
+mod chains;
 mod creating;
 mod disk_facts;
 mod fault_config;
 mod filenames;
+mod host_files;
 mod image_locks;
+mod image_names;
+mod image_options;
 mod images;
 mod jobs;
+mod linking;
+mod moving;
+mod named_by_images;
 mod names;
+mod options;
 pub mod permissions;
+mod qcow2;
 mod records;
 mod views;
 
@@ -21,15 +30,15 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use blockyard_storage::error::errno_text;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard, Notify};
 
 use crate::data::{NodeId, ThreadId, ThreadSet};
-use crate::error::{EngineError, NodeError};
+use crate::error::EngineError;
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, NodeRecord, Records, Resizing, User};
+use crate::image_policy::ImagePolicy;
 use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
-use crate::node::build::build;
 use crate::request::{ObjectSpec, Permission};
 
 pub use jobs::JobNodes;
@@ -39,16 +48,21 @@ pub(crate) use names::is_identifier;
 pub struct Graph {
     records: RefCell<Records>,
     threads: ThreadSet,
+    policy: ImagePolicy,
     changes: Mutex<()>,
+    /// Told when nodes have arrived on another thread.
+    arrived: Notify,
 }
 
 impl Graph {
-    /// A graph without nodes.
-    pub fn new(threads: ThreadSet) -> Rc<Self> {
+    /// A graph without nodes, which follows names in images as far as `policy` says.
+    pub fn new(threads: ThreadSet, policy: ImagePolicy) -> Rc<Self> {
         Rc::new(Self {
             records: RefCell::default(),
             threads,
+            policy,
             changes: Mutex::default(),
+            arrived: Notify::new(),
         })
     }
 
@@ -61,9 +75,24 @@ impl Graph {
         self.changes.lock().await
     }
 
+    /// The same, once none of the nodes with these names is on its way to another thread.
+    ///
+    /// # Cancel safety
+    /// Nothing is held then.
+    pub async fn hold_named(&self, names: &[&str]) -> MutexGuard<'_, ()> {
+        self.hold_while(|records| {
+            let named = names.iter().filter_map(|name| records.by_name(name, None));
+            named.map(|node| node.id).collect()
+        })
+        .await
+    }
+
     /// The node with a name.
     pub fn find(&self, name: &str) -> Option<NodeId> {
-        self.records.borrow().by_name(name).map(|node| node.id)
+        self.records
+            .borrow()
+            .by_name(name, None)
+            .map(|node| node.id)
     }
 
     /// The node that a command names as its device.
@@ -76,10 +105,10 @@ impl Graph {
     /// # Errors
     /// In QEMU's words and order.
     pub async fn delete(&self, name: &str) -> Result<(), EngineError> {
-        let held = self.hold().await;
+        let held = self.hold_named(&[name]).await;
         let id = {
             let records = self.records.borrow();
-            let Some(node) = records.by_name(name) else {
+            let Some(node) = records.by_name(name, None) else {
                 let text = format!("Failed to find node with node-name='{name}'");
                 return Err(EngineError::generic(text));
             };
@@ -180,32 +209,15 @@ impl Graph {
         }
     }
 
-    /// Takes a node off its thread that is brought up elsewhere, or is not needed any more.
-    ///
-    /// # Errors
-    /// It could not write back what only it holds; it stays where it is.
-    async fn take_off(&self, thread: ThreadId, id: NodeId) -> Result<(), EngineError> {
-        let removed = self.threads.run(thread, move |context| {
-            Box::pin(async move {
-                if let Some(node) = context.node(id) {
-                    node.close().await?;
-                }
-                context.remove_node(id);
-                Ok(())
-            })
-        });
-        removed
-            .await?
-            .map_err(|error: NodeError| EngineError::generic(error.to_string()))
-    }
-
     /// Closes every node, at the end of the daemon: all at once, so that a disk that does not answer keeps no other from
     /// being flushed.
     pub async fn close_all(&self) {
         let mut closing = Vec::new();
-        loop {
-            let youngest = self.records.borrow().nodes.last().map(|node| node.id);
-            let Some(id) = youngest else { break };
+        let overlays_first = {
+            let records = self.records.borrow();
+            records.parents_first(records.nodes.iter().rev().map(|node| node.id))
+        };
+        for id in overlays_first {
             {
                 let mut records = self.records.borrow_mut();
                 records.edges.retain(|edge| edge.child != id);
@@ -227,7 +239,7 @@ impl Graph {
     ) -> Result<(), EngineError> {
         let (device, name) = (device.unwrap_or(""), node_name.unwrap_or(""));
         let id = {
-            let _held = self.hold().await;
+            let _held = self.hold_named(&[name]).await;
             let id = self.find(name).ok_or_else(|| not_found(device, name))?;
             if size < 0 {
                 return Err(EngineError::generic("Parameter 'size' expects a >0 size"));
@@ -235,7 +247,7 @@ impl Graph {
             let mut records = self.records.borrow_mut();
             records.check_free(id)?;
             // Two changes at once would leave it open which length is the last.
-            records.check_unpinned(&records.component(id))?;
+            records.check_unpinned(&records.component(id), None)?;
             records.change_edges(|edges| edges.push(resizer(id)))?;
             id
         };
@@ -290,8 +302,20 @@ impl Graph {
 
     /// Changes the length of a node whose resizing has been permitted.
     async fn resize_pinned(&self, id: NodeId, size: u64) -> Result<(), EngineError> {
-        if let Resizing::Device { .. } = self.check_length(id, size).await? {
-            return Ok(());
+        match self.check_length(id, size).await? {
+            Resizing::Device { .. } => return Ok(()),
+            Resizing::File => {}
+            Resizing::Image {
+                image,
+                length_bytes,
+            } => {
+                let asked = self.threads.run(self.thread_of(image), move |context| {
+                    Box::pin(async move { context.node(image)?.resize_refusal(length_bytes) })
+                });
+                if let Some(refusal) = asked.await? {
+                    return Err(EngineError::generic(refusal));
+                }
+            }
         }
         let thread = self.thread_of(id);
         let outcome = self
@@ -332,7 +356,7 @@ impl Graph {
     /// # Errors
     /// When it is not there, or jobs run on its thread.
     pub async fn delete_object(&self, id: &str) -> Result<(), EngineError> {
-        let _held = self.hold().await;
+        let mut held = self.hold().await;
         let Some(thread) = self.threads.named(id) else {
             return Err(EngineError::generic(format!("object '{id}' not found")));
         };
@@ -345,7 +369,14 @@ impl Graph {
             };
             match next {
                 None => break,
-                Some((node, true)) => self.move_component(node, self.threads.choose()).await?,
+                Some((node, true)) => {
+                    drop(held);
+                    held = self.hold_while(|_| vec![node]).await;
+                    if self.thread_of(node) == thread {
+                        let to = self.threads.choose();
+                        held = self.move_component(held, node, to, None).await?;
+                    }
+                }
                 Some((_, false)) => {
                     let text = format!("object '{id}' is in use, can not be deleted");
                     return Err(EngineError::generic(text));
@@ -367,7 +398,7 @@ impl Graph {
         force: bool,
     ) -> Result<(), EngineError> {
         let _ = force;
-        let _held = self.hold().await;
+        let held = self.hold_named(&[node_name]).await;
         let id = self.find(node_name).ok_or_else(|| {
             EngineError::generic(format!("Failed to find node with node-name='{node_name}'"))
         })?;
@@ -378,13 +409,14 @@ impl Graph {
                 .ok_or_else(|| EngineError::generic(format!("Cannot find iothread {name}")))?,
             None => self.threads.choose(),
         };
-        self.records.borrow().check_free(id)?;
+        self.records.borrow().check_no_job(id)?;
         let component = self.records.borrow().component(id);
         if !self.records.borrow().jobs_on(&component).is_empty() {
             let text = format!("Node '{node_name}' is busy: a block job runs on it");
             return Err(EngineError::generic(text));
         }
-        self.move_component(id, thread).await
+        drop(self.move_component(held, id, thread, None).await?);
+        Ok(())
     }
 
     fn thread_of(&self, id: NodeId) -> ThreadId {
@@ -392,67 +424,6 @@ impl Graph {
             .borrow()
             .node(id)
             .map_or(ThreadId(0), |node| node.thread)
-    }
-
-    /// Moves everything connected with a node: let go there, bring up here. Image locks stay all the while, they belong to
-    /// the descriptor, as does what is not flushed yet. Only images that have something to write wait for a disk: one that
-    /// does not answer would keep every other change of the graph waiting.
-    ///
-    /// # Errors
-    /// An image could not write back what only its memory holds; everything stays where it was.
-    async fn move_component(&self, id: NodeId, thread: ThreadId) -> Result<(), EngineError> {
-        let component = self.records.borrow().component(id);
-        self.records.borrow().check_unpinned(&component)?;
-        for (place, id) in component.iter().enumerate().rev() {
-            let from = self.thread_of(*id);
-            if from == thread {
-                continue;
-            }
-            if let Err(error) = self.take_off(from, *id).await {
-                // What stood above it goes back up where it was.
-                for id in component.iter().skip(place + 1) {
-                    if self.thread_of(*id) != thread {
-                        self.bring_up(*id).await?;
-                    }
-                }
-                return Err(error);
-            }
-        }
-        for id in component {
-            let from = self.thread_of(id);
-            if from == thread {
-                continue;
-            }
-            if let Some(node) = self.records.borrow_mut().node_mut(id) {
-                node.thread = thread;
-            }
-            self.threads.load(from, -1);
-            self.threads.load(thread, 1);
-            self.bring_up(id).await?;
-        }
-        Ok(())
-    }
-
-    /// Brings a recorded node up on its thread.
-    async fn bring_up(&self, id: NodeId) -> Result<(), EngineError> {
-        let facts = self
-            .records
-            .borrow()
-            .node(id)
-            .map(|node| (node.thread, node.name.clone(), node.plan.clone()));
-        let Some((thread, name, plan)) = facts else {
-            return Ok(());
-        };
-        let built = self.threads.run(thread, move |context| {
-            Box::pin(async move {
-                let node = build(&context, &name, &plan)?;
-                context.insert_node(id, node);
-                Ok(())
-            })
-        });
-        built
-            .await?
-            .map_err(|error: NodeError| EngineError::generic(error.to_string()))
     }
 
     /// Facts of a node as of now.

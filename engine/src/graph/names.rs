@@ -17,7 +17,7 @@ pub(super) fn check(records: &Records, name: &str) -> Result<(), EngineError> {
     if name.len() > NODE_NAME_BYTES_MAX {
         return Err(EngineError::generic("Node name too long"));
     }
-    if records.by_name(name).is_some() || records.reserved.iter().any(|other| other == name) {
+    if records.is_taken(name) {
         return Err(EngineError::generic(format!(
             "Duplicate nodes with node-name='{name}'"
         )));

@@ -1,29 +1,46 @@
 //! What the graph knows: nodes, edges, who blocks what. Plain data and the questions one can ask of it.
 
+use std::collections::{HashMap, HashSet};
+
+use blockyard_images::qcow2::info::ImageInfo;
 use blockyard_ring::{FileKind, HostFile};
 
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
 use crate::graph::disk_facts::DiskQuestion;
 use crate::graph::filenames::FileName;
-use crate::graph::image_locks::{self, HeldLocks};
-use crate::graph::jobs::TARGET_ROLE;
-use crate::graph::permissions::{ExtraPermissions, Permissions, names_of};
+use crate::graph::image_locks::HeldLocks;
+use crate::graph::image_names::BackingName;
+use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
-use crate::request::{DetectZeroes, Permission};
+use crate::request::DetectZeroes;
+
+/// Role of the node that holds an image, or that a filter shows.
+pub(super) const FILE_ROLE: &str = "file";
+/// Role of the node below a fault filter.
+pub(super) const IMAGE_ROLE: &str = "image";
+/// Role of the node below the image in a chain. Filters of jobs have it above their source, too.
+pub(super) const BACKING_ROLE: &str = "backing";
+/// Role of the node that holds the guest's data of an image that keeps it outside.
+pub(super) const DATA_FILE_ROLE: &str = "data-file";
+/// Role of a node that a job, or its filter, writes to. Permissions on such an edge are fixed.
+pub(super) const TARGET_ROLE: &str = "target";
 
 /// One node.
 #[derive(Clone)]
 pub(super) struct NodeRecord {
+    /// Its place in lists, too: given with the name, which a node has after its file and before its backing.
     pub(super) id: NodeId,
-    /// Its place in lists, where the image below a fault filter counts as the younger one.
-    pub(super) listed: NodeId,
     pub(super) name: String,
+    /// The command that is opening it: until all of it is open nobody else sees the node.
+    pub(super) batch: Option<Batch>,
     pub(super) driver: &'static str,
     /// As queries show it.
     pub(super) filename: FileName,
+    /// What its image says of itself, for formats that have something to say.
+    pub(super) image: Option<ImageRecord>,
     pub(super) read_only: bool,
     pub(super) detect_zeroes: DetectZeroes,
     pub(super) cache_direct: bool,
@@ -56,8 +73,23 @@ impl NodeRecord {
     }
 }
 
-/// Who uses a node.
+/// What a format's image says that the graph has to know.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct ImageRecord {
+    /// What its header says of a backing file.
+    pub(super) backing: Option<BackingName>,
+    /// How the backing is shown that is the image's own: as the header names it, or what came of that.
+    pub(super) own_backing: String,
+    /// For queries, as it was when the image was opened.
+    pub(super) info: Option<ImageInfo>,
+}
+
+/// What one command opens, which comes into view as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Batch(pub(super) u64);
+
+/// Who uses a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum User {
     /// Another node.
     Node(NodeId),
@@ -73,12 +105,14 @@ pub(super) enum User {
 pub(super) enum Resizing {
     /// A file gets another length.
     File,
+    /// The disk in an image does.
+    Image { image: NodeId, length_bytes: u64 },
     /// A device has the length it has: enough or not.
     Device { device: NodeId, needed_bytes: u64 },
 }
 
 /// One use of a node.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Edge {
     pub(super) user: User,
     pub(super) child: NodeId,
@@ -120,7 +154,10 @@ pub(super) struct Records {
     pub(super) jobs: Vec<JobLabel>,
     /// Names of nodes that are being opened.
     pub(super) reserved: Vec<String>,
+    /// Nodes on their way to another thread.
+    pub(super) moving: HashSet<NodeId>,
     pub(super) next_id: u64,
+    pub(super) next_batch: u64,
 }
 
 impl Records {
@@ -129,16 +166,38 @@ impl Records {
         NodeId(self.next_id)
     }
 
+    pub(super) fn new_batch(&mut self) -> Batch {
+        self.next_batch += 1;
+        Batch(self.next_batch)
+    }
+
     pub(super) fn node(&self, id: NodeId) -> Option<&NodeRecord> {
-        self.nodes.iter().find(|node| node.id == id)
+        let place = self.nodes.binary_search_by_key(&id, |node| node.id).ok()?;
+        self.nodes.get(place)
     }
 
     pub(super) fn node_mut(&mut self, id: NodeId) -> Option<&mut NodeRecord> {
-        self.nodes.iter_mut().find(|node| node.id == id)
+        let place = self.nodes.binary_search_by_key(&id, |node| node.id).ok()?;
+        self.nodes.get_mut(place)
     }
 
-    pub(super) fn by_name(&self, name: &str) -> Option<&NodeRecord> {
-        self.nodes.iter().find(|node| node.name == name)
+    /// Takes a node in, at its place.
+    pub(super) fn insert(&mut self, node: NodeRecord) {
+        let place = self.nodes.partition_point(|other| other.id < node.id);
+        self.nodes.insert(place, node);
+    }
+
+    /// The node with a name, if it is open, or is being opened by `batch`.
+    pub(super) fn by_name(&self, name: &str, batch: Option<Batch>) -> Option<&NodeRecord> {
+        let seen = |node: &&NodeRecord| node.batch.is_none() || node.batch == batch;
+        let mut named = self.nodes.iter().filter(|node| node.name == name);
+        named.find(seen)
+    }
+
+    /// Whether a name is a node's, or is going to be.
+    pub(super) fn is_taken(&self, name: &str) -> bool {
+        self.nodes.iter().any(|node| node.name == name)
+            || self.reserved.iter().any(|other| other == name)
     }
 
     pub(super) fn name_of(&self, id: NodeId) -> &str {
@@ -157,38 +216,10 @@ impl Records {
             .filter(move |edge| edge.user == User::Node(id))
     }
 
-    /// All nodes, newest first, as lists show them.
-    pub(super) fn newest_first(&self) -> Vec<&NodeRecord> {
-        let mut nodes: Vec<&NodeRecord> = self.nodes.iter().collect();
-        nodes.sort_by_key(|node| std::cmp::Reverse(node.listed));
-        nodes
-    }
-
-    /// How many filters there are from this node down to the first node that is none.
-    pub(super) fn filters_from(&self, id: NodeId) -> u32 {
-        let mut count = 0;
-        let mut next = self.node(id);
-        while let Some(filter) = next.filter(|node| node.is_filter()) {
-            count += 1;
-            let below = self.children(filter.id).next();
-            next = below.and_then(|edge| self.node(edge.child));
-        }
-        count
-    }
-
-    /// Whether a node shows the content of a host file, and nothing in between has facts of its own.
-    pub(super) fn stands_on_file(&self, id: NodeId) -> bool {
-        let bottom = self.node(self.bottom(id));
-        bottom.is_some_and(|node| matches!(node.plan, NodePlan::File { .. }))
-    }
-
-    /// The node that a node stands on in the end, through all that have just one below.
-    pub(super) fn bottom(&self, id: NodeId) -> NodeId {
-        let mut bottom = id;
-        while let Some(edge) = self.children(bottom).next() {
-            bottom = edge.child;
-        }
-        bottom
+    /// All nodes that are open, newest first, as lists show them.
+    pub(super) fn newest_first(&self) -> impl Iterator<Item = &NodeRecord> {
+        let newest_first = self.nodes.iter().rev();
+        newest_first.filter(|node| node.batch.is_none())
     }
 
     /// Whether something of the graph, or a job, is above a node.
@@ -197,8 +228,29 @@ impl Records {
             .any(|edge| matches!(edge.user, User::Node(_) | User::Job(_)))
     }
 
-    /// Fails if a job keeps others off the node.
+    /// Fails if a job keeps others off the node, or an overlay needs it to stay as it is.
     pub(super) fn check_free(&self, id: NodeId) -> Result<(), EngineError> {
+        self.check_no_job(id)?;
+        let is_overlay = |edge: &&Edge| match edge.user {
+            User::Node(parent) => {
+                edge.role == BACKING_ROLE && self.node(parent).is_some_and(|node| !node.is_filter())
+            }
+            _ => false,
+        };
+        let overlays = self.users(id).filter(is_overlay);
+        // The newest is the first to be told of.
+        match overlays.last().map(|edge| edge.user) {
+            Some(User::Node(overlay)) => Err(EngineError::generic(format!(
+                "Node '{}' is busy: node is used as backing hd of '{}'",
+                self.name_of(id),
+                self.name_of(overlay)
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails if a job keeps others off the node; below an overlay it may be.
+    pub(super) fn check_no_job(&self, id: NodeId) -> Result<(), EngineError> {
         let Some(blocker) = self.blockers.iter().find(|blocker| blocker.node == id) else {
             return Ok(());
         };
@@ -236,32 +288,39 @@ impl Records {
                     });
                 }
                 NodePlan::File { .. } => return Ok(Resizing::File),
+                NodePlan::Qcow2 { .. } => {
+                    return Ok(Resizing::Image {
+                        image: node.id,
+                        length_bytes: size,
+                    });
+                }
+                NodePlan::Opening => "The node is being opened",
             };
             return Err(EngineError::generic(text));
         }
         Ok(Resizing::File)
     }
 
-    /// All nodes connected with this one, oldest first: what lives on one thread together. Children are older than
-    /// their parents. A job's target is not of it: bringing the two together is what [`place`](super::Graph::place) does.
+    /// All nodes connected with this one, children first: what lives on one thread together. A job's target is not of
+    /// it: bringing the two together is what [`place`](super::Graph::place) does.
     pub(super) fn component(&self, id: NodeId) -> Vec<NodeId> {
-        let mut found = vec![id];
-        let mut next = 0;
-        while let Some(node) = found.get(next).copied() {
-            next += 1;
-            for edge in self.edges.iter().filter(|edge| edge.role != TARGET_ROLE) {
-                let User::Node(parent) = edge.user else {
-                    continue;
-                };
-                for (one, other) in [(parent, edge.child), (edge.child, parent)] {
-                    if one == node && !found.contains(&other) {
-                        found.push(other);
-                    }
-                }
+        let mut beside: HashMap<NodeId, Vec<NodeId>> = HashMap::new();
+        for edge in self.edges.iter().filter(|edge| edge.role != TARGET_ROLE) {
+            if let User::Node(parent) = edge.user {
+                beside.entry(parent).or_default().push(edge.child);
+                beside.entry(edge.child).or_default().push(parent);
             }
         }
-        found.sort();
-        found
+        let mut found = HashSet::from([id]);
+        let mut next = vec![id];
+        while let Some(node) = next.pop() {
+            let others = beside.get(&node).into_iter().flatten();
+            next.extend(others.filter(|other| found.insert(**other)));
+        }
+        let mut order = self.parents_first(found.iter().copied());
+        order.retain(|node| found.contains(node));
+        order.reverse();
+        order
     }
 
     /// Jobs that use any of these nodes.
@@ -280,209 +339,36 @@ impl Records {
         jobs
     }
 
-    /// Fails if a command is changing the length of one of these nodes, which must stay on its thread meanwhile.
-    pub(super) fn check_unpinned(&self, nodes: &[NodeId]) -> Result<(), EngineError> {
-        let pinned = |edge: &&Edge| edge.user == User::Command && nodes.contains(&edge.child);
-        match self.edges.iter().find(pinned) {
+    /// Fails if a command is changing the length of one of these nodes, or opening one, which must stay on its thread
+    /// meanwhile. What `batch` opens may move.
+    pub(super) fn check_unpinned(
+        &self,
+        nodes: &[NodeId],
+        batch: Option<Batch>,
+    ) -> Result<(), EngineError> {
+        let resized = |edge: &&Edge| edge.user == User::Command && nodes.contains(&edge.child);
+        if let Some(edge) = self.edges.iter().find(resized) {
+            let name = self.name_of(edge.child);
+            let text = format!("Node '{name}' is busy: its length is being changed");
+            return Err(EngineError::generic(text));
+        }
+        let mut records = nodes.iter().filter_map(|id| self.node(*id));
+        match records.find(|node| node.batch.is_some() && node.batch != batch) {
             None => Ok(()),
-            Some(edge) => {
-                let name = self.name_of(edge.child);
-                let text = format!("Node '{name}' is busy: its length is being changed");
+            Some(node) => {
+                let text = format!("Node '{}' is busy: it is being opened", node.name);
                 Err(EngineError::generic(text))
             }
         }
     }
 
-    /// Changes the edges, works permissions out anew from the top down, checks them, and takes the image locks that
-    /// follow. All or nothing.
-    ///
-    /// # Errors
-    /// The conflict, in QEMU's words.
-    pub(super) fn change_edges(
-        &mut self,
-        change: impl FnOnce(&mut Vec<Edge>),
-    ) -> Result<(), EngineError> {
-        let before = self.edges.clone();
-        change(&mut self.edges);
-        let checked = self.recompute().and_then(|()| self.update_locks());
-        if checked.is_err() {
-            self.edges = before;
-        }
-        checked
-    }
-
-    /// Permissions of edges between nodes follow from those above them. Parents are younger than their children, so one
-    /// pass from young to old is enough.
-    fn recompute(&mut self) -> Result<(), EngineError> {
-        let ids: Vec<NodeId> = self.nodes.iter().rev().map(|node| node.id).collect();
-        for id in ids {
-            self.check_node(id)?;
-            let (taken, shared) = self.demands(id);
-            let Some(node) = self.node(id) else { continue };
-            let (driver, window, extra) = (node.driver, node.windowed, node.extra);
-            let (nodes, edges) = (&self.nodes, &mut self.edges);
-            for edge in edges
-                .iter_mut()
-                .filter(|edge| edge.user == User::Node(id) && edge.role != TARGET_ROLE)
-            {
-                (edge.taken, edge.shared) = child_permissions(driver, window, taken, shared);
-                edge.taken = edge.taken.union(extra.taken);
-                edge.shared = edge.shared.intersection(extra.unshared.complement());
-                // It is the child that lets everybody in.
-                let mut below = nodes.iter().filter(|node| node.id == edge.child);
-                if below.any(|node| node.force_share) {
-                    edge.shared = Permissions::EVERY;
-                }
+    /// All that a command has opened comes into view.
+    pub(super) fn publish(&mut self, batch: Batch) {
+        for node in &mut self.nodes {
+            if node.batch == Some(batch) {
+                node.batch = None;
             }
         }
-        Ok(())
-    }
-
-    /// What all users of a node take together, and what all of them share.
-    pub(super) fn demands(&self, id: NodeId) -> (Permissions, Permissions) {
-        self.users(id).fold(
-            (Permissions::NONE, Permissions::EVERY),
-            |(taken, shared), edge| (taken.union(edge.taken), shared.intersection(edge.shared)),
-        )
-    }
-
-    fn check_node(&self, id: NodeId) -> Result<(), EngineError> {
-        let Some(node) = self.node(id) else {
-            return Ok(());
-        };
-        // The newest users are the first to be told of.
-        let users: Vec<&Edge> = self.users(id).collect();
-        for (index, unshares) in users.iter().enumerate().rev() {
-            for (other_index, takes) in users.iter().enumerate().rev() {
-                let clash = takes.taken.intersection(unshares.shared.complement());
-                if index != other_index && !clash.is_empty() {
-                    return Err(self.conflict(node, takes, unshares, clash));
-                }
-            }
-        }
-        let (taken, _) = self.demands(id);
-        let writes = taken.has(Permission::Write) || taken.has(Permission::WriteUnchanged);
-        if node.read_only && writes {
-            return Err(EngineError::generic("Block node is read-only"));
-        }
-        if let NodePlan::Filter { child } = node.plan
-            && (writes || taken.has(Permission::Resize))
-        {
-            // A filter saves no old data and tracks no new data, and a node that was above its source before still
-            // stands there on the data thread: it would write past the filter.
-            return Err(EngineError::generic(format!(
-                "Node '{}' is the source of a block job and cannot be changed meanwhile",
-                self.name_of(child)
-            )));
-        }
-        Ok(())
-    }
-
-    fn conflict(
-        &self,
-        node: &NodeRecord,
-        takes: &Edge,
-        unshares: &Edge,
-        clash: Permissions,
-    ) -> EngineError {
-        let name = &node.name;
-        EngineError::generic(format!(
-            "Permission conflict on node '{name}': permissions '{}' are both required by {} \
-             (uses node '{name}' as '{}' child) and unshared by {} (uses node '{name}' as '{}' \
-             child).",
-            names_of(clash),
-            self.user_text(takes.user),
-            takes.role,
-            self.user_text(unshares.user),
-            unshares.role
-        ))
-    }
-
-    fn user_text(&self, user: User) -> String {
-        match user {
-            User::Node(id) => format!("node '{}'", self.name_of(id)),
-            User::Backend(_) | User::Command => "an unnamed block device".to_owned(),
-            User::Job(key) => match self.jobs.iter().find(|job| job.key == key) {
-                Some(job) => format!("{} job '{}'", job.job_type.name(), job.id),
-                None => "a block job".to_owned(),
-            },
-        }
-    }
-
-    fn update_locks(&mut self) -> Result<(), EngineError> {
-        let wanted: Vec<(usize, HeldLocks)> = self
-            .nodes
-            .iter()
-            .enumerate()
-            .filter(|(_, node)| node.locked.is_some())
-            .map(|(index, node)| {
-                let (mut used, mut shared) = self.demands(node.id);
-                if node.exclusive {
-                    used = used.with(Permission::ConsistentRead);
-                    shared = shared.without(Permission::Write);
-                    shared = shared.without(Permission::Resize);
-                }
-                if node.exclusive && !node.read_only {
-                    used = used.with(Permission::Write);
-                }
-                (
-                    index,
-                    HeldLocks {
-                        used,
-                        unshared: shared.complement(),
-                    },
-                )
-            })
-            .collect();
-        let mut changed: Vec<(usize, HeldLocks)> = Vec::new();
-        for (index, wanted) in wanted {
-            let Some((file, held)) = self.nodes[index].locked.as_mut() else {
-                continue;
-            };
-            if *held == wanted {
-                continue;
-            }
-            if let Err(error) = image_locks::change(file, *held, wanted) {
-                for (index, before) in changed {
-                    if let Some((file, held)) = self.nodes[index].locked.as_mut() {
-                        // Going back takes nothing that was not held a moment ago.
-                        let _ = image_locks::change(file, *held, before);
-                        *held = before;
-                    }
-                }
-                return Err(error);
-            }
-            changed.push((index, *held));
-            *held = wanted;
-        }
-        Ok(())
-    }
-}
-
-/// What a node takes and shares below itself, from what is taken and shared above it.
-fn child_permissions(
-    driver: &str,
-    window: bool,
-    taken: Permissions,
-    shared: Permissions,
-) -> (Permissions, Permissions) {
-    match driver {
-        "copy-before-write" => (
-            taken.with(Permission::ConsistentRead),
-            shared
-                .without(Permission::Write)
-                .without(Permission::Resize),
-        ),
-        // Windows of one file may stand side by side, but not on ground that moves.
-        "raw" if window => (
-            if taken.has(Permission::WriteUnchanged) {
-                taken.with(Permission::Write)
-            } else {
-                taken
-            },
-            shared.without(Permission::Resize),
-        ),
-        _ => (taken, shared),
     }
 }
 
@@ -502,9 +388,9 @@ mod tests {
             shared: Permissions::EVERY,
         };
         records.edges.push(edge(User::Node(other)));
-        assert_eq!(records.check_unpinned(&[other, changing]), Ok(()));
+        assert_eq!(records.check_unpinned(&[other, changing], None), Ok(()));
         records.edges.push(edge(User::Command));
-        assert_eq!(records.check_unpinned(&[other]), Ok(()));
-        assert!(records.check_unpinned(&[other, changing]).is_err());
+        assert_eq!(records.check_unpinned(&[other], None), Ok(()));
+        assert!(records.check_unpinned(&[other, changing], None).is_err());
     }
 }

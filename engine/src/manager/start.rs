@@ -77,7 +77,7 @@ impl Manager {
     /// Everything that can fail before a job runs. What a client may only hear from the job itself becomes its failure.
     async fn admit(&self, spec: JobSpec, group: GroupKey) -> Result<Admitted, EngineError> {
         let told_by_job = tells_of_nodes(&spec.work);
-        let (_held, nodes, missing) = match self.prepare_nodes(&spec.work).await {
+        let (held, nodes, missing) = match self.prepare_nodes(&spec.work).await {
             Ok((held, nodes)) => (Some(held), nodes, None),
             Err(error) if told_by_job => (None, JobNodes::default(), Some(error)),
             Err(error) => return Err(error),
@@ -89,9 +89,10 @@ impl Manager {
                 return Err(error);
             }
         };
-        let brought_up = match missing {
-            None => self.bring_up(key, &spec, &nodes).await,
-            Some(error) => Err(error),
+        let brought_up = match (held, missing) {
+            (Some(held), None) => self.bring_up(held, key, &spec, &nodes).await,
+            (_, Some(error)) => Err(error),
+            (None, None) => Err(EngineError::generic("The graph is not held (bug)")),
         };
         let error = match brought_up {
             Ok(thread) => {
@@ -127,7 +128,7 @@ impl Manager {
         work: &WorkSpec,
     ) -> Result<(MutexGuard<'_, ()>, JobNodes), EngineError> {
         let opened = self.graph.open_for_job(work).await?;
-        let held = self.graph.hold().await;
+        let held = self.graph.hold_for(work, &opened).await;
         let nodes = self.graph.prepare_job(work, opened).await?;
         Ok((held, nodes))
     }
@@ -188,9 +189,10 @@ impl Manager {
         Ok(key)
     }
 
-    /// What can still fail once the job exists.
+    /// What can still fail once the job exists. Its nodes are its own from the middle on, and the graph is free.
     async fn bring_up(
         &self,
+        held: MutexGuard<'_, ()>,
         key: JobKey,
         spec: &JobSpec,
         nodes: &JobNodes,
@@ -204,7 +206,7 @@ impl Manager {
         self.graph
             .attach_job(key, &id, spec.work.job_type(), nodes)
             .await?;
-        self.graph.place(nodes).await
+        self.graph.place(held, nodes).await
     }
 
     /// Starts the work on its thread. From here on everything is the lifecycle's.

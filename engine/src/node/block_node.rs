@@ -45,6 +45,15 @@ pub struct NodeTransfer {
     pub outcome: Result<(), NodeError>,
 }
 
+/// What an image says of its own state.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ImageMarks {
+    /// It was not closed after its last use, or is in use.
+    pub is_dirty: bool,
+    /// It has been found corrupt.
+    pub is_corrupt: bool,
+}
+
 /// A run of bytes of one kind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct StatusExtent {
@@ -124,6 +133,12 @@ pub trait Node {
     /// Changes the length in bytes. Who may is the graph's business.
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>>;
 
+    /// Why [`resize`](Self::resize) to this length would be refused, in QEMU's words, as far as that is known without trying.
+    fn resize_refusal(&self, length_bytes: u64) -> Option<String> {
+        let _ = length_bytes;
+        None
+    }
+
     /// Length in bytes before it is rounded to sectors: what [`resize`](Self::resize) takes to leave it as it is.
     fn exact_length_bytes(&self) -> u64 {
         self.facts().length_bytes
@@ -153,6 +168,17 @@ pub trait Node {
     /// The node that decides where [`status`](Self::status) says that this layer holds nothing; `None`: zeroes. A filter,
     /// whose status is that of its child, answers for it too.
     fn backing(&self) -> Option<Rc<dyn Node>> {
+        None
+    }
+
+    /// Gives this layer another [`backing`](Self::backing). No request may be in flight; without effect where nothing is ever
+    /// read from one.
+    fn set_backing(&self, backing: Option<Rc<dyn Node>>) {
+        let _ = backing;
+    }
+
+    /// The marks of an image, as of now; `None`: what is below cannot have any.
+    fn image_marks(&self) -> Option<ImageMarks> {
         None
     }
 

@@ -2,17 +2,18 @@
 
 use std::rc::Rc;
 
+use blockyard_images::qcow2::info::ImageInfo;
 use blockyard_ring::HostFile;
-use blockyard_storage::error::EIO;
-use blockyard_storage::{Operation, StorageError};
 
 use crate::data::{DataContext, NodeId};
-use crate::error::NodeError;
+use crate::error::EngineError;
 use crate::node::Node;
 use crate::node::blkdebug_node::{BlkdebugNode, BlkdebugOptions, SharedFaults};
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::filter_node::FilterNode;
 use crate::node::null_node::{NullNode, NullOptions};
+use crate::node::qcow2::Qcow2Files;
+use crate::node::qcow2::opening::{Qcow2Plan, open};
 use crate::node::raw_node::{RawNode, Window};
 use crate::request::{DetectZeroes, Discard};
 
@@ -50,30 +51,49 @@ pub enum NodePlan {
         /// Its rules, which keep their state when the node moves.
         faults: SharedFaults,
     },
+    /// A qcow2 image.
+    Qcow2 {
+        /// The node with the image, on the same thread.
+        file: NodeId,
+        /// The node with the guest's data, if that is outside.
+        data_file: Option<NodeId>,
+        /// The node below it in its chain, on the same thread, too.
+        backing: Option<NodeId>,
+        /// How it is used.
+        plan: Qcow2Plan,
+    },
     /// A job's filter.
     Filter {
         /// The child, on the same thread.
         child: NodeId,
     },
+    /// Not known yet: it has its place, but is still being opened.
+    Opening,
 }
 
-/// Brings a node up on this thread; its children are there already.
+/// A node on its thread.
+pub struct Built {
+    /// The node.
+    pub node: Rc<dyn Node>,
+    /// What its image says of itself, for formats that have something to say.
+    pub info: Option<ImageInfo>,
+}
+
+/// Brings a node up on this thread; its children are there already. Only images wait for a disk, and not for ever.
 ///
 /// # Errors
-/// When a child is not there, which is a bug of the caller.
-pub fn build(
+/// When an image is refused, or a child is not there, which is a bug of the caller.
+pub async fn build(
     context: &DataContext,
     name: &str,
     plan: &NodePlan,
-) -> Result<Rc<dyn Node>, NodeError> {
+) -> Result<Built, EngineError> {
     let child_of = |child: NodeId| {
-        context.node(child).ok_or_else(|| NodeError {
-            node: name.to_owned(),
-            source: StorageError::whole(Operation::Read, EIO),
-        })
+        let lost = || EngineError::generic(format!("What is below node '{name}' is lost (bug)"));
+        context.node(child).ok_or_else(lost)
     };
     let name = name.to_owned();
-    Ok(match plan {
+    let node: Rc<dyn Node> = match plan {
         NodePlan::File { file, options } => {
             let storage = context.files().storage(file, options.read_only);
             Rc::new(FileNode::new(name, storage, *options))
@@ -104,5 +124,25 @@ pub fn build(
             faults.clone(),
         )),
         NodePlan::Filter { child } => Rc::new(FilterNode::new(name, child_of(*child)?)),
-    })
+        NodePlan::Qcow2 {
+            file,
+            data_file,
+            backing,
+            plan,
+        } => {
+            let files = Qcow2Files::new(child_of(*file)?, data_file.map(child_of).transpose()?);
+            let backing = backing.map(child_of).transpose()?;
+            let (node, info) = open(context, name, files, backing, *plan).await?;
+            return Ok(Built {
+                node,
+                info: Some(info),
+            });
+        }
+        NodePlan::Opening => {
+            return Err(EngineError::generic(format!(
+                "Node '{name}' is brought up before it is open (bug)"
+            )));
+        }
+    };
+    Ok(Built { node, info: None })
 }

@@ -21,4 +21,4 @@ pub mod raw_node;
 pub mod zeroes;
 
 use block_node::refused;
-pub use block_node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+pub use block_node::{ImageMarks, Node, NodeFacts, NodeTransfer, StatusExtent};

@@ -60,15 +60,8 @@ impl Qcow2 {
     /// # Errors
     /// Refused where that is more than the format allows.
     pub(super) async fn grow_l1_table(&self, entries: u64) -> Result<(), ImageError> {
-        let bytes = entries.saturating_mul(8);
-        let header_entries = u32::try_from(entries).ok();
-        let Some(header_entries) = header_entries.filter(|_| bytes <= L1_TABLE_BYTES_MAX) else {
-            return Err(ImageError::refused_because(
-                "Failed to grow the L1 table: File too large",
-                format!("it would take {bytes} bytes, {L1_TABLE_BYTES_MAX} at most are possible"),
-            ));
-        };
-        let clusters = self.state.geometry.clusters_for(bytes);
+        let header_entries = l1_entries(entries)?;
+        let clusters = self.state.geometry.clusters_for(entries.saturating_mul(8));
         let place = self.claim_together(clusters).await?;
         let first = place.first;
         let state = Rc::clone(&self.state);
@@ -393,4 +386,21 @@ fn region(first: HostCluster, wanted: u64, per_block: u64) -> Region {
         }
         blocks = needed;
     }
+}
+
+/// The number of entries of an L1 table, as a header has it.
+///
+/// # Errors
+/// Refused where that is more than the format allows.
+pub(super) fn l1_entries(entries: u64) -> Result<u32, ImageError> {
+    let bytes = entries.saturating_mul(8);
+    let fitting = u32::try_from(entries).ok();
+    fitting
+        .filter(|_| bytes <= L1_TABLE_BYTES_MAX)
+        .ok_or_else(|| {
+            ImageError::refused_because(
+                "Failed to grow the L1 table: File too large",
+                format!("it would take {bytes} bytes, {L1_TABLE_BYTES_MAX} at most are possible"),
+            )
+        })
 }

@@ -8,6 +8,7 @@ use blockyard_storage::{ByteRange, Operation, StorageError};
 
 use crate::error::ImageError;
 use crate::qcow2::frees::Why;
+use crate::qcow2::growth::l1_entries;
 use crate::qcow2::header_updates::interrupted;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::L1Entry;
@@ -39,6 +40,14 @@ impl Qcow2 {
             Ok(()) => Ok(()),
             Err(error) => Err(self.failed(error).await),
         }
+    }
+
+    /// Whether [`resize`](Self::resize) would refuse this length before it has changed anything.
+    ///
+    /// # Errors
+    /// As it would.
+    pub fn check_resize(&self, length_bytes: u64) -> Result<(), ImageError> {
+        self.state.check_resize(length_bytes)
     }
 
     async fn grow(&self, length_bytes: u64, below_bytes: u64) -> Result<(), ImageError> {
@@ -158,6 +167,7 @@ impl ImageState {
             ));
         }
         drop(header);
+        l1_entries(self.geometry.l1_entries_for(length_bytes))?;
         self.check_unlimited(Operation::Resize, ByteRange::new(0, length_bytes))
     }
 

@@ -4,6 +4,7 @@
 mod jobs;
 mod nodes;
 mod protocol;
+mod qcow2;
 
 use blockyard_engine::request::Request;
 use serde_json::Value;
@@ -17,7 +18,7 @@ use crate::schema::{EMPTY, Object, Type};
 use crate::wire::document::Members;
 use crate::wire::output::Constant;
 
-pub use nodes::{node_spec, object_spec};
+pub use nodes::{node_options_in_image, node_spec, object_spec};
 pub use protocol::VERSION;
 
 /// What a command comes to.

@@ -2,20 +2,26 @@
 
 use std::path::PathBuf;
 
+use blockyard_engine::error::EngineError;
 use blockyard_engine::request::{
     Aio, BlkdebugIo, BlkdebugSpec, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec,
-    InjectError, NodeRef, NodeSpec, NullSpec, ObjectKind, ObjectSpec, OnOffAuto, Permission,
-    Request, SetState,
+    InjectError, NamedBy, NodeRef, NodeSpec, NullSpec, ObjectKind, ObjectSpec, OnOffAuto,
+    Permission, Request, SetState,
 };
+use serde_json::Value;
 
+use crate::commands::qcow2::qcow2;
 use crate::commands::{Command, call};
 use crate::error::QmpError;
+use crate::schema::check::{Spelling, check};
 use crate::schema::fields::Fields;
 use crate::schema::images::DEVICE_INFO;
 use crate::schema::nodes::{
     BY_NAME, GRAPH, OBJECT, OBJECT_BY_ID, OPTIONS, QUERY, RESIZE, SET_IOTHREAD,
 };
 use crate::schema::{EMPTY, Type};
+use crate::wire::document::{Document, Json};
+use crate::wire::reader::read_text;
 
 pub(super) static COMMANDS: &[Command] = &[
     Command::act("blockdev-add", &OPTIONS, |a| {
@@ -131,6 +137,30 @@ pub fn node_spec(fields: Fields) -> Result<NodeSpec, QmpError> {
     nested_spec(fields, 1)
 }
 
+/// Reads options of a node that stand in an image, as JSON; `format` is the driver if they do not name one.
+///
+/// # Errors
+/// As a command with these options.
+pub fn node_options_in_image(text: &str, format: Option<&str>) -> Result<NodeSpec, EngineError> {
+    let read = || {
+        let refused = || QmpError::generic("Invalid JSON object given");
+        let document = read_text(text).map_err(|error| QmpError::generic(error.0))?;
+        let Value::Object(mut members) = Value::from(document.root()) else {
+            return Err(refused());
+        };
+        if let Some(format) = format.filter(|_| !members.contains_key("driver")) {
+            members.insert("driver".to_owned(), Value::from(format));
+        }
+        let document = Document::from(&Value::Object(members));
+        let Json::Object(members) = document.root() else {
+            return Err(refused());
+        };
+        let members = check(&OPTIONS, members, Spelling::Json)?;
+        nested_spec(Fields::new(members), 1)
+    };
+    read().map_err(|error| EngineError::generic(error.text))
+}
+
 fn nested_spec(mut fields: Fields, depth: usize) -> Result<NodeSpec, QmpError> {
     if depth > DEPTH_MAX {
         let text = format!("Node definitions are nested more than {DEPTH_MAX} deep");
@@ -164,6 +194,7 @@ fn nested_spec(mut fields: Fields, depth: usize) -> Result<NodeSpec, QmpError> {
         "null-co" => DriverSpec::NullCo(null(&fields)),
         "null-aio" => DriverSpec::NullAio(null(&fields)),
         "blkdebug" => DriverSpec::Blkdebug(blkdebug(fields, depth)?),
+        "qcow2" => DriverSpec::Qcow2(Box::new(qcow2(fields, depth)?)),
         "raw" => DriverSpec::Raw {
             offset: length(&fields, "offset")?,
             size: length(&fields, "size")?,
@@ -189,10 +220,30 @@ pub(super) fn node_reference(fields: &mut Fields, name: &str) -> Result<NodeRef,
     reference(fields, name, 0)
 }
 
-fn reference(fields: &mut Fields, name: &str, depth: usize) -> Result<NodeRef, QmpError> {
+/// Reads a checked reference to a node below one that is nested this deep.
+pub(super) fn reference(
+    fields: &mut Fields,
+    name: &str,
+    depth: usize,
+) -> Result<NodeRef, QmpError> {
     Ok(match fields.name_or_object(name) {
         Ok(name) => NodeRef::Name(name),
         Err(inline) => NodeRef::Inline(Box::new(nested_spec(inline, depth + 1)?)),
+    })
+}
+
+/// The same where there may be none; an empty name is an old spelling of that.
+pub(super) fn reference_or_null(
+    fields: &mut Fields,
+    name: &str,
+    depth: usize,
+) -> Result<Option<NodeRef>, QmpError> {
+    if fields.is_null(name) {
+        return Ok(None);
+    }
+    Ok(match reference(fields, name, depth)? {
+        NodeRef::Name(name) if name.is_empty() => None,
+        node => Some(node),
     })
 }
 
@@ -220,6 +271,7 @@ fn file(mut fields: Fields) -> Result<FileSpec, QmpError> {
             ],
         ),
         exclusive: false,
+        named_by: NamedBy::Client,
     })
 }
 

@@ -8,19 +8,22 @@ pub mod pidfile;
 pub mod sockets;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockyard_engine::engine::{Engine, EngineHandle};
+use blockyard_engine::engine::{Engine, EngineConfig, EngineHandle};
+use blockyard_engine::image_policy::ImagePolicy;
 use blockyard_engine::request::Request;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::commands::{node_spec, object_spec};
+use crate::commands::{node_options_in_image, node_spec, object_spec};
 use crate::daemon::chardev::Backend;
 use crate::daemon::options::{Asked, HELP, Options, Step, StepKind};
 use crate::daemon::pidfile::Pidfile;
+use crate::error::reason;
 use crate::keyval;
 use crate::schema::nodes::{OBJECT, OPTIONS};
 use crate::schema::{Object, Type, Words, optional, required};
@@ -86,12 +89,33 @@ fn start(options: Options) -> Result<(), String> {
         .enable_all()
         .build()
         .map_err(|error| format!("cannot start: {error}"))?;
-    let engine = Engine::start(options.engine).map_err(|error| error.text)?;
+    let config = EngineConfig {
+        images: images(&options.engine.images)?,
+        ..options.engine.clone()
+    };
+    let engine = Engine::start(config).map_err(|error| error.text)?;
     let outcome = runtime.block_on(live(&options, engine.handle()));
     // A blocked read of standard input must not hold up the end.
     runtime.shutdown_background();
     engine.join();
     outcome
+}
+
+/// How far names in images are trusted, with the folders as they are named without symbolic links.
+fn images(policy: &ImagePolicy) -> Result<ImagePolicy, String> {
+    let real = |root: &PathBuf| {
+        let real = std::fs::canonicalize(root).and_then(|real| match real.is_dir() {
+            true => Ok(real),
+            false => Err(std::io::ErrorKind::NotADirectory.into()),
+        });
+        real.map_err(|error| format!("--image-root {}: {}", root.display(), reason(&error)))
+    };
+    let roots: Result<Vec<PathBuf>, String> = policy.roots.iter().map(real).collect();
+    Ok(ImagePolicy {
+        roots: roots?,
+        read_options: Some(node_options_in_image),
+        ..policy.clone()
+    })
 }
 
 /// The daemon's life: set-up, service, farewell.

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use blockyard_engine::engine::{BackendChoice, EngineConfig};
+use blockyard_engine::image_policy::NamesInImages;
 
 /// How the daemon was asked to start.
 #[derive(Debug)]
@@ -131,6 +132,15 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Asked, String>
                     _ => return Err(format!("{name} {value}: a number from 1 to 64 is expected")),
                 };
             }
+            "--image-root" => options.engine.images.roots.push(PathBuf::from(value()?)),
+            "--image-names" => {
+                let value = value()?;
+                options.engine.images.names = match value.as_str() {
+                    "files" => NamesInImages::Files,
+                    "qemu" => NamesInImages::AsQemu,
+                    _ => return Err(format!("{name} {value}: files or qemu is expected")),
+                };
+            }
             "--io-backend" => {
                 let value = value()?;
                 options.engine.backend = match value.as_str() {
@@ -197,6 +207,13 @@ only name what stands before it.
   --io-backend auto|io_uring|threads
         how files are read and written (default: auto, io_uring where it
         is allowed)
+  --image-names files|qemu
+        which names that stand in images are followed to backing files and
+        data files (default: files, those of files whose format is stated;
+        qemu: json: names and guessed formats, too)
+  --image-root DIR
+        files that images name must be below DIR once symbolic links are
+        resolved; may be given several times
   -h, --help
   -V, --version
 
@@ -249,6 +266,10 @@ mod tests {
             (
                 &["--data-threads", "0"],
                 "--data-threads 0: a number from 1 to 64 is expected",
+            ),
+            (
+                &["--image-names", "all"],
+                "--image-names all: files or qemu is expected",
             ),
         ] {
             assert_eq!(parsed(arguments).expect_err("refused"), expected);

@@ -19,6 +19,11 @@ impl Fields {
         self.members.contains_key(name)
     }
 
+    /// Whether a member is `null`.
+    pub fn is_null(&self, name: &str) -> bool {
+        self.members.get(name).is_some_and(Value::is_null)
+    }
+
     /// A string.
     pub fn text(&mut self, name: &str) -> Option<String> {
         match self.members.remove(name) {

@@ -145,14 +145,43 @@ pub static CREATE_OPTIONS: Object = Object::union(
     ],
 );
 
-static FORMAT_SPECIFIC_TYPE: Words = Words::of(&["file"]);
+static FORMAT_SPECIFIC_TYPE: Words = Words::of(&["qcow2", "file"]);
 static FILE_DATA: Object = Object::of(&[optional("extent-size-hint", Type::Size)]);
 static FILE_SPECIFIC: Object = Object::of(&[required("data", Type::Object(&FILE_DATA))]);
+static BITMAP_FLAG: Words = Words::of(&["in-use", "auto"]);
+static BITMAP_INFO: Object = Object::of(&[
+    required("name", Type::Text),
+    required("granularity", Type::Int),
+    required("flags", Type::List(&Type::Word(&BITMAP_FLAG))),
+]);
+static COMPRESSION_TYPE: Words = Words::of(&["zlib", "zstd"]);
+static QCOW2_DATA: Object = Object::of(&[
+    required("compat", Type::Text),
+    optional("data-file", Type::Text),
+    optional("data-file-raw", Type::Bool),
+    optional("extended-l2", Type::Bool),
+    optional("lazy-refcounts", Type::Bool),
+    optional("corrupt", Type::Bool),
+    required("refcount-bits", Type::Int),
+    optional("bitmaps", Type::List(&Type::Object(&BITMAP_INFO))),
+    required("compression-type", Type::Word(&COMPRESSION_TYPE)),
+]);
+static QCOW2_SPECIFIC: Object = Object::of(&[required("data", Type::Object(&QCOW2_DATA))]);
 static FORMAT_SPECIFIC: Object = Object::union(
     &[required("type", Type::Word(&FORMAT_SPECIFIC_TYPE))],
     "type",
-    &[("file", &FILE_SPECIFIC)],
+    &[("qcow2", &QCOW2_SPECIFIC), ("file", &FILE_SPECIFIC)],
 );
+static SNAPSHOT_INFO: Object = Object::of(&[
+    required("id", Type::Text),
+    required("name", Type::Text),
+    required("vm-state-size", Type::Int),
+    required("date-sec", Type::Int),
+    required("date-nsec", Type::Int),
+    required("vm-clock-sec", Type::Int),
+    required("vm-clock-nsec", Type::Int),
+    optional("icount", Type::Int),
+]);
 static IMAGE_INFO: Object = Object::of(&[
     required("filename", Type::Text),
     required("format", Type::Text),
@@ -160,6 +189,10 @@ static IMAGE_INFO: Object = Object::of(&[
     optional("actual-size", Type::Int),
     required("virtual-size", Type::Int),
     optional("cluster-size", Type::Int),
+    optional("backing-filename", Type::Text),
+    optional("full-backing-filename", Type::Text),
+    optional("backing-filename-format", Type::Text),
+    optional("snapshots", Type::List(&Type::Object(&SNAPSHOT_INFO))),
     optional("format-specific", Type::Object(&FORMAT_SPECIFIC)),
     optional("backing-image", Type::Object(&IMAGE_INFO)),
 ]);

@@ -9,6 +9,7 @@ pub static DRIVER: Words = Words::of(&[
     "host_device",
     "null-aio",
     "null-co",
+    "qcow2",
     "raw",
 ]);
 static DISCARD: Words = Words::of(&["ignore", "unmap"]);
@@ -53,6 +54,54 @@ static RAW: Object = Object::of(&[
     required("file", Type::Alternate(&REFERENCE)),
     optional("offset", Type::Int),
     optional("size", Type::Int),
+]);
+
+/// `BlockdevRefOrNull`.
+static REFERENCE_OR_NULL: Alternate = Alternate {
+    name: "BlockdevRefOrNull",
+    kinds: &[Type::Object(&OPTIONS), Type::Text, Type::Null],
+};
+static OVERLAP_TEMPLATE: Words = Words::of(&["none", "constant", "cached", "all"]);
+static OVERLAP_FLAGS: Object = Object::of(&[
+    optional("template", Type::Word(&OVERLAP_TEMPLATE)),
+    optional("main-header", Type::Bool),
+    optional("active-l1", Type::Bool),
+    optional("active-l2", Type::Bool),
+    optional("refcount-table", Type::Bool),
+    optional("refcount-block", Type::Bool),
+    optional("snapshot-table", Type::Bool),
+    optional("inactive-l1", Type::Bool),
+    optional("inactive-l2", Type::Bool),
+    optional("bitmap-directory", Type::Bool),
+]);
+static OVERLAP_CHECKS: Alternate = Alternate {
+    name: "Qcow2OverlapChecks",
+    kinds: &[Type::Object(&OVERLAP_FLAGS), Type::Word(&OVERLAP_TEMPLATE)],
+};
+/// `BlockdevQcow2EncryptionFormat`.
+pub static ENCRYPTION_FORMAT: Words = Words::of(&["aes", "luks"]);
+static KEY_SECRET: Object = Object::of(&[optional("key-secret", Type::Text)]);
+static ENCRYPTION: Object = Object::union(
+    &[required("format", Type::Word(&ENCRYPTION_FORMAT))],
+    "format",
+    &[("aes", &KEY_SECRET), ("luks", &KEY_SECRET)],
+);
+static QCOW2: Object = Object::of(&[
+    required("file", Type::Alternate(&REFERENCE)),
+    optional("backing", Type::Alternate(&REFERENCE_OR_NULL)),
+    optional("lazy-refcounts", Type::Bool),
+    optional("pass-discard-request", Type::Bool),
+    optional("pass-discard-snapshot", Type::Bool),
+    optional("pass-discard-other", Type::Bool),
+    optional("discard-no-unref", Type::Bool),
+    optional("overlap-check", Type::Alternate(&OVERLAP_CHECKS)),
+    optional("cache-size", Type::Int),
+    optional("l2-cache-size", Type::Int),
+    optional("l2-cache-entry-size", Type::Int),
+    optional("refcount-cache-size", Type::Int),
+    optional("cache-clean-interval", Type::Int),
+    optional("encrypt", Type::Object(&ENCRYPTION)),
+    optional("data-file", Type::Alternate(&REFERENCE)),
 ]);
 
 /// `BlkdebugEvent`.
@@ -163,6 +212,7 @@ pub static OPTIONS: Object = Object::union(
         ("host_device", &FILE),
         ("null-aio", &NULL),
         ("null-co", &NULL),
+        ("qcow2", &QCOW2),
         ("raw", &RAW),
     ],
 );

@@ -12,6 +12,7 @@ mod compressed;
 mod failures;
 mod length;
 mod mover;
+pub mod opening;
 mod pieces;
 mod read;
 mod status;
@@ -30,7 +31,7 @@ use crate::error::NodeError;
 use crate::node::announcing_node::AnnouncingNode;
 use crate::node::child_storage::ChildStorage;
 use crate::node::qcow2::mover::Mover;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::node::{ImageMarks, Node, NodeFacts, NodeTransfer, StatusExtent};
 use crate::request::{DetectZeroes, Discard};
 
 /// What a client chose for one node, apart from what the image itself is told.
@@ -92,12 +93,6 @@ impl Qcow2Node {
     /// The image.
     pub fn image(&self) -> &Rc<Qcow2> {
         &self.mover.image
-    }
-
-    /// Gives it another backing. What is read from then on is read from there where the image holds nothing; no request may
-    /// be in flight.
-    pub fn set_backing(&self, backing: Option<Rc<dyn Node>>) {
-        self.mover.backing.replace(backing);
     }
 
     /// A change that goes on to its end in any case.
@@ -183,6 +178,23 @@ impl Node for Qcow2Node {
 
     fn backing(&self) -> Option<Rc<dyn Node>> {
         self.mover.backing()
+    }
+
+    fn set_backing(&self, backing: Option<Rc<dyn Node>>) {
+        self.mover.backing.replace(backing);
+    }
+
+    fn image_marks(&self) -> Option<ImageMarks> {
+        let header = self.mover.image.header();
+        Some(ImageMarks {
+            is_dirty: header.is_dirty(),
+            is_corrupt: header.is_corrupt(),
+        })
+    }
+
+    fn resize_refusal(&self, length_bytes: u64) -> Option<String> {
+        let refused = self.mover.image.check_resize(length_bytes);
+        refused.err().map(|error| error.to_string())
     }
 
     fn names_backing(&self) -> bool {

@@ -1,0 +1,391 @@
+//! Changing edges: permissions worked out anew for what a change reaches, conflicts found, image locks taken. All or nothing.
+//!
+//! A change of one edge costs what hangs below it and one pass over the list of edges, so that a chain of hundreds of layers
+//! can be opened layer by layer.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::data::NodeId;
+use crate::error::EngineError;
+use crate::graph::image_locks::{self, HeldLocks};
+use crate::graph::permissions::{Permissions, names_of};
+use crate::graph::records::{
+    BACKING_ROLE, DATA_FILE_ROLE, Edge, NodeRecord, Records, TARGET_ROLE, User,
+};
+use crate::node::build::NodePlan;
+use crate::request::Permission;
+
+impl Records {
+    /// Changes the edges, works permissions out anew from the top down, checks them, and takes the image locks that
+    /// follow. All or nothing.
+    ///
+    /// # Errors
+    /// The conflict, in QEMU's words.
+    pub(super) fn change_edges(
+        &mut self,
+        change: impl FnOnce(&mut Vec<Edge>),
+    ) -> Result<(), EngineError> {
+        let before = self.edges.clone();
+        change(&mut self.edges);
+        let changed = ends_of_changes(&before, &self.edges);
+        let checked = self
+            .recompute(&changed)
+            .and_then(|reached| self.update_locks(&reached));
+        if checked.is_err() {
+            self.edges = before;
+        }
+        checked
+    }
+
+    /// Permissions of edges between nodes follow from those above them. Returns every node whose users may have changed.
+    fn recompute(&mut self, changed: &HashSet<NodeId>) -> Result<Vec<NodeId>, EngineError> {
+        let index = Index::of(&self.edges);
+        let order = index.downwards(changed.iter().copied());
+        let order = order.map_err(|(parent, child)| self.cycle(parent, child))?;
+        let mut waiting = changed.clone();
+        let mut reached = Vec::new();
+        for id in order {
+            if !waiting.remove(&id) {
+                continue;
+            }
+            reached.push(id);
+            self.check_node(id, &index)?;
+            let (taken, shared) = self.demands_in(index.users(id));
+            for place in index.below(id) {
+                let Some((taken, shared)) = self.below(id, *place, taken, shared) else {
+                    continue;
+                };
+                let Some(edge) = self.edges.get_mut(*place) else {
+                    continue;
+                };
+                if (edge.taken, edge.shared) != (taken, shared) {
+                    (edge.taken, edge.shared) = (taken, shared);
+                    waiting.insert(edge.child);
+                }
+            }
+        }
+        Ok(reached)
+    }
+
+    /// What a node's edge to a child takes and shares, if that follows from what is taken and shared above the node.
+    fn below(
+        &self,
+        id: NodeId,
+        place: usize,
+        taken: Permissions,
+        shared: Permissions,
+    ) -> Option<(Permissions, Permissions)> {
+        let (node, edge) = (self.node(id)?, self.edges.get(place)?);
+        if edge.role == TARGET_ROLE {
+            return None;
+        }
+        let (taken, shared) = child_permissions(node, edge.role, taken, shared);
+        let taken = taken.union(node.extra.taken);
+        // It is the child that lets everybody in.
+        let shared = if self.node(edge.child).is_some_and(|node| node.force_share) {
+            Permissions::EVERY
+        } else {
+            shared.intersection(node.extra.unshared.complement())
+        };
+        Some((taken, shared))
+    }
+
+    /// What all users of a node take together, and what all of them share.
+    pub(super) fn demands(&self, id: NodeId) -> (Permissions, Permissions) {
+        demands_of(self.users(id))
+    }
+
+    fn demands_in(&self, users: &[usize]) -> (Permissions, Permissions) {
+        demands_of(users.iter().filter_map(|place| self.edges.get(*place)))
+    }
+
+    fn check_node(&self, id: NodeId, index: &Index) -> Result<(), EngineError> {
+        let Some(node) = self.node(id) else {
+            return Ok(());
+        };
+        // The newest users are the first to be told of.
+        let users = index.users(id).iter().rev();
+        let users: Vec<&Edge> = users.filter_map(|place| self.edges.get(*place)).collect();
+        for (index, unshares) in users.iter().enumerate() {
+            for (other_index, takes) in users.iter().enumerate() {
+                let clash = takes.taken.intersection(unshares.shared.complement());
+                if index != other_index && !clash.is_empty() {
+                    return Err(self.conflict(node, takes, unshares, clash));
+                }
+            }
+        }
+        let (taken, _) = demands_of(users.into_iter());
+        let writes = taken.has(Permission::Write) || taken.has(Permission::WriteUnchanged);
+        if node.read_only && writes {
+            return Err(EngineError::generic("Block node is read-only"));
+        }
+        if let NodePlan::Filter { child } = node.plan
+            && (writes || taken.has(Permission::Resize))
+        {
+            // A filter saves no old data and tracks no new data, and a node that was above its source before still
+            // stands there on the data thread: it would write past the filter.
+            return Err(EngineError::generic(format!(
+                "Node '{}' is the source of a block job and cannot be changed meanwhile",
+                self.name_of(child)
+            )));
+        }
+        Ok(())
+    }
+
+    fn conflict(
+        &self,
+        node: &NodeRecord,
+        takes: &Edge,
+        unshares: &Edge,
+        clash: Permissions,
+    ) -> EngineError {
+        let name = &node.name;
+        EngineError::generic(format!(
+            "Permission conflict on node '{name}': permissions '{}' are both required by {} \
+             (uses node '{name}' as '{}' child) and unshared by {} (uses node '{name}' as '{}' \
+             child).",
+            names_of(clash),
+            self.user_text(takes.user),
+            takes.role,
+            self.user_text(unshares.user),
+            unshares.role
+        ))
+    }
+
+    fn cycle(&self, parent: NodeId, child: NodeId) -> EngineError {
+        let mut between = self.children(parent).filter(|edge| edge.child == child);
+        let role = between.next().map_or("", |edge| edge.role);
+        EngineError::generic(format!(
+            "Making '{}' a {role} child of '{}' would create a cycle",
+            self.name_of(child),
+            self.name_of(parent)
+        ))
+    }
+
+    fn user_text(&self, user: User) -> String {
+        match user {
+            User::Node(id) => format!("node '{}'", self.name_of(id)),
+            User::Backend(_) | User::Command => "an unnamed block device".to_owned(),
+            User::Job(key) => match self.jobs.iter().find(|job| job.key == key) {
+                Some(job) => format!("{} job '{}'", job.job_type.name(), job.id),
+                None => "a block job".to_owned(),
+            },
+        }
+    }
+
+    /// Takes the image locks of these nodes that follow from their users, and gives up those that do not any more.
+    fn update_locks(&mut self, reached: &[NodeId]) -> Result<(), EngineError> {
+        let mut changed: Vec<(NodeId, HeldLocks)> = Vec::new();
+        for id in reached {
+            let demands = self.demands(*id);
+            let Some(node) = self.node_mut(*id) else {
+                continue;
+            };
+            let wanted = wanted_locks(node, demands);
+            let Some((file, held)) = node.locked.as_mut() else {
+                continue;
+            };
+            if *held == wanted {
+                continue;
+            }
+            let before = *held;
+            if let Err(error) = image_locks::change(file, before, wanted) {
+                for (id, before) in changed {
+                    let node = self.node_mut(id);
+                    if let Some((file, held)) = node.and_then(|node| node.locked.as_mut()) {
+                        // Going back takes nothing that was not held a moment ago.
+                        let _ = image_locks::change(file, *held, before);
+                        *held = before;
+                    }
+                }
+                return Err(error);
+            }
+            *held = wanted;
+            changed.push((*id, before));
+        }
+        Ok(())
+    }
+
+    /// These nodes and all below them, each before its children.
+    pub(super) fn parents_first(&self, nodes: impl IntoIterator<Item = NodeId>) -> Vec<NodeId> {
+        // What is in the records has no cycles.
+        Index::of(&self.edges).downwards(nodes).unwrap_or_default()
+    }
+}
+
+/// Which edges lead to a node and which from it, as places in the list of edges.
+struct Index {
+    users: HashMap<NodeId, Vec<usize>>,
+    below: HashMap<NodeId, Vec<usize>>,
+    child: Vec<NodeId>,
+}
+
+impl Index {
+    fn of(edges: &[Edge]) -> Self {
+        let mut index = Self {
+            users: HashMap::new(),
+            below: HashMap::new(),
+            child: edges.iter().map(|edge| edge.child).collect(),
+        };
+        for (place, edge) in edges.iter().enumerate() {
+            index.users.entry(edge.child).or_default().push(place);
+            if let User::Node(parent) = edge.user {
+                index.below.entry(parent).or_default().push(place);
+            }
+        }
+        index
+    }
+
+    fn users(&self, id: NodeId) -> &[usize] {
+        self.users.get(&id).map_or(&[], Vec::as_slice)
+    }
+
+    fn below(&self, id: NodeId) -> &[usize] {
+        self.below.get(&id).map_or(&[], Vec::as_slice)
+    }
+
+    /// The nodes from `from` downwards, each before its children. A walk without recursion: nothing limits how long a
+    /// chain a client may try to make.
+    ///
+    /// # Errors
+    /// Parent and child of an edge that closes a cycle.
+    fn downwards(
+        &self,
+        from: impl IntoIterator<Item = NodeId>,
+    ) -> Result<Vec<NodeId>, (NodeId, NodeId)> {
+        let mut starts: Vec<NodeId> = from.into_iter().collect();
+        starts.sort();
+        // Nodes in the order in which all below them has been seen, which is children first.
+        let mut done: Vec<NodeId> = Vec::new();
+        let mut seen: HashSet<NodeId> = HashSet::new();
+        let mut on_the_way: HashSet<NodeId> = HashSet::new();
+        let mut stack: Vec<(NodeId, usize)> = Vec::new();
+        for start in starts {
+            if seen.insert(start) {
+                on_the_way.insert(start);
+                stack.push((start, 0));
+            }
+            while let Some((id, next)) = stack.pop() {
+                let Some(place) = self.below(id).get(next) else {
+                    on_the_way.remove(&id);
+                    done.push(id);
+                    continue;
+                };
+                stack.push((id, next + 1));
+                let Some(child) = self.child.get(*place).copied() else {
+                    continue;
+                };
+                if on_the_way.contains(&child) {
+                    return Err((id, child));
+                }
+                if seen.insert(child) {
+                    on_the_way.insert(child);
+                    stack.push((child, 0));
+                }
+            }
+        }
+        done.reverse();
+        Ok(done)
+    }
+}
+
+/// Nodes at both ends of all edges that are in only one of the lists.
+fn ends_of_changes(before: &[Edge], after: &[Edge]) -> HashSet<NodeId> {
+    let mut count: HashMap<&Edge, i64> = HashMap::new();
+    for edge in before {
+        *count.entry(edge).or_default() -= 1;
+    }
+    for edge in after {
+        *count.entry(edge).or_default() += 1;
+    }
+    let mut ends = HashSet::new();
+    for (edge, _) in count.into_iter().filter(|(_, count)| *count != 0) {
+        ends.insert(edge.child);
+        if let User::Node(parent) = edge.user {
+            ends.insert(parent);
+        }
+    }
+    ends
+}
+
+fn demands_of<'a>(users: impl Iterator<Item = &'a Edge>) -> (Permissions, Permissions) {
+    users.fold(
+        (Permissions::NONE, Permissions::EVERY),
+        |(taken, shared), edge| (taken.union(edge.taken), shared.intersection(edge.shared)),
+    )
+}
+
+fn wanted_locks(node: &NodeRecord, demands: (Permissions, Permissions)) -> HeldLocks {
+    let (mut used, mut shared) = demands;
+    if node.exclusive {
+        used = used.with(Permission::ConsistentRead);
+        shared = shared.without(Permission::Write);
+        shared = shared.without(Permission::Resize);
+    }
+    if node.exclusive && !node.read_only {
+        used = used.with(Permission::Write);
+    }
+    HeldLocks {
+        used,
+        unshared: shared.complement(),
+    }
+}
+
+/// What a node takes and shares below itself, from what is taken and shared above it.
+fn child_permissions(
+    node: &NodeRecord,
+    role: &str,
+    taken: Permissions,
+    shared: Permissions,
+) -> (Permissions, Permissions) {
+    let fixed = shared
+        .without(Permission::Write)
+        .without(Permission::Resize);
+    match (node.driver, role) {
+        ("copy-before-write", _) => (taken.with(Permission::ConsistentRead), fixed),
+        // What a backing holds must not change under those who read it through the overlay, unless they do not mind.
+        ("qcow2", BACKING_ROLE) => {
+            let reads = Permissions::NONE.with(Permission::ConsistentRead);
+            let kept = reads.with(Permission::WriteUnchanged);
+            let shared = if shared.has(Permission::Write) {
+                Permissions::EVERY
+            } else {
+                kept
+            };
+            (taken.intersection(reads), shared)
+        }
+        // Nobody else may touch the metadata, and the format does so whether or not anybody writes.
+        ("qcow2", role) if role != DATA_FILE_ROLE => {
+            let taken = taken.with(Permission::ConsistentRead);
+            let taken = match node.read_only {
+                true => taken,
+                false => taken.with(Permission::Write).with(Permission::Resize),
+            };
+            (taken, fixed)
+        }
+        // What is written for the guest may make the file longer.
+        ("qcow2", _) => {
+            let taken = written(taken);
+            let taken = match taken.has(Permission::Write) {
+                true => taken.with(Permission::Resize),
+                false => taken,
+            };
+            (taken, shared.without(Permission::Resize))
+        }
+        // Windows of one file may stand side by side, but not on ground that moves.
+        ("raw", _) if node.windowed => (written(taken), shared.without(Permission::Resize)),
+        _ => (taken, shared),
+    }
+}
+
+/// Rewriting what is there is writing, to a file below.
+fn written(taken: Permissions) -> Permissions {
+    match taken.has(Permission::WriteUnchanged) {
+        true => taken.with(Permission::Write),
+        false => taken,
+    }
+}
+
+#[cfg(test)]
+#[path = "linking_tests.rs"]
+mod tests;
