@@ -123,7 +123,7 @@ impl Graph {
         if source == target {
             return Err(EngineError::generic("Source and target cannot be the same"));
         }
-        if spec.compress {
+        if spec.compress && !self.compresses(target).await? {
             return Err(EngineError::generic(
                 "Compression is not supported for this drive ",
             ));
@@ -197,6 +197,14 @@ impl Graph {
             filter: Some(filter),
             ..JobNodes::default()
         })
+    }
+
+    /// Whether a node can be written compressed.
+    async fn compresses(&self, id: NodeId) -> Result<bool, EngineError> {
+        let asked = self.threads.run(self.thread_of(id), move |context| {
+            Box::pin(async move { context.node(id).is_some_and(|node| node.compresses()) })
+        });
+        asked.await
     }
 
     async fn prepare_create_raw(

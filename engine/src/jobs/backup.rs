@@ -48,6 +48,11 @@ impl Backup {
             .max(self.spec.perf.min_cluster_size)
     }
 
+    /// What the target keeps together, in bytes.
+    fn target_unit_bytes(&self) -> u64 {
+        self.target.facts().cluster_size_bytes.map_or(1, u64::from)
+    }
+
     /// The source's length in whole clusters, which is what progress counts.
     fn counted_bytes(&self) -> u64 {
         let length = self.source.facts().length_bytes;
@@ -61,6 +66,18 @@ impl Backup {
         cx.progress().set_remaining(counted);
         let workers = usize::try_from(self.spec.perf.max_workers).unwrap_or(usize::MAX);
         let max_chunk = u64::try_from(self.spec.perf.max_chunk).unwrap_or(0);
+        let longest = match self.spec.compress {
+            // A cluster is compressed as a whole, however long it is.
+            true => COPY_CHUNK_BYTES.max(self.target_unit_bytes()),
+            false => COPY_CHUNK_BYTES,
+        };
+        let chunk_max_bytes = if max_chunk == 0 {
+            longest
+        } else {
+            // Whole clusters, so that no two requests share a block of the target.
+            let whole = max_chunk.min(longest) / cluster * cluster;
+            whole.max(cluster.min(longest))
+        };
         let options = CopyOptions {
             layers: match self.spec.sync {
                 SyncMode::Top => Layers::Top {
@@ -69,15 +86,11 @@ impl Backup {
                 },
                 _ => Layers::All,
             },
+            unit_bytes: self.target_unit_bytes(),
+            compress: self.spec.compress,
             window_max: workers.min(WINDOW_MAX),
-            chunk_max_bytes: if max_chunk == 0 {
-                COPY_CHUNK_BYTES
-            } else {
-                // Whole clusters, so that no two requests share a block of the target.
-                let whole = max_chunk.min(COPY_CHUNK_BYTES) / cluster * cluster;
-                whole.max(cluster.min(COPY_CHUNK_BYTES))
-            },
-            granularity_bytes: cluster.min(COPY_CHUNK_BYTES),
+            chunk_max_bytes,
+            granularity_bytes: cluster.min(chunk_max_bytes),
             may_unmap: false,
             zeroes_are_free: false,
             one_error_a_round: true,

@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
-use blockyard_storage::{ByteRange, LocalFuture, ZeroMode};
+use blockyard_storage::buffer::BUFFER_SLOT_BYTES;
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, ZeroMode};
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
@@ -41,6 +42,10 @@ pub(crate) struct CopyOptions {
     pub(crate) window_max: usize,
     /// What of the source is copied.
     pub(crate) layers: Layers,
+    /// What the target keeps together, in bytes, a power of two.
+    pub(crate) unit_bytes: u64,
+    /// Units are written compressed, one or more at a time.
+    pub(crate) compress: bool,
     /// Bytes per request at most.
     pub(crate) chunk_max_bytes: u64,
     /// Pieces are multiples of this where the rate limit cuts them.
@@ -90,7 +95,11 @@ impl Copier {
     /// A copier of the whole of `source` onto `target`, which is as long.
     pub(crate) fn new(source: Rc<dyn Node>, target: Rc<dyn Node>, options: CopyOptions) -> Self {
         let length = source.facts().length_bytes;
-        let plan = Plan::new(ByteRange::new(0, length), options.layers);
+        let plan = Plan::new(
+            ByteRange::new(0, length),
+            options.layers,
+            options.unit_bytes,
+        );
         Self {
             source,
             target,
@@ -340,6 +349,9 @@ fn carry_out<'a>(
     Box::pin(async move {
         let start = cx.clock().now();
         let outcome = match step.kind {
+            StepKind::Copy if options.compress => {
+                compress(step.range, source, target, cx, options.unit_bytes).await
+            }
             StepKind::Copy => copy(step.range, source, target, cx).await,
             StepKind::Zero => zero(step.range, target, options.may_unmap)
                 .await
@@ -364,7 +376,7 @@ async fn copy(
 ) -> Result<(), Failure> {
     let mut rest = range;
     while !rest.is_empty() {
-        let (piece, after) = rest.split_at(blockyard_storage::buffer::BUFFER_SLOT_BYTES as u64);
+        let (piece, after) = rest.split_at(BUFFER_SLOT_BYTES as u64);
         rest = after;
         let length = usize::try_from(piece.length()).unwrap_or(usize::MAX);
         let buffer = cx.pool().take(length).await;
@@ -372,6 +384,32 @@ async fn copy(
         read.outcome
             .map_err(|error| Failure::Io(Side::Source, error))?;
         let written = target.write(piece.offset(), read.buffer).await;
+        written
+            .outcome
+            .map_err(|error| Failure::Io(Side::Target, error))?;
+    }
+    Ok(())
+}
+
+/// Reads one range and writes it compressed, in pieces of whole units.
+async fn compress(
+    range: ByteRange,
+    source: &dyn Node,
+    target: &dyn Node,
+    cx: &JobContext,
+    unit_bytes: u64,
+) -> Result<(), Failure> {
+    for piece in range.pieces(unit_bytes.max(BUFFER_SLOT_BYTES as u64)) {
+        let length = usize::try_from(piece.length()).unwrap_or(usize::MAX);
+        let buffer = match length <= BUFFER_SLOT_BYTES {
+            true => cx.pool().take(length).await,
+            // The longest clusters are two slots long, and have to be written as a whole.
+            false => Buffer::zeroed(length),
+        };
+        let read = source.read(piece.offset(), buffer).await;
+        read.outcome
+            .map_err(|error| Failure::Io(Side::Source, error))?;
+        let written = target.write_compressed(piece.offset(), read.buffer).await;
         written
             .outcome
             .map_err(|error| Failure::Io(Side::Target, error))?;

@@ -276,6 +276,8 @@ impl Case {
             order: Order::Nothing,
             options: CopyOptions {
                 layers: Layers::All,
+                unit_bytes: 1,
+                compress: false,
                 window_max: 4,
                 chunk_max_bytes: 1 << 20,
                 granularity_bytes: CLUSTER,

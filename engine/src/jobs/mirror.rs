@@ -71,6 +71,8 @@ impl Mirror {
         let granularity_bytes = granularity.clamp(BLOCK_BYTES, chunk);
         let options = CopyOptions {
             layers: self.layers(granularity),
+            unit_bytes: self.target.facts().cluster_size_bytes.map_or(1, u64::from),
+            compress: false,
             window_max: usize::try_from(in_flight / chunk)
                 .unwrap_or(usize::MAX)
                 .clamp(1, 16),

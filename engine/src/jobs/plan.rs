@@ -105,6 +105,8 @@ pub(crate) struct Plan {
     later: Vec<ByteRange>,
     known: VecDeque<ChainExtent>,
     layers: Layers,
+    /// What the target keeps together, in bytes, a power of two.
+    unit_bytes: u64,
     /// What lies ahead within the layers that are copied: a range, and whether it is copied.
     span: (ByteRange, bool),
     zero_stride: Stride,
@@ -113,8 +115,9 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// A plan for `range`, whose ends are multiples of the unit or the end of the disk.
-    pub(crate) fn new(range: ByteRange, layers: Layers) -> Self {
+    /// A plan for `range`, whose ends are multiples of all units or the end of the disk. Whole units of `unit_bytes`, a power
+    /// of two, are copied or zeroed: what the target keeps together is not written in parts.
+    pub(crate) fn new(range: ByteRange, layers: Layers, unit_bytes: u64) -> Self {
         let sharing = match layers {
             Layers::All => Sharing::Untried,
             // An extent of a host file tells nothing of layers.
@@ -125,6 +128,7 @@ impl Plan {
             later: Vec::new(),
             known: VecDeque::new(),
             layers,
+            unit_bytes: unit_bytes.max(1),
             span: (ByteRange::default(), true),
             zero_stride: Stride::up_to(ZERO_MAX_BYTES),
             share_stride: Stride::up_to(SHARE_MAX_BYTES),
@@ -231,14 +235,15 @@ impl Plan {
                 }
             }
         }
-        let extent = self.known.front()?;
-        let (kind, longest) = match extent.content {
-            Content::Zero if zeroes_are_free => (StepKind::Zero, self.zero_stride.now_bytes),
-            Content::Zero => (StepKind::Zero, chunk(self.zero_stride.now_bytes)),
-            Content::Data | Content::Unallocated => (StepKind::Copy, chunk(copy_max_bytes)),
+        let (run, kind) = in_whole_units(*self.known.front()?, ahead, self.unit_bytes);
+        let longest = match kind {
+            StepKind::Zero if zeroes_are_free => self.zero_stride.now_bytes,
+            StepKind::Zero => chunk(self.zero_stride.now_bytes),
+            _ => chunk(copy_max_bytes),
         };
-        let run = ByteRange::between(ahead.offset(), extent.range.end().min(ahead.end()));
-        let (range, _) = run.split_at(longest.max(1));
+        // Shorter than a unit where a unit is longer than a request can be.
+        let whole = longest - longest % self.unit_bytes.min(longest.max(1));
+        let (range, _) = run.split_at(whole.max(1));
         self.rest = ByteRange::between(range.end(), self.rest.end());
         Some(Step { range, kind })
     }
@@ -284,6 +289,26 @@ impl Plan {
             None => Sharing::Refused,
         };
         self.sharing == Sharing::Works
+    }
+}
+
+/// The front of what is ahead, which begins in `extent`, in whole units, and what is done with it: one that holds anything but
+/// zeroes is copied. Ranges end at the end of the disk or of what is copied of it.
+fn in_whole_units(extent: ChainExtent, ahead: ByteRange, unit_bytes: u64) -> (ByteRange, StepKind) {
+    let (start, end) = (ahead.offset(), extent.range.end().min(ahead.end()));
+    let whole_end = match end == ahead.end() {
+        true => end,
+        false => end - end % unit_bytes,
+    };
+    match extent.content {
+        Content::Zero if whole_end > start => {
+            (ByteRange::between(start, whole_end), StepKind::Zero)
+        }
+        _ => {
+            let end = end.max(start + 1).checked_next_multiple_of(unit_bytes);
+            let end = end.map_or(ahead.end(), |end| end.min(ahead.end()));
+            (ByteRange::between(start, end), StepKind::Copy)
+        }
     }
 }
 
@@ -345,7 +370,7 @@ mod tests {
 
     #[test]
     fn strides_grow_where_they_are_cheap_and_shrink_where_they_are_not() {
-        let mut plan = Plan::new(ByteRange::new(0, u64::MAX), Layers::All);
+        let mut plan = Plan::new(ByteRange::new(0, u64::MAX), Layers::All, 1);
         for _ in 0..8 {
             plan.took(StepKind::Zero, Duration::from_millis(1));
             plan.took(StepKind::Share, Duration::from_secs(1));
@@ -359,7 +384,7 @@ mod tests {
 
     #[test]
     fn the_position_is_below_everything_that_came_back() {
-        let mut plan = Plan::new(ByteRange::new(0, 1 << 20), Layers::All);
+        let mut plan = Plan::new(ByteRange::new(0, 1 << 20), Layers::All, 1);
         plan.rest = ByteRange::between(300_000, 1 << 20);
         plan.give_back_unshared(ByteRange::new(100_000, 50_000));
         assert_eq!(plan.position(), 100_000);
@@ -393,16 +418,19 @@ mod tests {
             let middle: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, Some(bottom)));
             let top: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, Some(middle)));
             let all = ByteRange::new(0, top.facts().length_bytes);
-            let mut plan = Plan::new(all, Layers::All);
+            let unit = BLOCK << dice.below(4);
+            let longest = unit * (1 + dice.below(3));
+            let mut plan = Plan::new(all, Layers::All, unit);
             let mut reached = 0;
-            for step in steps(&mut plan, &top, 3 * BLOCK) {
+            for step in steps(&mut plan, &top, longest) {
                 assert_eq!(step.range.offset(), reached, "seed {seed}");
                 reached = step.range.end();
+                assert!(reached % unit == 0 || reached == all.end(), "seed {seed}");
                 let length = usize::try_from(step.range.length()).expect("short");
                 let read = run(top.read(step.range.offset(), Buffer::zeroed(length)));
                 let zero = is_zero(read.buffer.as_slice());
                 match step.kind {
-                    StepKind::Copy => assert!(length as u64 <= 3 * BLOCK && !zero, "seed {seed}"),
+                    StepKind::Copy => assert!(length as u64 <= longest && !zero, "seed {seed}"),
                     StepKind::Zero => assert!(zero, "seed {seed}"),
                     StepKind::Share | StepKind::Skip => panic!("seed {seed}: {step:?}"),
                 }
@@ -428,7 +456,7 @@ mod tests {
                 count: 1,
                 unit_bytes: unit_blocks as u64 * BLOCK,
             };
-            let mut plan = Plan::new(all, layers);
+            let mut plan = Plan::new(all, layers, 1);
             let mut reached = 0;
             for step in steps(&mut plan, &top, 3 * BLOCK) {
                 assert_eq!(step.range.offset(), reached, "seed {seed}");

@@ -188,6 +188,11 @@ pub trait Node {
         false
     }
 
+    /// Whether [`write_compressed`](Self::write_compressed) can be asked for.
+    fn compresses(&self) -> bool {
+        false
+    }
+
     /// Writes the whole of `from` at `offset`, compressed. Both are whole clusters, but for a last one that the end of the
     /// node cuts. What does not get shorter is stored as it is.
     ///

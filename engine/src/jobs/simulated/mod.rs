@@ -4,6 +4,7 @@ mod create;
 mod create_qcow2;
 mod create_raw;
 mod faults;
+mod images;
 mod orders;
 mod power;
 mod yard;

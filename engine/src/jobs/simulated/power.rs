@@ -64,6 +64,8 @@ impl Copy {
         let (source, target) = yard.nodes();
         let options = CopyOptions {
             layers: Layers::All,
+            unit_bytes: 1,
+            compress: false,
             window_max: 8,
             chunk_max_bytes: 8192,
             granularity_bytes: 4096,

@@ -148,6 +148,10 @@ impl Node for Qcow2Node {
         self.change(|mover| async move { mover.write(offset, from).await })
     }
 
+    fn compresses(&self) -> bool {
+        self.mover.files.data_file.is_none()
+    }
+
     fn write_compressed(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
         self.change(|mover| async move { mover.compress_and_write(offset, from).await })
     }
@@ -207,4 +211,4 @@ impl Node for Qcow2Node {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -78,7 +78,8 @@ impl Mover {
         let zero_below = match partial || is_v2 {
             // Nobody looks at it.
             false => false,
-            true if is_v2 && self.backing().is_some() => false,
+            // Zeroes that are nothing but absence would give way to a backing that is attached later.
+            true if is_v2 && (self.backing().is_some() || self.names_backing()) => false,
             true => self.is_zero_below(unit).await?,
         };
         let request = ZeroRequest {

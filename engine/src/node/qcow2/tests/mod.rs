@@ -3,7 +3,7 @@
 
 mod behaviour;
 mod faults;
-mod model;
+pub(crate) mod model;
 mod oracle;
 mod random;
-mod yard;
+pub(crate) mod yard;

@@ -14,7 +14,7 @@ use crate::request::Discard;
 
 /// One request.
 #[derive(Clone, Debug)]
-pub(super) enum Operation {
+pub(crate) enum Operation {
     Read(ByteRange),
     Write(ByteRange, u8),
     Zero(ByteRange, bool),
@@ -25,7 +25,7 @@ pub(super) enum Operation {
 
 impl Operation {
     /// Which bytes it is about.
-    pub(super) fn range(&self) -> ByteRange {
+    pub(crate) fn range(&self) -> ByteRange {
         match self {
             Operation::Read(range)
             | Operation::Write(range, _)
@@ -36,7 +36,7 @@ impl Operation {
         }
     }
 
-    pub(super) fn random(dice: &Seed, setup: &Setup) -> Self {
+    pub(crate) fn random(dice: &Seed, setup: &Setup) -> Self {
         let size = setup.size_bytes;
         let cluster = setup.cluster_bytes();
         let unit = *dice.pick(&[1, 512, 4096, cluster / 32, cluster]);
@@ -61,7 +61,7 @@ impl Operation {
     }
 
     /// Asks the node.
-    pub(super) async fn carry_out(&self, node: &Qcow2Node) -> Result<Option<Vec<u8>>, NodeError> {
+    pub(crate) async fn carry_out(&self, node: &Qcow2Node) -> Result<Option<Vec<u8>>, NodeError> {
         let length = self.range().length() as usize;
         let offset = self.range().offset();
         match self {
@@ -96,7 +96,7 @@ impl Operation {
 
 /// What a write with `value` puts there: bytes that tell where they belong, or zeroes. Every third value does not get
 /// shorter when it is compressed.
-pub(super) fn content(range: ByteRange, value: u8) -> Vec<u8> {
+pub(crate) fn content(range: ByteRange, value: u8) -> Vec<u8> {
     (range.offset()..range.end())
         .map(|offset| match value {
             0 => 0,
@@ -111,19 +111,19 @@ pub(super) fn content(range: ByteRange, value: u8) -> Vec<u8> {
 
 /// The bytes of the guest's disk.
 #[derive(Clone)]
-pub(super) struct Model {
-    pub(super) bytes: Vec<u8>,
+pub(crate) struct Model {
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl Model {
     /// What a new image shows.
-    pub(super) fn of(yard: &Yard) -> Self {
+    pub(crate) fn of(yard: &Yard) -> Self {
         let mut bytes = yard.base_bytes.clone();
         bytes.resize(yard.setup.size_bytes as usize, 0);
         Self { bytes }
     }
 
-    pub(super) fn slice(&self, range: ByteRange) -> &[u8] {
+    pub(crate) fn slice(&self, range: ByteRange) -> &[u8] {
         &self.bytes[range.offset() as usize..range.end() as usize]
     }
 
@@ -132,7 +132,7 @@ impl Model {
     }
 
     /// What is there after an operation has ended well.
-    pub(super) fn apply(&mut self, operation: &Operation, setup: &Setup) {
+    pub(crate) fn apply(&mut self, operation: &Operation, setup: &Setup) {
         match operation {
             Operation::Read(_) | Operation::Flush => {}
             Operation::Write(range, value) | Operation::Compress(range, value) => {
@@ -164,7 +164,7 @@ fn discarded(range: ByteRange, setup: &Setup) -> ByteRange {
 }
 
 /// The node holds what the model says, read in pieces of any length.
-pub(super) fn assert_holds(yard: &Yard, node: &Rc<Qcow2Node>, model: &Model, dice: &Seed) {
+pub(crate) fn assert_holds(yard: &Yard, node: &Rc<Qcow2Node>, model: &Model, dice: &Seed) {
     let mut rest = ByteRange::new(0, model.bytes.len() as u64);
     while !rest.is_empty() {
         let longest = *dice.pick(&[1000, 10_000, 1 << 20]);
@@ -177,7 +177,7 @@ pub(super) fn assert_holds(yard: &Yard, node: &Rc<Qcow2Node>, model: &Model, dic
 }
 
 /// What the node says of itself agrees with the model: zeroes are zeroes, what it does not hold is the backing's.
-pub(super) fn assert_status(yard: &Yard, node: &Rc<Qcow2Node>, model: &Model, dice: &Seed) {
+pub(crate) fn assert_status(yard: &Yard, node: &Rc<Qcow2Node>, model: &Model, dice: &Seed) {
     let mut rest = ByteRange::new(0, model.bytes.len() as u64);
     while !rest.is_empty() {
         let extents_max = 1 + dice.below(5) as usize;

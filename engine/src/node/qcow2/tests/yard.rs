@@ -27,7 +27,7 @@ use crate::request::{DetectZeroes, Discard};
 
 /// Where the guest's data is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum DataFile {
+pub(crate) enum DataFile {
     Inside,
     Outside,
     Raw,
@@ -35,29 +35,29 @@ pub(super) enum DataFile {
 
 /// What an image is like.
 #[derive(Clone, Debug)]
-pub(super) struct Setup {
-    pub(super) seed: u64,
-    pub(super) version: Version,
-    pub(super) cluster_bits: u32,
-    pub(super) extended_l2: bool,
-    pub(super) refcount_bits: u64,
-    pub(super) compression: Compression,
-    pub(super) data_file: DataFile,
-    pub(super) size_bytes: u64,
+pub(crate) struct Setup {
+    pub(crate) seed: u64,
+    pub(crate) version: Version,
+    pub(crate) cluster_bits: u32,
+    pub(crate) extended_l2: bool,
+    pub(crate) refcount_bits: u64,
+    pub(crate) compression: Compression,
+    pub(crate) data_file: DataFile,
+    pub(crate) size_bytes: u64,
     /// Length of the raw file below it.
-    pub(super) backing_bytes: Option<u64>,
+    pub(crate) backing_bytes: Option<u64>,
     /// Of requests on every disk.
-    pub(super) alignment: u32,
-    pub(super) discard: Discard,
-    pub(super) detect_zeroes: DetectZeroes,
-    pub(super) lazy_refcounts: bool,
-    pub(super) discard_no_unref: bool,
-    pub(super) l2_cache_bytes: u64,
+    pub(crate) alignment: u32,
+    pub(crate) discard: Discard,
+    pub(crate) detect_zeroes: DetectZeroes,
+    pub(crate) lazy_refcounts: bool,
+    pub(crate) discard_no_unref: bool,
+    pub(crate) l2_cache_bytes: u64,
 }
 
 impl Setup {
     /// An image of clusters of this size, without anything special.
-    pub(super) fn new(seed: u64, cluster_bits: u32) -> Self {
+    pub(crate) fn new(seed: u64, cluster_bits: u32) -> Self {
         Self {
             seed,
             version: Version::V3,
@@ -78,7 +78,7 @@ impl Setup {
     }
 
     /// Anything that can be.
-    pub(super) fn random(seed: u64) -> Self {
+    pub(crate) fn random(seed: u64) -> Self {
         let dice = Seed::new(seed ^ 0x9c0_7700);
         let extended_l2 = dice.one_in(3);
         let cluster_bits = match extended_l2 {
@@ -128,7 +128,7 @@ impl Setup {
         }
     }
 
-    pub(super) fn cluster_bytes(&self) -> u64 {
+    pub(crate) fn cluster_bytes(&self) -> u64 {
         1 << self.cluster_bits
     }
 }
@@ -160,23 +160,23 @@ impl HostFiles for NoFiles {
 }
 
 /// An image, its disks, and what its nodes have told.
-pub(super) struct Yard {
-    pub(super) setup: Setup,
-    pub(super) world: World,
-    pub(super) image: Disk,
-    pub(super) data: Option<Disk>,
-    pub(super) base: Option<Disk>,
+pub(crate) struct Yard {
+    pub(crate) setup: Setup,
+    pub(crate) world: World,
+    pub(crate) image: Disk,
+    pub(crate) data: Option<Disk>,
+    pub(crate) base: Option<Disk>,
     /// What the raw file below holds.
-    pub(super) base_bytes: Vec<u8>,
-    pub(super) context: DataContext,
-    pub(super) heard: RefCell<UnboundedReceiver<EventKind>>,
+    pub(crate) base_bytes: Vec<u8>,
+    pub(crate) context: DataContext,
+    pub(crate) heard: RefCell<UnboundedReceiver<EventKind>>,
     /// Changes that nobody waits for any more.
     left: Rc<RefCell<Vec<LocalFuture<'static, ()>>>>,
 }
 
 impl Yard {
     /// Disks with a new image.
-    pub(super) fn new(setup: Setup) -> Self {
+    pub(crate) fn new(setup: Setup) -> Self {
         let world = World::new(setup.seed);
         let disk = |name: &str, length_bytes| {
             world.disk(
@@ -249,13 +249,13 @@ impl Yard {
     }
 
     /// Runs to the end; whatever waits ends in an order of the seed's choosing.
-    pub(super) fn drive<T>(&self, future: impl Future<Output = T>) -> T {
+    pub(crate) fn drive<T>(&self, future: impl Future<Output = T>) -> T {
         let ended = self.drive_while(future, || true);
         ended.expect("waits for something that can happen")
     }
 
     /// The same as long as `goes_on` says so; then the future is dropped where it is.
-    pub(super) fn drive_while<T>(
+    pub(crate) fn drive_while<T>(
         &self,
         future: impl Future<Output = T>,
         goes_on: impl Fn() -> bool,
@@ -271,7 +271,7 @@ impl Yard {
     }
 
     /// Brings what was left to its end.
-    pub(super) fn finish_what_is_left(&self) {
+    pub(crate) fn finish_what_is_left(&self) {
         self.drive(poll_fn(|_| match self.left.borrow().is_empty() {
             true => Poll::Ready(()),
             false => Poll::Pending,
@@ -279,13 +279,13 @@ impl Yard {
     }
 
     /// The power goes: nothing that was under way goes on.
-    pub(super) fn cut_power(&self) {
+    pub(crate) fn cut_power(&self) {
         self.left.borrow_mut().clear();
         self.world.cut_power();
     }
 
     /// A file node on one of the disks.
-    pub(super) fn file(&self, name: &str, disk: &Disk, read_only: bool) -> Rc<dyn Node> {
+    pub(crate) fn file(&self, name: &str, disk: &Disk, read_only: bool) -> Rc<dyn Node> {
         let options = FileOptions {
             read_only,
             discard: Discard::Unmap,
@@ -295,24 +295,24 @@ impl Yard {
     }
 
     /// The raw file below.
-    pub(super) fn backing(&self) -> Option<Rc<dyn Node>> {
+    pub(crate) fn backing(&self) -> Option<Rc<dyn Node>> {
         let base = self.base.as_ref()?;
         Some(self.file("base", base, true))
     }
 
     /// The image as a node, newly opened.
-    pub(super) fn open(&self) -> Rc<Qcow2Node> {
+    pub(crate) fn open(&self) -> Rc<Qcow2Node> {
         self.open_over(self.file("file", &self.image, false), self.backing())
     }
 
     /// The same for reading.
-    pub(super) fn open_read_only(&self) -> Rc<Qcow2Node> {
+    pub(crate) fn open_read_only(&self) -> Rc<Qcow2Node> {
         let file = self.file("file", &self.image, true);
         self.open_as(file, self.backing(), true)
     }
 
     /// For reading and writing, on another node for its file.
-    pub(super) fn open_over(
+    pub(crate) fn open_over(
         &self,
         file: Rc<dyn Node>,
         backing: Option<Rc<dyn Node>>,
@@ -361,14 +361,14 @@ impl Yard {
     }
 
     /// What the nodes have told since the last call.
-    pub(super) fn news(&self) -> Vec<EventKind> {
+    pub(crate) fn news(&self) -> Vec<EventKind> {
         let mut heard = self.heard.borrow_mut();
         std::iter::from_fn(|| heard.try_recv().ok()).collect()
     }
 }
 
 /// Runs of bytes, some of them zeroes.
-pub(super) fn base_bytes(seed: u64, length: u64) -> Vec<u8> {
+pub(crate) fn base_bytes(seed: u64, length: u64) -> Vec<u8> {
     let dice = Seed::new(seed ^ 0xba5e);
     let mut bytes = Vec::new();
     while bytes.len() < length as usize {

@@ -1,0 +1,192 @@
+//! Copies of images with backing chains: the target reads as the source does, with whatever backing it has in the end, and
+//! takes room for data only.
+
+use std::rc::Rc;
+
+use blockyard_images::qcow2::units::Version;
+use blockyard_simulator::{Seed, each_seed};
+use blockyard_storage::ByteRange;
+use futures_util::future::join_all;
+
+use crate::job::context::ErrorPolicies;
+use crate::job::error_policy::OnError;
+use crate::job::work::Work;
+use crate::jobs::backup::Backup;
+use crate::jobs::mirror::Mirror;
+use crate::jobs::test_support::{Running, VirtualClock};
+use crate::node::Node;
+use crate::node::qcow2::tests::model::{Model, Operation, assert_holds};
+use crate::node::qcow2::tests::yard::{DataFile, Setup, Yard};
+use crate::request::{BackupPerf, BackupSpec, CopyMode, MirrorSpec, SyncMode};
+
+/// A copy of an image.
+struct Copy {
+    source: Yard,
+    model: Model,
+    target: Yard,
+    sync: SyncMode,
+    /// A backup, compressed or not; `None`: a mirror.
+    backup: Option<bool>,
+}
+
+impl Copy {
+    fn random(seed: u64) -> Self {
+        let dice = Seed::new(seed);
+        let setup = Setup::random(seed);
+        let source = Yard::new(Setup {
+            size_bytes: setup.size_bytes.max(512),
+            ..setup
+        });
+        let sync = *dice.pick(&[SyncMode::Full, SyncMode::Top]);
+        let other = Setup::random(seed ^ 0x7a26e7);
+        let target = Yard::new(Setup {
+            // So that both have the same below.
+            seed,
+            size_bytes: source.setup.size_bytes,
+            backing_bytes: match sync == SyncMode::Top || dice.one_in(2) {
+                true => source.setup.backing_bytes,
+                false => None,
+            },
+            // A raw data file has no backing.
+            data_file: match other.data_file {
+                DataFile::Raw => DataFile::Inside,
+                other => other,
+            },
+            ..other
+        });
+        let compresses = target.setup.data_file == DataFile::Inside;
+        let backup = *dice.pick(&[None, Some(false), Some(compresses)]);
+        let model = Model::of(&source);
+        Self {
+            source,
+            model,
+            target,
+            sync,
+            backup,
+        }
+    }
+
+    /// Writes this and that to the source.
+    fn fill_source(&mut self, dice: &Seed) {
+        let node = self.source.open();
+        let setup = &self.source.setup;
+        for _ in 0..8 {
+            let operation = Operation::random(dice, setup);
+            let done = self.source.drive(operation.carry_out(&node));
+            done.expect("done");
+            self.model.apply(&operation, setup);
+        }
+        self.source.drive(node.close()).expect("closed");
+    }
+
+    fn work(&self, source: Rc<dyn Node>, target: Rc<dyn Node>) -> Box<dyn Work> {
+        let (device, on) = ("s".to_owned(), "t".to_owned());
+        match self.backup {
+            Some(compress) => Box::new(Backup::new(
+                source,
+                target,
+                BackupSpec {
+                    device,
+                    target: on,
+                    sync: self.sync,
+                    speed: 0,
+                    bitmap: None,
+                    bitmap_mode: None,
+                    compress,
+                    on_source_error: OnError::Report,
+                    on_target_error: OnError::Report,
+                    filter_node_name: None,
+                    discard_source: false,
+                    perf: BackupPerf::default(),
+                },
+            )),
+            None => Box::new(Mirror::new(
+                source,
+                target,
+                MirrorSpec {
+                    device,
+                    target: on,
+                    sync: self.sync,
+                    speed: 0,
+                    replaces: None,
+                    granularity: None,
+                    buf_size: None,
+                    on_source_error: OnError::Report,
+                    on_target_error: OnError::Report,
+                    filter_node_name: None,
+                    copy_mode: CopyMode::Background,
+                },
+            )),
+        }
+    }
+
+    /// Copies; the target is opened without a backing, whatever its image names.
+    fn run(&self) {
+        let source: Rc<dyn Node> = self.source.open();
+        let file = self.target.file("file", &self.target.image, false);
+        let target = self.target.open_over(file, None);
+        let clock = VirtualClock::default();
+        let mut work = self.work(source.clone(), target.clone());
+        let running = Running::new(&clock, 0, ErrorPolicies::default());
+        let orders = running.orders.clone();
+        let ended = running.drive(
+            &mut *work,
+            |_| {},
+            |_| {
+                let here = self.source.world.step();
+                self.target.world.step() || here || clock.advance()
+            },
+        );
+        assert_eq!(ended, Some(Ok(())), "{:?}", self.target.setup);
+        let progress = &orders.progress;
+        assert_eq!(progress.current_bytes(), progress.total_bytes());
+        self.target.drive(target.close()).expect("closed");
+        self.source.drive(source.close()).expect("closed");
+    }
+}
+
+#[test]
+fn copies_of_chains_read_as_their_source_does() {
+    each_seed("blockyard-engine", "copies_of_chains", 150, |seed| {
+        let dice = Seed::new(seed);
+        let mut copy = Copy::random(seed);
+        copy.fill_source(&dice);
+        copy.run();
+        let node = copy.target.open();
+        assert_holds(&copy.target, &node, &copy.model, &dice);
+    });
+}
+
+#[test]
+fn a_copy_takes_room_for_data_only() {
+    each_seed("blockyard-engine", "a_copy_takes_room", 40, |seed| {
+        let dice = Seed::new(seed);
+        let mut copy = Copy::random(seed);
+        if copy.sync != SyncMode::Full || copy.target.setup.backing_bytes.is_some() {
+            return;
+        }
+        copy.fill_source(&dice);
+        copy.run();
+        let node = copy.target.open();
+        let cluster = copy.target.setup.cluster_bytes();
+        let all = ByteRange::new(0, copy.model.bytes.len() as u64);
+        let statuses = all.pieces(cluster).map(|piece| node.status(piece, 9));
+        let statuses = copy.target.drive(join_all(statuses));
+        let source = copy.source.open();
+        for (piece, status) in all.pieces(cluster).zip(statuses) {
+            let zero = copy.model.slice(piece).iter().all(|byte| *byte == 0);
+            let data = status.expect("told").iter().any(|extent| !extent.zero);
+            if zero && data {
+                // Zeroes that the source holds as data are data.
+                let chain: Rc<dyn Node> = source.clone();
+                let status = crate::node::chain::chain_status(&chain, None, piece, 99);
+                let told = copy.source.drive(status).expect("told");
+                let known = told
+                    .iter()
+                    .all(|extent| extent.content == crate::node::chain::Content::Zero);
+                assert!(!known, "{piece} of {:?}", copy.target.setup);
+            }
+        }
+        assert!([Version::V2, Version::V3].contains(&copy.target.setup.version));
+    });
+}
