@@ -10,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 use crate::control;
 use crate::daemon;
 use crate::terminal::copy::arguments::CopyKind;
+use crate::terminal::images::{compare, create, info, measure, resize};
 use crate::terminal::{self, Command, bench, check, copy};
 use crate::tour;
 
@@ -41,6 +42,11 @@ pub fn main() -> ExitCode {
         Command::Backup(arguments) => copy::run(CopyKind::Backup, &arguments).into(),
         Command::Mirror(arguments) => copy::run(CopyKind::Mirror, &arguments).into(),
         Command::Check(arguments) => check::run(&arguments),
+        Command::Compare(arguments) => compare::run(&arguments),
+        Command::Create(arguments) => create::run(&arguments).into(),
+        Command::Info(arguments) => info::run(&arguments).into(),
+        Command::Measure(arguments) => measure::run(&arguments).into(),
+        Command::Resize(arguments) => resize::run(&arguments).into(),
         Command::Qmp(arguments) => control::qmp::run(&arguments).into(),
         Command::Jobs(arguments) => control::jobs::run(&arguments).into(),
         Command::Tour(arguments) => tour::guide::run(&arguments).into(),

@@ -94,7 +94,8 @@ fn node(node: &NodeView) -> Value {
     value
 }
 
-fn image(view: &ImageView) -> Value {
+/// What a node's image is.
+pub(crate) fn image(view: &ImageView) -> Value {
     let mut value = json!({
         "filename": view.filename,
         "format": view.format,

@@ -14,6 +14,7 @@ mod create_raw;
 mod daemon;
 mod flows;
 mod host_device;
+mod image_commands;
 mod lifetimes;
 mod locks;
 mod mutations;

@@ -14,40 +14,72 @@ impl Graph {
     /// # Errors
     /// When the node is not there or in use, and as the work's.
     pub async fn work_on_image(&self, spec: ImageSpec) -> Result<ImageReply, EngineError> {
-        let edge = {
+        let edges = {
             let _held = self.hold().await;
-            let id = self.look_up(&spec.node)?;
-            let mut records = self.records.borrow_mut();
-            records.check_free(id)?;
-            records.check_unpinned(&records.component(id), None)?;
-            let mut edge = user(id, spec.work.writes());
-            if records.node(id).is_some_and(|node| node.force_share) {
-                edge.shared = Permissions::EVERY;
+            let mut nodes = vec![self.look_up(&spec.node)?];
+            if let Some(other) = spec.work.other() {
+                nodes.push(self.look_up(other)?);
             }
-            records.change_edges(|edges| edges.push(edge.clone()))?;
-            edge
+            self.take_for_image(&nodes, spec.work.writes())?
         };
-        // The edge keeps the node where it is.
-        let outcome = self.run_on_image(edge.child, spec).await;
+        // The edges keep the nodes where they are.
+        let nodes = edges.iter().map(|edge| edge.child).collect();
+        let outcome = self.run_on_image(nodes, spec).await;
         let mut records = self.records.borrow_mut();
-        if let Some(place) = records.edges.iter().position(|other| *other == edge)
-            && let Err(error) = records.change_edges(|edges| {
-                edges.remove(place);
-            })
-        {
-            let node = records.name_of(edge.child);
-            tracing::error!(%error, node, "a permission stays taken");
+        for edge in edges {
+            if let Some(place) = records.edges.iter().position(|other| *other == edge)
+                && let Err(error) = records.change_edges(|edges| {
+                    edges.remove(place);
+                })
+            {
+                let node = records.name_of(edge.child);
+                tracing::error!(%error, node, "a permission stays taken");
+            }
         }
         outcome
     }
 
-    async fn run_on_image(&self, id: NodeId, spec: ImageSpec) -> Result<ImageReply, EngineError> {
-        let thread = self.thread_of(id);
+    /// Takes nodes, all or none.
+    fn take_for_image(&self, nodes: &[NodeId], writes: bool) -> Result<Vec<Edge>, EngineError> {
+        let mut records = self.records.borrow_mut();
+        for id in nodes {
+            records.check_free(*id)?;
+            records.check_unpinned(&records.component(*id), None)?;
+        }
+        let edge = |id: &NodeId| {
+            let mut edge = user(*id, writes);
+            if records.node(*id).is_some_and(|node| node.force_share) {
+                edge.shared = Permissions::EVERY;
+            }
+            edge
+        };
+        let taken: Vec<Edge> = nodes.iter().map(edge).collect();
+        records.change_edges(|edges| edges.extend(taken.iter().cloned()))?;
+        Ok(taken)
+    }
+
+    async fn run_on_image(
+        &self,
+        ids: Vec<NodeId>,
+        spec: ImageSpec,
+    ) -> Result<ImageReply, EngineError> {
+        let Some(first) = ids.first() else {
+            return Err(EngineError::generic("Internal error: no node (bug)"));
+        };
+        let thread = self.thread_of(*first);
+        if ids.iter().any(|id| self.thread_of(*id) != thread) {
+            // Commands have one data thread; a daemon does no such work.
+            let text = "The nodes are on several data threads";
+            return Err(EngineError::generic(text));
+        }
         self.threads
             .run(thread, move |context| {
                 Box::pin(async move {
-                    match context.node(id) {
-                        Some(node) => images::run(node, spec.work, spec.watcher).await,
+                    let mut nodes = ids.iter().filter_map(|id| context.node(*id));
+                    match nodes.next() {
+                        Some(node) => {
+                            images::run(node, nodes.next(), spec.work, spec.watcher).await
+                        }
                         None => Err(EngineError::generic("Internal error: a node is lost (bug)")),
                     }
                 })

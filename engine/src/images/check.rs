@@ -2,15 +2,14 @@
 
 use std::rc::Rc;
 
-use blockyard_images::ImageError;
 use blockyard_images::qcow2::check::{
     self, CheckStop, Finding, Observer, Repair, Report, Severity as FoundSeverity,
 };
-use blockyard_storage::error::{ECANCELED, errno_text};
 use blockyard_storage::{LocalFuture, Storage};
 
 use crate::error::EngineError;
 use crate::images::watcher::{ImageEvent, ImageWatcher};
+use crate::images::{cancelled, refused};
 use crate::node::Node;
 use crate::node::child_storage::ChildStorage;
 
@@ -126,12 +125,8 @@ pub(super) async fn run(
         }
     };
     checked.map_err(|stop| match stop {
-        CheckStop::Cancelled => EngineError::generic(errno_text(ECANCELED)),
-        CheckStop::Failed(ImageError::Refused {
-            text,
-            detail: Some(detail),
-        }) => EngineError::generic(format!("{text} ({detail})")),
-        CheckStop::Failed(error) => EngineError::generic(error.to_string()),
+        CheckStop::Cancelled => cancelled(),
+        CheckStop::Failed(error) => refused(error),
     })
 }
 

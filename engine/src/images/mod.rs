@@ -4,14 +4,26 @@
 //! [`ImageReply`] list them. What they share is in [`watcher`]: progress, cancelling and what is told meanwhile.
 
 pub mod check;
+pub mod compare;
+pub mod create;
+pub mod info;
+pub mod measure;
+pub mod resize;
 pub mod watcher;
 
 use std::rc::Rc;
+
+use blockyard_images::ImageError;
+use blockyard_storage::error::{ECANCELED, errno_text};
 
 use crate::error::EngineError;
 use crate::node::Node;
 
 pub use check::{CheckSpec, CheckView, FindingView, RepairChoice, Severity};
+pub use compare::{CompareSpec, CompareView, Difference};
+pub use info::{InfoSpec, InfoView};
+pub use measure::{MeasureSpec, MeasureTarget, MeasureView};
+pub use resize::{NewLength, ResizeSpec, ResizeView};
 pub use watcher::{ImageEvent, ImageWatch, ImageWatcher};
 
 /// What to do, and with which node.
@@ -25,11 +37,28 @@ pub struct ImageSpec {
     pub watcher: ImageWatcher,
 }
 
+/// Formats that images have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// The file is the disk.
+    Raw,
+    /// The file begins with a header that says where the disk is.
+    Qcow2,
+}
+
 /// The kinds of work.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ImageWork {
     /// Checks a qcow2 image, and repairs it if wanted.
     Check(CheckSpec),
+    /// Compares the disk with another one.
+    Compare(CompareSpec),
+    /// Tells what an image says of itself.
+    Info(InfoSpec),
+    /// Finds out how much room an image with the same content needs.
+    Measure(MeasureSpec),
+    /// Gives the disk another length.
+    Resize(ResizeSpec),
 }
 
 impl ImageWork {
@@ -37,6 +66,16 @@ impl ImageWork {
     pub(crate) const fn writes(&self) -> bool {
         match self {
             ImageWork::Check(spec) => spec.repair.is_some(),
+            ImageWork::Resize(_) => true,
+            ImageWork::Compare(_) | ImageWork::Info(_) | ImageWork::Measure(_) => false,
+        }
+    }
+
+    /// The other node that is needed, by name.
+    pub(crate) fn other(&self) -> Option<&str> {
+        match self {
+            ImageWork::Compare(spec) => Some(&spec.other),
+            _ => None,
         }
     }
 }
@@ -46,14 +85,23 @@ impl ImageWork {
 pub enum ImageReply {
     /// Of [`ImageWork::Check`].
     Checked(CheckView),
+    /// Of [`ImageWork::Compare`].
+    Compared(CompareView),
+    /// Of [`ImageWork::Info`].
+    Described(Box<InfoView>),
+    /// Of [`ImageWork::Measure`].
+    Measured(MeasureView),
+    /// Of [`ImageWork::Resize`].
+    Resized(ResizeView),
 }
 
-/// Carries the work out on the node's thread.
+/// Carries the work out on the nodes' thread.
 ///
 /// # Errors
 /// As the work's.
 pub(crate) async fn run(
     node: Rc<dyn Node>,
+    other: Option<Rc<dyn Node>>,
     work: ImageWork,
     watcher: ImageWatcher,
 ) -> Result<ImageReply, EngineError> {
@@ -61,5 +109,35 @@ pub(crate) async fn run(
         ImageWork::Check(spec) => check::run(node, spec, &watcher)
             .await
             .map(ImageReply::Checked),
+        ImageWork::Compare(spec) => {
+            let other = other.ok_or_else(|| EngineError::generic("A node is missing (bug)"))?;
+            let compared = compare::run(node, other, spec.strict, &watcher).await;
+            compared.map(ImageReply::Compared)
+        }
+        ImageWork::Info(spec) => {
+            let view = info::run(node, spec).await?;
+            Ok(ImageReply::Described(Box::new(view)))
+        }
+        ImageWork::Measure(spec) => measure::run(node, spec, &watcher)
+            .await
+            .map(ImageReply::Measured),
+        ImageWork::Resize(spec) => resize::run(node, spec, &watcher)
+            .await
+            .map(ImageReply::Resized),
     }
+}
+
+/// An image is refused: with what says more, in brackets.
+fn refused(error: ImageError) -> EngineError {
+    match error {
+        ImageError::Refused {
+            text,
+            detail: Some(detail),
+        } => EngineError::generic(format!("{text} ({detail})")),
+        error => EngineError::generic(error.to_string()),
+    }
+}
+
+fn cancelled() -> EngineError {
+    EngineError::generic(errno_text(ECANCELED))
 }

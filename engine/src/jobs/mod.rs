@@ -4,7 +4,7 @@ mod backup;
 mod copier;
 #[cfg(test)]
 mod copier_tests;
-mod create;
+pub(crate) mod create;
 pub(crate) mod create_qcow2;
 mod create_raw;
 mod mirror;

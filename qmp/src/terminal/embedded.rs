@@ -11,7 +11,7 @@ use blockyard_engine::event::{Event, EventKind};
 use blockyard_engine::images::{ImageEvent, ImageReply, ImageSpec, ImageWatch, ImageWork};
 use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
-use blockyard_engine::reply::{JobView, Reply};
+use blockyard_engine::reply::{ImageView, JobView, Reply};
 use blockyard_engine::request::{
     CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, JobSpec, NodeRef, NodeSpec,
     Request, VerbFamily, WorkSpec,
@@ -275,6 +275,22 @@ impl Embedded {
         }))
         .await
         .map(drop)
+    }
+
+    /// What a node's file is.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn image_view(&self, name: &str) -> Result<ImageView, EngineError> {
+        let views = self
+            .call(Request::QueryNamedBlockNodes { flat: true })
+            .await?;
+        let found = match views {
+            Reply::Nodes(nodes) => nodes.into_iter().find(|node| node.node_name == name),
+            _ => None,
+        };
+        let missing = || EngineError::generic("Internal error: a node is lost (bug)");
+        found.map(|node| node.image).ok_or_else(missing)
     }
 
     /// Does something with the image on a node, shown under `name`; `told` hears what is told meanwhile. A signal cancels

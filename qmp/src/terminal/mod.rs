@@ -6,6 +6,7 @@ pub(crate) mod copy;
 pub mod display;
 pub(crate) mod embedded;
 pub mod exit;
+pub(crate) mod images;
 pub mod rate;
 
 use std::ffi::OsString;
@@ -19,6 +20,11 @@ use crate::terminal::bench::BenchArguments;
 use crate::terminal::check::arguments::CheckArguments;
 use crate::terminal::copy::arguments::CopyArguments;
 use crate::terminal::exit::{Exit, after_help, after_help_with};
+use crate::terminal::images::compare::{self, CompareArguments};
+use crate::terminal::images::create::CreateArguments;
+use crate::terminal::images::info::InfoArguments;
+use crate::terminal::images::measure::MeasureArguments;
+use crate::terminal::images::resize::ResizeArguments;
 use crate::tour::guide::TourArguments;
 
 /// What `--version` prints behind the program's name.
@@ -31,6 +37,8 @@ const EXAMPLES: &str = "  \
   blockyard tour
   blockyard backup disk.raw backup.raw
   blockyard mirror --verify disk.raw /mnt/other/disk.raw
+  blockyard create -f qcow2 image.qcow2 20G
+  blockyard info image.qcow2
   blockyard check image.qcow2
   blockyard bench --directory /mnt/disk
   blockyard daemon --help
@@ -48,6 +56,28 @@ const CHECK_EXAMPLES: &str = "  \
   blockyard check --repair leaks image.qcow2
   blockyard check --repair all --json /dev/vg/image";
 
+const INFO_EXAMPLES: &str = "  \
+  blockyard info image.qcow2
+  blockyard info --output json image.qcow2";
+
+const CREATE_EXAMPLES: &str = "  \
+  blockyard create disk.raw 20G
+  blockyard create -f qcow2 -o cluster_size=2M,preallocation=falloc image.qcow2 20G
+  blockyard create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
+  blockyard create -f qcow2 -o help";
+
+const RESIZE_EXAMPLES: &str = "  \
+  blockyard resize disk.raw +10G
+  blockyard resize -f raw --shrink disk.raw 5G";
+
+const MEASURE_EXAMPLES: &str = "  \
+  blockyard measure -O qcow2 --size 20G
+  blockyard measure -O qcow2 -o cluster_size=2M disk.raw";
+
+const COMPARE_EXAMPLES: &str = "  \
+  blockyard compare disk.raw copy.raw
+  blockyard compare --strict -f raw -F raw disk.raw copy.raw";
+
 const BENCH_EXAMPLES: &str = "  \
   blockyard bench --directory /mnt/disk --size 4G --rounds 5
   blockyard bench --job mirror --cache writeback
@@ -57,12 +87,29 @@ const MIRROR_EXAMPLES: &str = "  \
   blockyard mirror disk.raw /mnt/new/disk.raw
   blockyard mirror --force disk.raw /dev/vg/disk";
 
+/// Commands whose exit codes are those of qemu-img: some say more than failure with 2, so that all end with 1 after a wrong
+/// command line.
+const IMAGE_COMMANDS: [&str; 6] = ["check", "compare", "create", "info", "measure", "resize"];
+
 /// Runs backup, mirror and other block jobs on disk images
 #[derive(Debug, Parser)]
 #[command(name = "blockyard", version = VERSION, after_help = after_help(EXAMPLES))]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
+}
+
+/// The end of `--help` of a command on an image.
+fn image_help(examples: &str) -> String {
+    let codes = [
+        (Exit::Success.code(), Exit::Success.meaning()),
+        (
+            Exit::Failed.code(),
+            "failed or refused, or a wrong command line; a message says why",
+        ),
+        (Exit::Cancelled.code(), Exit::Cancelled.meaning()),
+    ];
+    after_help_with(examples, &codes)
 }
 
 /// One command and its arguments.
@@ -103,6 +150,37 @@ pub enum Command {
     /// MiB more (with --repair, 60 MiB); two or eight bytes where clusters have more than 255 or 65535 references.
     #[command(after_help = after_help_with(CHECK_EXAMPLES, &check::EXIT_CODES))]
     Check(CheckArguments),
+    /// Make a new image
+    ///
+    /// Makes a raw or qcow2 image whose disk reads as zeroes, or as that of BACKING. Nothing that exists is overwritten without
+    /// --force. The image is whole and durable when this ends; when it fails or is cancelled, a FILE that was new is removed.
+    #[command(after_help = image_help(CREATE_EXAMPLES))]
+    Create(CreateArguments),
+    /// Show what an image says of itself
+    ///
+    /// Prints format, length, room taken and what the header of a qcow2 image says, in the form of qemu-img info (dates are in
+    /// UTC). Only metadata is read, and what the image names is not opened, so that any file can be looked at, whoever wrote
+    /// it. FILE must not be in use by somebody who writes to it.
+    #[command(after_help = image_help(INFO_EXAMPLES))]
+    Info(InfoArguments),
+    /// Give the disk in an image another length
+    ///
+    /// What is added reads as zeroes. The change is durable when this ends. FILE must not be in use. Partitions and file systems
+    /// on the disk stay as they are: make them shorter before the disk, and longer after it.
+    #[command(after_help = image_help(RESIZE_EXAMPLES))]
+    Resize(ResizeArguments),
+    /// Find out how much room an image will need
+    ///
+    /// Prints how many bytes a new image needs that holds what FILE holds, or nothing yet of a disk of SIZE, and how many once
+    /// all of it has been written, in the form of qemu-img measure.
+    #[command(after_help = image_help(MEASURE_EXAMPLES))]
+    Measure(MeasureArguments),
+    /// Compare the disks in two images
+    ///
+    /// Reads both until they differ, and says so in the words and with the exit codes of qemu-img compare. Where both hold
+    /// zeroes nothing is read. If one is longer than the other, what is behind the end of the shorter one counts as zeroes.
+    #[command(after_help = after_help_with(COMPARE_EXAMPLES, &compare::EXIT_CODES))]
+    Compare(CompareArguments),
     /// Measure how fast this machine copies
     ///
     /// Copies a file of SIZE made for it in DIR, or SRC to DST, several times, each from the start of a job until the copy is
@@ -137,10 +215,10 @@ pub enum Command {
 /// How to exit when there is nothing to run: help, the version or what is wrong has been printed.
 pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Exit> {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
-    // With `check`, 2 says that an image is corrupt, as with `qemu-img check`.
-    let usage = match arguments.get(1) {
-        Some(command) if command == "check" => Exit::Failed,
-        _ => Exit::Usage,
+    let is_image_command = |name: &OsString| IMAGE_COMMANDS.iter().any(|command| name == command);
+    let usage = match arguments.get(1).is_some_and(is_image_command) {
+        true => Exit::Failed,
+        false => Exit::Usage,
     };
     let parsed = Arguments::try_parse_from(arguments);
     parsed.map(|arguments| arguments.command).map_err(|error| {

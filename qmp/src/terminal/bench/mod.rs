@@ -157,7 +157,7 @@ async fn measure(
     let source_direct = add_source(embedded, &source)
         .await
         .map_err(Copied::refused)?;
-    let target = Target::claim(target, arguments.force, &source).map_err(Copied::refused)?;
+    let target = Target::claim(target, arguments.force, Some(&source)).map_err(Copied::refused)?;
     let options = CopyOptions {
         kind: arguments.job,
         speed: arguments.pace.speed,

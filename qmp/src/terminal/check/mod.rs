@@ -120,6 +120,7 @@ async fn check(embedded: &mut Embedded, arguments: &CheckArguments) -> Checked {
         .await;
     match done {
         Ok(ImageReply::Checked(view)) => Checked::Done(view),
+        Ok(_) => cannot("check", EngineError::generic("another reply (bug)")),
         Err(_) if embedded.interrupt.is_asked() => Checked::Cancelled,
         Err(error) if repair.is_some() => cannot("repair", error),
         Err(error) => cannot("check", error),

@@ -88,7 +88,7 @@ pub(crate) fn json(view: &CheckView, file: &Path) -> String {
 }
 
 /// JSON indented by four spaces, as QEMU's tools print it.
-fn indented(value: &Value) -> String {
+pub(crate) fn indented(value: &Value) -> String {
     let mut bytes = Vec::new();
     let formatter = PrettyFormatter::with_indent(b"    ");
     let mut serializer = Serializer::with_formatter(&mut bytes, formatter);

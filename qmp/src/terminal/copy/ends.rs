@@ -85,6 +85,14 @@ impl Source {
         self.length_bytes.next_multiple_of(SECTOR_BYTES)
     }
 
+    /// Who may not read the disk may not read its copy.
+    fn mode_of_copy(&self) -> u32 {
+        match self.is_device {
+            true => 0o600,
+            false => self.mode & 0o666 | 0o200,
+        }
+    }
+
     /// The format whose images begin like this one, if it is not raw.
     ///
     /// # Errors
@@ -148,14 +156,17 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// Makes the file, or opens what is there if it may be overwritten. Nothing that was there has changed.
+    /// Makes the file, or opens what is there if it may be overwritten. Nothing that was there has changed. With a source, it
+    /// is another file that has room for it, and a new one may be read by nobody who may not read the source.
     ///
     /// # Errors
     /// For the user: what is in the way, and what to do about it.
-    pub(crate) fn claim(path: &Path, force: bool, source: &Source) -> Result<Self, String> {
+    pub(crate) fn claim(path: &Path, force: bool, source: Option<&Source>) -> Result<Self, String> {
         match fs::metadata(path) {
             Ok(facts) => Self::take(path, &facts, force, source),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::make(path, source),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Self::make(path, source.map_or(0o644, Source::mode_of_copy))
+            }
             Err(error) => Err(format!("cannot open {}: {}", shown(path), reason(&error))),
         }
     }
@@ -164,10 +175,12 @@ impl Target {
         path: &Path,
         facts: &fs::Metadata,
         force: bool,
-        source: &Source,
+        source: Option<&Source>,
     ) -> Result<Self, String> {
         let is_device = kind_of(path, facts)?;
-        if Identity::of(facts) == source.identity {
+        if let Some(source) = source
+            && Identity::of(facts) == source.identity
+        {
             return Err(format!(
                 "{} and {} are the same {}",
                 shown(&source.path),
@@ -201,7 +214,10 @@ impl Target {
         } else {
             0
         };
-        if is_device && device_bytes < source.size_bytes() {
+        if let Some(source) = source
+            && is_device
+            && device_bytes < source.size_bytes()
+        {
             return Err(format!(
                 "{} has {device_bytes} bytes, too few for the {} of {}",
                 shown(path),
@@ -221,7 +237,7 @@ impl Target {
     }
 
     /// Nobody else's file is ever taken for a new one, whenever it appears.
-    fn make(path: &Path, source: &Source) -> Result<Self, String> {
+    fn make(path: &Path, mode: u32) -> Result<Self, String> {
         let cannot = |error: io::Error| {
             if error.kind() == io::ErrorKind::AlreadyExists && path.is_symlink() {
                 return format!("{} is a symbolic link that leads nowhere", shown(path));
@@ -240,12 +256,7 @@ impl Target {
             .read(true)
             .write(true)
             .create_new(true)
-            // Who may not read the disk may not read its copy.
-            .mode(if source.is_device {
-                0o600
-            } else {
-                source.mode & 0o666 | 0o200
-            })
+            .mode(mode)
             .open(path)
             .map_err(cannot)?;
         let facts = file.metadata().map_err(cannot)?;
@@ -265,11 +276,21 @@ impl Target {
     /// # Errors
     /// For the user: what is in the way; also when the name belongs to another file by now.
     pub(crate) fn finish(&self, length_bytes: u64) -> Result<(), String> {
+        self.make_durable(Some(length_bytes))
+    }
+
+    /// File and name are durable when this returns, the file with that length, if one is given.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub(crate) fn make_durable(&self, length_bytes: Option<u64>) -> Result<(), String> {
         if self.is_device {
             return Ok(());
         }
         let cut = || -> io::Result<()> {
-            if self.file.metadata()?.len() != length_bytes {
+            if let Some(length_bytes) = length_bytes
+                && self.file.metadata()?.len() != length_bytes
+            {
                 self.file.set_len(length_bytes)?;
             }
             self.file.sync_all()?;

@@ -65,7 +65,7 @@ async fn copy(embedded: &mut Embedded, kind: CopyKind, arguments: &CopyArguments
     if let Err(text) = add_source(embedded, &source).await {
         return Copied::refused(text);
     }
-    let target = match Target::claim(&arguments.target, arguments.force, &source) {
+    let target = match Target::claim(&arguments.target, arguments.force, Some(&source)) {
         Ok(target) => target,
         Err(text) => return Copied::refused(text),
     };

@@ -1,0 +1,124 @@
+//! The commands that look at or change one image: `info`, `measure`, `compare`, `create`, `resize`, with the output and exit
+//! codes of qemu-img's commands of these names.
+//!
+//! No format is guessed where it decides how bytes are read or written. Without a format an image is raw, unless it begins
+//! like another kind of image: then it is refused until the user says which it is.
+
+pub(crate) mod compare;
+pub(crate) mod create;
+pub(crate) mod create_options;
+pub(crate) mod info;
+pub(crate) mod info_report;
+pub(crate) mod measure;
+pub(crate) mod resize;
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use blockyard_engine::images::ImageFormat;
+
+use crate::terminal::check::arguments::Format;
+use crate::terminal::copy::ends::{Source, shown};
+use crate::terminal::embedded::{Embedded, ImageFile, Sharing};
+
+impl From<Format> for ImageFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => ImageFormat::Raw,
+            Format::Qcow2 => ImageFormat::Qcow2,
+        }
+    }
+}
+
+/// An image to open.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Disk<'a> {
+    /// Name of its node.
+    pub(crate) node: &'static str,
+    /// Where it is.
+    pub(crate) path: &'a Path,
+    /// What the user says that it is.
+    pub(crate) format: Option<Format>,
+    /// How the user can say it.
+    pub(crate) option: &'static str,
+    pub(crate) read_only: bool,
+    pub(crate) sharing: Sharing,
+}
+
+impl Disk<'_> {
+    /// What it is, by the user's word.
+    ///
+    /// # Errors
+    /// For the user: it cannot be read, or may be something else.
+    pub(crate) fn format(&self) -> Result<Format, String> {
+        let source = Source::open(self.path)?;
+        match self.format {
+            Some(format) => Ok(format),
+            None => match source.looks_like()? {
+                None => Ok(Format::Raw),
+                Some("qcow2") => Err(format!(
+                    "{} looks like a qcow2 image; say {option} qcow2 to use it as one, or {option} raw for the bytes \
+                     of the file",
+                    shown(self.path),
+                    option = self.option
+                )),
+                Some(other) => Err(format!(
+                    "{} looks like a {other} image, a format that is not supported; say {} raw for the bytes of the \
+                     file",
+                    shown(self.path),
+                    self.option
+                )),
+            },
+        }
+    }
+
+    /// Opens the file that it is in, and takes its image locks.
+    ///
+    /// # Errors
+    /// For the user.
+    pub(crate) async fn open_file(&self, embedded: &Embedded) -> Result<(), String> {
+        let is_device =
+            fs::metadata(self.path).is_ok_and(|facts| facts.file_type().is_block_device());
+        let file = ImageFile {
+            name: self.node,
+            path: self.path.to_owned(),
+            is_device,
+            read_only: self.read_only,
+            sharing: self.sharing,
+        };
+        let opened = embedded.add_image_file(&file).await;
+        opened.map_err(|error| could_not_open(self.path, &error))
+    }
+
+    /// Opens the disk in it.
+    ///
+    /// # Errors
+    /// For the user.
+    pub(crate) async fn open(&self, embedded: &Embedded) -> Result<Format, String> {
+        let format = self.format()?;
+        match format {
+            Format::Raw => self.open_file(embedded).await?,
+            Format::Qcow2 => {
+                return Err(format!(
+                    "cannot open {}: the disk in a qcow2 image cannot be reached by this command yet",
+                    shown(self.path)
+                ));
+            }
+        }
+        Ok(format)
+    }
+}
+
+/// What qemu-img says then.
+pub(crate) fn could_not_open(path: &Path, error: impl std::fmt::Display) -> String {
+    format!("Could not open {}: {error}", shown(path))
+}
+
+/// How much others may do meanwhile.
+pub(crate) const fn sharing(force_share: bool) -> Sharing {
+    match force_share {
+        true => Sharing::Everything,
+        false => Sharing::Readers,
+    }
+}

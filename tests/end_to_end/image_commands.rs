@@ -1,0 +1,419 @@
+//! `info`, `create`, `resize`, `measure` and `compare` held against qemu-img: the same output, exit codes and files.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::place::{MIB, Place, code, complaint};
+use crate::tools;
+
+fn have_qemu_img() -> bool {
+    tools::have_oracle() && tools::have("qemu-img", "qemu-utils")
+}
+
+fn qemu_img(place: &Place, arguments: &[&str]) -> Output {
+    let mut command = Command::new("qemu-img");
+    command
+        .args(arguments)
+        .env("TZ", "UTC")
+        .current_dir(place.folder.path());
+    command.output().expect("it runs")
+}
+
+fn make(place: &Place, arguments: &[&str]) {
+    let output = qemu_img(place, arguments);
+    assert_eq!(code(&output), 0, "{arguments:?}: {}", complaint(&output));
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Both print the same and end the same.
+fn same(place: &Place, arguments: &[&str]) {
+    let (ours, theirs) = (place.run(arguments), qemu_img(place, arguments));
+    let complaints = format!("{}\n{}", complaint(&ours), complaint(&theirs));
+    assert_eq!(text(&ours), text(&theirs), "{arguments:?}: {complaints}");
+    assert_eq!(code(&ours), code(&theirs), "{arguments:?}: {complaints}");
+}
+
+/// Both print the same members, in whatever order.
+fn same_json(place: &Place, arguments: &[&str]) {
+    let read = |output: &Output| -> Value {
+        let value = serde_json::from_slice(&output.stdout);
+        value.unwrap_or_else(|_| panic!("{arguments:?}: {}", complaint(output)))
+    };
+    let (ours, theirs) = (place.run(arguments), qemu_img(place, arguments));
+    assert_eq!(read(&ours), read(&theirs), "{arguments:?}");
+    assert_eq!(code(&ours), code(&theirs), "{arguments:?}");
+}
+
+fn file(place: &Place, name: &str, length_bytes: u64, content: &[(u64, u8)]) {
+    let file = File::create(place.path(name)).expect("made");
+    file.set_len(length_bytes).expect("its length");
+    for (offset, byte) in content {
+        file.write_all_at(&[*byte; 4096], *offset).expect("written");
+    }
+}
+
+#[test]
+fn info_prints_what_qemu_img_prints() {
+    if !have_qemu_img() {
+        return;
+    }
+    let place = Place::new();
+    file(&place, "base.raw", MIB, &[(0, 1)]);
+    fs::write(place.path("odd"), "abc").expect("written");
+    fs::create_dir(place.path("folder")).expect("made");
+    let images: [(&str, &[&str]); 6] = [
+        ("v3", &[]),
+        ("v2", &["-o", "compat=0.10"]),
+        ("overlay", &["-b", "base.raw", "-F", "raw"]),
+        ("folder/overlay", &["-b", "../base.raw", "-F", "raw"]),
+        (
+            "outside",
+            &["-o", "data_file=data,data_file_raw=on,extended_l2=on"],
+        ),
+        (
+            "special",
+            &[
+                "-o",
+                "compression_type=zstd,lazy_refcounts=on,refcount_bits=64,cluster_size=4k",
+            ],
+        ),
+    ];
+    for (name, options) in images {
+        make(
+            &place,
+            &[&["create", "-q", "-f", "qcow2"], options, &[name, "5M"]].concat(),
+        );
+    }
+    make(&place, &["snapshot", "-c", "before", "v3"]);
+    make(
+        &place,
+        &["snapshot", "-c", "a rather long name of one", "v3"],
+    );
+    make(&place, &["bitmap", "--add", "v3", "one"]);
+    make(
+        &place,
+        &["bitmap", "--add", "--disable", "-g", "1M", "v3", "two"],
+    );
+    for name in ["base.raw", "odd"]
+        .into_iter()
+        .chain(images.map(|(name, _)| name))
+    {
+        same(&place, &["info", name]);
+        same_json(&place, &["info", "--output=json", name]);
+        same(&place, &["info", "-U", "-f", "raw", name]);
+    }
+    // Its magic and nothing else.
+    fs::write(place.path("broken"), b"QFI\xfb").expect("written");
+    place.fail(&["info", "broken"], "Could not open 'broken': ");
+    place.fail(
+        &["info", "-f", "qcow2", "base.raw"],
+        "Image is not in qcow2 format",
+    );
+    place.fail(
+        &["info", "none"],
+        "cannot read 'none': No such file or directory",
+    );
+    place.fail(&["info"], "FILE");
+}
+
+#[test]
+fn info_never_opens_what_an_image_names() {
+    if !have_qemu_img() {
+        return;
+    }
+    let place = Place::new();
+    for name in ["/proc/self/environ", "json:{}", "fifo"] {
+        make(
+            &place,
+            &[
+                "create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "raw", "image", "1M",
+            ],
+        );
+        let shown = text(&place.succeed(&["info", "image"]));
+        assert!(
+            shown.contains(&format!("\nbacking file: {name}\n")),
+            "{shown}"
+        );
+    }
+}
+
+#[test]
+fn measures_are_those_of_qemu_img() {
+    if !have_qemu_img() {
+        return;
+    }
+    let place = Place::new();
+    file(&place, "disk", 10 * MIB, &[(0, 1), (5 * MIB, 2)]);
+    for options in [
+        &["-O", "raw"][..],
+        &["-O", "qcow2"],
+        &["-O", "qcow2", "-o", "cluster_size=4k"],
+        &["-O", "qcow2", "-o", "preallocation=full,refcount_bits=1"],
+        &["-O", "qcow2", "-o", "extended_l2=on,cluster_size=1M"],
+    ] {
+        for source in [&["--size", "1G"][..], &["-f", "raw", "disk"]] {
+            let arguments = [&["measure"], options, source].concat();
+            same(&place, &arguments);
+            same_json(&place, &[&arguments[..], &["--output=json"]].concat());
+        }
+    }
+    place.fail(
+        &[
+            "measure",
+            "-O",
+            "qcow2",
+            "-o",
+            "cluster_size=3",
+            "--size",
+            "1M",
+        ],
+        "Cluster size must be a power of two between 512 and 2048k",
+    );
+    place.fail(&["measure"], "FILE");
+    place.fail(&["measure", "--size", "1M", "disk"], "cannot be used with");
+}
+
+#[test]
+fn new_images_are_whole_and_those_of_qemu_img() {
+    if !have_qemu_img() {
+        return;
+    }
+    let place = Place::new();
+    for options in [
+        &[][..],
+        &["-o", "compat=0.10,cluster_size=512"],
+        &["-o", "preallocation=metadata,extended_l2=on"],
+        &[
+            "-o",
+            "compression_type=zstd,lazy_refcounts=on,refcount_bits=1",
+        ],
+    ] {
+        let create = |name| [&["create", "-q", "-f", "qcow2"], options, &[name, "5M"]].concat();
+        place.succeed(&create("image"));
+        make(&place, &["check", "-q", "image"]);
+        let shown = |name: &str| {
+            let mut value: Value =
+                serde_json::from_slice(&qemu_img(&place, &["info", "--output=json", name]).stdout)
+                    .expect("JSON");
+            for member in ["filename", "actual-size", "children"] {
+                value.as_object_mut().expect("an object").remove(member);
+            }
+            value
+        };
+        let ours = shown("image");
+        make(&place, &create("image"));
+        assert_eq!(ours, shown("image"), "{options:?}");
+        fs::remove_file(place.path("image")).expect("removed");
+    }
+    place.succeed(&["create", "disk.raw", "3M"]);
+    assert_eq!(place.read("disk.raw"), vec![0; 3 * MIB as usize]);
+    place.succeed(&["create", "-o", "preallocation=full,size=1000", "odd.raw"]);
+    assert_eq!(place.read("odd.raw").len(), 1024);
+}
+
+#[test]
+fn an_overlay_is_as_long_as_its_backing_file() {
+    if !have_qemu_img() {
+        return;
+    }
+    let place = Place::new();
+    fs::create_dir(place.path("folder")).expect("made");
+    place.succeed(&["create", "-f", "qcow2", "folder/base", "7M"]);
+    place.succeed(&[
+        "create",
+        "-f",
+        "qcow2",
+        "-b",
+        "base",
+        "-F",
+        "qcow2",
+        "folder/overlay",
+    ]);
+    same(&place, &["info", "folder/overlay"]);
+    let shown = text(&qemu_img(&place, &["info", "folder/overlay"]));
+    assert!(
+        shown.contains("virtual size: 7 MiB") && shown.contains("backing file: base"),
+        "{shown}"
+    );
+    let before = place.names();
+    let refused: [(&[&str], &str); 6] = [
+        (&["-b", "none", "-F", "raw", "new"], "'none'"),
+        (&["-b", "folder/base", "new"], "--backing-format"),
+        (
+            &["-o", "backing_file=folder/base", "new"],
+            "say -F raw or -F qcow2",
+        ),
+        (
+            &["-u", "-b", "none", "-F", "raw", "new"],
+            "Image creation needs a size parameter",
+        ),
+        (
+            &["-b", "folder", "-F", "raw", "new", "1M"],
+            "is a directory",
+        ),
+        (
+            &["-b", "folder/base", "-F", "vmdk", "new"],
+            "Unknown driver 'vmdk'",
+        ),
+    ];
+    for (arguments, words) in refused {
+        place.fail(&[&["create", "-f", "qcow2"], arguments].concat(), words);
+    }
+    assert_eq!(place.names(), before);
+    place.succeed(&[
+        "create", "-f", "qcow2", "-u", "-b", "none", "-F", "raw", "new", "1M",
+    ]);
+}
+
+#[test]
+fn nothing_is_overwritten_unasked_and_nothing_half_made_stays() {
+    let place = Place::new();
+    let bytes = place.data("there", 5000);
+    place.fail(
+        &["create", "-f", "qcow2", "there", "1M"],
+        "--force overwrites it",
+    );
+    place.fail(&["create", "there", "1M"], "--force overwrites it");
+    assert_eq!(place.read("there"), bytes);
+    let refused = ["create", "-f", "qcow2", "-o", "cluster_size=3", "new", "1M"];
+    place.fail(&refused, "Cluster size must be a power of two");
+    place.fail(&["create", "new"], "Image creation needs a size parameter");
+    place.fail(
+        &["create", "-o", "cluster_size=4k", "new", "1M"],
+        "Invalid parameter",
+    );
+    let twice = ["create", "-o", "size=1M", "new", "1M"];
+    place.fail(&twice, "The image size must be specified only once");
+    // The data file is there, so that the image is given up.
+    let outside = [
+        "create",
+        "-f",
+        "qcow2",
+        "-o",
+        "data_file=there",
+        "new",
+        "1M",
+    ];
+    place.fail(&outside, "--force overwrites it");
+    assert_eq!(place.names(), ["there"]);
+    place.succeed(&["create", "--force", "-f", "qcow2", "there", "1M"]);
+    assert!(place.read("there").starts_with(b"QFI\xfb"));
+    place.succeed(&["create", "--force", "there", "1M"]);
+    assert_eq!(place.read("there"), vec![0; MIB as usize]);
+    let help = text(&place.succeed(&["create", "-f", "qcow2", "-o", "help"]));
+    assert!(help.contains("cluster_size=<size>"), "{help}");
+}
+
+#[test]
+fn raw_disks_change_their_length() {
+    let place = Place::new();
+    let mut bytes = place.data("disk", 10_240);
+    place.succeed(&["resize", "disk", "+2k"]);
+    bytes.resize(12_288, 0);
+    assert_eq!(place.read("disk"), bytes);
+    let words = "Use the --shrink option to perform a shrink operation.";
+    place.fail(&["resize", "disk", "-4k"], words);
+    place.fail(&["resize", "disk", "1k"], words);
+    place.fail(
+        &["resize", "--shrink", "disk", "0"],
+        "New image size must be positive",
+    );
+    place.fail(
+        &["resize", "--shrink", "disk", "-1G"],
+        "New image size must be positive",
+    );
+    assert_eq!(place.read("disk"), bytes);
+    place.succeed(&["resize", "--shrink", "disk", "-4k"]);
+    bytes.truncate(8192);
+    assert_eq!(place.read("disk"), bytes);
+    let words = "Preallocation can only be used for growing images";
+    place.fail(&["resize", "--preallocation", "full", "disk", "8k"], words);
+    let words = "Unsupported preallocation mode: metadata";
+    place.fail(
+        &["resize", "--preallocation", "metadata", "disk", "1M"],
+        words,
+    );
+    for mode in ["falloc", "full"] {
+        place.succeed(&["resize", "--preallocation", mode, "disk", "+1M"]);
+        bytes.resize(bytes.len() + MIB as usize, 0);
+        assert_eq!(place.read("disk"), bytes);
+    }
+    let rooms = fs::metadata(place.path("disk")).expect("there");
+    assert!(std::os::unix::fs::MetadataExt::blocks(&rooms) * 512 >= 2 * MIB);
+    fs::write(place.path("image"), b"QFI\xfb and more").expect("written");
+    place.fail(
+        &["resize", "image", "1M"],
+        "looks like a qcow2 image; say -f qcow2",
+    );
+    place.fail(&["resize", "disk", "1x"], "a number of bytes");
+}
+
+#[test]
+fn comparisons_say_what_qemu_img_says() {
+    if !have_qemu_img() {
+        return;
+    }
+    let place = Place::new();
+    file(&place, "one", 10 * MIB, &[(4 * MIB, 1), (7 * MIB, 2)]);
+    file(
+        &place,
+        "same",
+        10 * MIB,
+        &[(4 * MIB, 1), (7 * MIB, 2), (2 * MIB, 0)],
+    );
+    file(&place, "longer", 12 * MIB, &[(4 * MIB, 1), (7 * MIB, 2)]);
+    file(
+        &place,
+        "tail",
+        12 * MIB,
+        &[(4 * MIB, 1), (7 * MIB, 2), (11 * MIB, 1)],
+    );
+    file(&place, "other", 10 * MIB, &[(4 * MIB, 1), (7 * MIB, 3)]);
+    let changed = File::options()
+        .write(true)
+        .open(place.path("same"))
+        .expect("opened");
+    for (one, other) in [
+        ("one", "same"),
+        ("one", "longer"),
+        ("longer", "one"),
+        ("one", "tail"),
+        ("tail", "longer"),
+        ("one", "other"),
+        ("other", "tail"),
+        ("one", "one"),
+    ] {
+        same(&place, &["compare", "-f", "raw", "-F", "raw", one, other]);
+        same(
+            &place,
+            &["compare", "-q", "-f", "raw", "-F", "raw", other, one],
+        );
+    }
+    same(
+        &place,
+        &["compare", "-s", "-f", "raw", "-F", "raw", "one", "longer"],
+    );
+    same(
+        &place,
+        &["compare", "-s", "-f", "raw", "-F", "raw", "one", "one"],
+    );
+    for offset in [0, 511, 512, 4 * MIB + 1000, 10 * MIB - 1] {
+        changed.write_all_at(&[9], offset).expect("written");
+        same(
+            &place,
+            &["compare", "-f", "raw", "-F", "raw", "one", "same"],
+        );
+        changed
+            .write_all_at(&[u8::from(offset == 4 * MIB + 1000)], offset)
+            .expect("written");
+    }
+    let output = place.run(&["compare", "one", "none"]);
+    assert_eq!(code(&output), 2, "{}", complaint(&output));
+    assert_eq!(code(&place.run(&["compare", "one"])), 1);
+}
