@@ -8,17 +8,17 @@ use blockyard_images::qcow2::layout::header::{Access, Header};
 
 use crate::recount::bytes;
 
-/// What the guest sees of an image with the L1 table at `l1`, over `below`.
+/// What a guest sees of `length` bytes that the L1 table at `l1` leads to, over `below`.
 pub(crate) fn guest_bytes_of(
     file: &[u8],
     data_file: Option<&[u8]>,
     below: &[u8],
     l1: (u64, u64),
+    length: u64,
 ) -> Vec<u8> {
     let header = Header::parse(file, Access::Check).expect("an image");
     let geometry = header.geometry;
     let cluster_bytes = geometry.cluster_bytes();
-    let length = header.guest_bytes();
     let mut disk = bytes(below, 0, length.next_multiple_of(cluster_bytes));
     for (index, cluster) in disk.chunks_mut(cluster_bytes as usize).enumerate() {
         let index = index as u64;
@@ -65,5 +65,5 @@ pub(crate) fn guest_bytes_of(
 pub(crate) fn guest_bytes(file: &[u8], data_file: Option<&[u8]>, below: &[u8]) -> Vec<u8> {
     let header = Header::parse(file, Access::Check).expect("an image");
     let l1 = (header.l1_table.0, u64::from(header.l1_entries));
-    guest_bytes_of(file, data_file, below, l1)
+    guest_bytes_of(file, data_file, below, l1, header.guest_bytes())
 }

@@ -8,12 +8,13 @@ use blockyard_images::qcow2::Qcow2;
 use blockyard_images::qcow2::layout::header::{Access, Header};
 use blockyard_images::qcow2::units::{GuestCluster, Version};
 use blockyard_simulator::{Seed, each_seed};
-use blockyard_storage::{ByteRange, MemoryStorage, Storage};
+use blockyard_storage::{Buffer, ByteRange, MemoryStorage, Storage};
 
-use crate::disk_model::guest_bytes;
+use crate::disk_model::{guest_bytes, guest_bytes_of};
 use crate::mover::Mover;
-use crate::recount::{bytes, recount};
+use crate::recount::{bytes, recount, snapshot_tables};
 use crate::setup::{Setup, all_bytes, now, patches};
+use crate::snapshot;
 
 /// What a guest does.
 #[derive(Clone, Debug)]
@@ -138,6 +139,8 @@ struct Run {
     data: Option<Rc<MemoryStorage>>,
     mover: Mover,
     model: Model,
+    /// What an internal snapshot holds.
+    snapshot: Option<Vec<u8>>,
 }
 
 impl Run {
@@ -149,6 +152,7 @@ impl Run {
             setup,
             file,
             data,
+            snapshot: None,
         }
     }
 
@@ -168,14 +172,47 @@ impl Run {
             }
             Step::Flush => now(mover.image.flush()).expect("flushed"),
             Step::Clean => mover.image.clean_caches(),
+            Step::Resize(length) if self.has_fixed_length() => {
+                let refused = now(mover.image.resize(*length)).expect_err("it has snapshots");
+                let text = "Can't resize a v2 image which has snapshots";
+                assert_eq!(refused.to_string(), text);
+                return;
+            }
             Step::Resize(length) => self.resize(*length),
             Step::Reopen => {
                 now(mover.image.close()).expect("closed");
                 self.check_file();
+                self.take_snapshot();
                 self.mover = self::mover(&self.setup, &self.file, self.data.as_ref());
             }
         }
         self.model.apply(step);
+    }
+
+    fn has_fixed_length(&self) -> bool {
+        self.snapshot.is_some() && self.setup.create.version == Version::V2
+    }
+
+    /// Takes a snapshot sometimes, if there is none.
+    fn take_snapshot(&mut self) {
+        let file = all_bytes(&self.file);
+        let wanted = self.model.disk.len() % 3 == 0 || self.model.disk.first() > Some(&128);
+        if let Some(shared) = wanted.then(|| snapshot::take(&file)).flatten() {
+            let copy = Buffer::copy_of(&shared);
+            now(self.file.write(0, copy)).outcome.expect("memory");
+            self.snapshot = Some(self.model.disk.clone());
+            self.check_file();
+        }
+    }
+
+    fn check_snapshot(&self, file: &[u8], below: &[u8]) {
+        let Some(snapshot) = &self.snapshot else {
+            return;
+        };
+        let header = Header::parse(file, Access::ReadWrite).expect("sound");
+        let l1 = snapshot_tables(file, &header)[0];
+        let held = guest_bytes_of(file, None, below, l1, snapshot.len() as u64);
+        assert!(held == *snapshot, "the snapshot has changed");
     }
 
     fn resize(&mut self, length: u64) {
@@ -204,6 +241,7 @@ impl Run {
             let held = bytes(data, 0, disk.len() as u64);
             assert!(held == disk, "the data file is not what the guest sees");
         }
+        self.check_snapshot(&file, below);
         let header = Header::parse(&file, Access::ReadWrite).expect("sound");
         assert!(!header.is_dirty());
     }
