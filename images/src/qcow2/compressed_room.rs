@@ -155,7 +155,7 @@ impl Qcow2 {
                     continue;
                 }
                 Counted::Wait => {
-                    self.wait_for_cut().await;
+                    self.wait_for_claims().await;
                     continue;
                 }
             }

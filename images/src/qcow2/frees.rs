@@ -16,6 +16,9 @@ use crate::qcow2::units::{ClusterCount, HostCluster, HostOffset};
 /// Runs of clusters that may wait for their unlinking to be durable, before it is made so.
 const UNLINKED_MAX: usize = 4096;
 
+/// Runs of clusters that may wait for leases.
+const RETIRED_MAX: usize = 65_536;
+
 /// Host clusters that lose one reference each.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Free {
@@ -63,9 +66,11 @@ impl ImageState {
         self.unlinked.borrow().len() > UNLINKED_MAX
     }
 
-    /// Nothing on the medium leads to `frees` any more.
+    /// Nothing on the medium leads to `frees` any more. When somebody holds a lease for so long that too much waits for it, they
+    /// stay counted: that costs room, which a check gives back, but no memory.
     pub(super) fn retire(&self, frees: Vec<Free>) {
-        if !frees.is_empty() {
+        let waiting = self.leases.fold_waiting(0, |sum, frees| sum + frees.len());
+        if !frees.is_empty() && waiting + frees.len() <= RETIRED_MAX {
             self.leases.retire(frees);
         }
     }

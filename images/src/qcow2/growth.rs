@@ -119,7 +119,7 @@ impl Qcow2 {
                 Counted::Load(slice) => self.load_counts(slice).await?,
                 Counted::Write => self.commit_counts().await?,
                 Counted::GrowTable => self.grow_refcount_table().await?,
-                Counted::Wait => self.wait_for_cut().await,
+                Counted::Wait => self.wait_for_claims().await,
             }
         }
     }
@@ -200,6 +200,14 @@ impl ImageState {
     /// Takes `wanted` clusters that stand together behind everything else.
     async fn claim_region(self: &Rc<Self>, wanted: ClusterCount) -> Result<Claim, ImageError> {
         self.check_sound()?;
+        // Nothing counts these clusters before their blocks are written, so nothing else would keep others away.
+        self.claims_wait.set(true);
+        let claimed = self.claim_uncounted(wanted).await;
+        self.claims_wait.set(false);
+        claimed
+    }
+
+    async fn claim_uncounted(self: &Rc<Self>, wanted: ClusterCount) -> Result<Claim, ImageError> {
         let per_block = self.geometry.refcounts_per_block();
         let region = loop {
             let entries = self.counts.table.borrow().len();
@@ -220,8 +228,6 @@ impl ImageState {
             }
         };
         self.check_region(&region)?;
-        // From here on nobody else takes these clusters: none of them is free any more as soon as they are counted, and before
-        // that they are behind what anybody has been given.
         self.touch(&region);
         self.write_blocks(&region).await?;
         self.sync().await?;

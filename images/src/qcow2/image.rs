@@ -77,8 +77,8 @@ pub(super) struct ImageState {
     pub(super) marked: Cell<Option<DiskChange>>,
     /// It was marked dirty here.
     pub(super) made_dirty: Cell<bool>,
-    /// The end of the file is being cut off: nobody is given a cluster.
-    pub(super) cutting: Cell<bool>,
+    /// Nobody is given a cluster for now: the end of the file is being cut off, or taken as a whole.
+    pub(super) claims_wait: Cell<bool>,
     /// Reference counts are to be written although they may be late.
     pub(super) counts_wanted: Cell<bool>,
 }
@@ -289,7 +289,7 @@ impl ImageState {
             bitmaps: RefCell::new(image.bitmaps),
             marked: Cell::new(None),
             made_dirty: Cell::new(false),
-            cutting: Cell::new(false),
+            claims_wait: Cell::new(false),
             counts_wanted: Cell::new(false),
             header: RefCell::new(header),
             options,

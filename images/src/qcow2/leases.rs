@@ -45,6 +45,12 @@ impl<T> Leases<T> {
         self.waiting.borrow_mut().push_back((era, freed));
     }
 
+    /// Everything that waits.
+    pub(super) fn fold_waiting<R>(&self, first: R, fold: impl FnMut(R, &T) -> R) -> R {
+        let waiting = self.waiting.borrow();
+        waiting.iter().map(|(_, freed)| freed).fold(first, fold)
+    }
+
     /// The next that nobody holds any more, in the order in which they were retired.
     pub(super) fn next_released(&self) -> Option<T> {
         let mut waiting = self.waiting.borrow_mut();

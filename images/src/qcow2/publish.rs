@@ -62,12 +62,15 @@ impl ImageState {
         written.published();
         for step in 0..clusters {
             let skip = step * self.geometry.cluster_bytes();
-            self.change_entry(place, cluster, step, |old| {
+            let is_there = self.change_entry(place, cluster, step, |old| {
                 if is_new {
                     self.unlink_entry(old, Why::Other);
                 }
                 self.written_entry(old, at.plus(skip), start + skip, cover, is_new)
             })?;
+            if !is_there {
+                return Err(lost_table());
+            }
         }
         Ok(Look::Is(()))
     }
@@ -179,6 +182,6 @@ impl ImageState {
 }
 
 /// A table went although somebody held the turn on its clusters: a mistake in here.
-fn lost_table() -> ImageError {
+pub(super) fn lost_table() -> ImageError {
     ImageError::Broken("an L2 table went while it was in use".to_owned())
 }

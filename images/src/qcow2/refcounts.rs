@@ -59,7 +59,7 @@ pub(super) enum Counted<T> {
     Write,
     /// The refcount table has to grow first.
     GrowTable,
-    /// The end of the file is being cut off.
+    /// Nobody is given a cluster for now.
     Wait,
     /// There is no free cluster.
     Full,
@@ -130,7 +130,7 @@ impl Qcow2 {
                 Counted::Load(at) => self.load_counts(at).await?,
                 Counted::Write => self.commit_counts().await?,
                 Counted::GrowTable => self.grow_refcount_table().await?,
-                Counted::Wait => self.wait_for_cut().await,
+                Counted::Wait => self.wait_for_claims().await,
                 Counted::Full if tried_to_free => return Err(self.state.no_room().into()),
                 Counted::Full => {
                     // What was given up lately may be used again once that is durable.
@@ -194,7 +194,7 @@ impl ImageState {
     /// Finds a run of free clusters, of `wanted` at most, and raises their counts to 1. The longest of the first slice that
     /// has any is taken.
     pub(super) fn claim_now(&self, wanted: ClusterCount) -> Result<Counted<Run>, ImageError> {
-        if self.cutting.get() {
+        if self.claims_wait.get() {
             return Ok(Counted::Wait);
         }
         let limit = self.clusters_max();
@@ -246,7 +246,7 @@ impl ImageState {
 
     /// Takes exactly this cluster, if it is free; `Done(false)`: it is not.
     pub(super) fn claim_cluster(&self, cluster: HostCluster) -> Result<Counted<bool>, ImageError> {
-        if self.cutting.get() {
+        if self.claims_wait.get() {
             return Ok(Counted::Wait);
         }
         if cluster >= self.clusters_max() {

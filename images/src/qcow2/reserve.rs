@@ -90,12 +90,14 @@ impl Qcow2 {
     /// # Cancel safety
     /// Dropping the future changes nothing that anybody can see.
     pub async fn prepare_write(&self, range: ByteRange) -> Result<WritePlan, ImageError> {
-        if let Some(in_place) = self.prepare_write_now(range) {
-            return Ok(WritePlan::InPlace(in_place));
-        }
         self.state.check_change(Operation::Write, range)?;
         self.before_change(DiskChange::Content).await?;
-        match self.reserve(range).await {
+        let prepared = match self.find_in_place(range).await {
+            Ok(Some(in_place)) => Ok(WritePlan::InPlace(in_place)),
+            Ok(None) => self.reserve(range).await,
+            Err(error) => Err(error),
+        };
+        match prepared {
             Ok(plan) => Ok(plan),
             Err(error) => Err(self.failed(error).await),
         }
@@ -111,6 +113,18 @@ impl Qcow2 {
         match self.state.look_for_room(range, None) {
             Ok(Look::Is(Wanted::InPlace(range, at))) => Some(self.in_place(range, at)),
             _ => None,
+        }
+    }
+
+    /// Where the front of `range` is, if it is to be written there. Waits for tables only.
+    async fn find_in_place(&self, range: ByteRange) -> Result<Option<InPlace>, ImageError> {
+        let _lease = self.state.leases.take();
+        loop {
+            match self.state.look_for_room(range, None)? {
+                Look::Load(slice) => self.load_l2(slice).await?,
+                Look::Is(Wanted::InPlace(range, at)) => return Ok(Some(self.in_place(range, at))),
+                Look::Is(Wanted::Table | Wanted::Room(_)) => return Ok(None),
+            }
         }
     }
 
@@ -597,12 +611,7 @@ impl Drop for Reservation {
             return;
         }
         let at = self.at_of(self.cover.offset());
-        let length = self.cover.length();
-        if !self.state.has_data_file() {
-            self.state.strayed_in(at, length);
-        }
-        let (first, count) = self.state.clusters_of(at, length);
-        self.state.tainted.borrow_mut().insert(first, count);
+        self.state.tainted_in(at, self.cover.length());
     }
 }
 
@@ -623,6 +632,15 @@ impl ImageState {
             .geometry
             .host_cluster(at.plus(length.saturating_sub(1)));
         (first, ClusterCount(last.0.saturating_sub(first.0) + 1))
+    }
+
+    /// A change that nobody waits for may still reach more of these clusters than somebody wanted changed.
+    pub(super) fn tainted_in(&self, at: HostOffset, length: u64) {
+        if !self.has_data_file() {
+            self.strayed_in(at, length);
+        }
+        let (first, count) = self.clusters_of(at, length);
+        self.tainted.borrow_mut().insert(first, count);
     }
 
     /// A write that nobody waits for may still reach this place.

@@ -59,13 +59,8 @@ impl Qcow2 {
             self.grow_l1_table(entries).await?;
         }
         self.hide_below(length_bytes.min(below_bytes)).await?;
-        if let Some(data_file) = &state.data_file {
-            let facts = data_file.facts();
-            if facts.length_bytes < length_bytes && !facts.fixed_length {
-                data_file.resize(length_bytes).await?;
-                state.sync_data_file().await?;
-            }
-        }
+        self.resize_data_file(move |length| length < length_bytes, length_bytes)
+            .await?;
         self.write_header(move |header| header.size_bytes = length_bytes)
             .await
     }
@@ -110,14 +105,35 @@ impl Qcow2 {
         self.commit().await?;
         self.write_header(move |header| header.size_bytes = length_bytes)
             .await?;
-        if let Some(data_file) = &state.data_file {
-            let facts = data_file.facts();
-            if facts.length_bytes > length_bytes && !facts.fixed_length {
-                data_file.resize(length_bytes).await?;
-            }
-        }
+        self.resize_data_file(move |length| length > length_bytes, length_bytes)
+            .await?;
         drop(turn);
         self.cut_off_the_end().await
+    }
+
+    /// Gives the data file the length of the disk, if there is one whose length is to change and can.
+    async fn resize_data_file(
+        &self,
+        is_wanted: impl FnOnce(u64) -> bool + 'static,
+        length_bytes: u64,
+    ) -> Result<(), ImageError> {
+        let state = Rc::clone(&self.state);
+        let resized = self
+            .serial
+            .run(move || {
+                Box::pin(async move {
+                    let Some(data_file) = &state.data_file else {
+                        return Ok(());
+                    };
+                    let facts = data_file.facts();
+                    if !facts.fixed_length && is_wanted(facts.length_bytes) {
+                        data_file.resize(length_bytes).await?;
+                    }
+                    state.sync_data_file().await
+                })
+            })
+            .await;
+        resized.unwrap_or_else(|| Err(interrupted()))
     }
 
     /// Takes everything from the front of a range; what is left is returned. The caller has the turn.
@@ -131,13 +147,16 @@ impl Qcow2 {
         Ok(range.split_at(front.length()).1)
     }
 
-    /// Waits until the end of the file is not being cut off.
-    pub(super) async fn wait_for_cut(&self) {
-        let cutting = &self.state.cutting;
-        let ended = self.serial.drive(|| (!cutting.get()).then_some(())).await;
+    /// Waits until clusters are given out again.
+    pub(super) async fn wait_for_claims(&self) {
+        let claims_wait = &self.state.claims_wait;
+        let ended = self
+            .serial
+            .drive(|| (!claims_wait.get()).then_some(()))
+            .await;
         if ended.is_none() {
-            // Whoever cut it was torn down with its work.
-            cutting.set(false);
+            // Whoever stopped that was torn down with its work.
+            claims_wait.set(false);
         }
     }
 
@@ -203,9 +222,9 @@ impl ImageState {
         if facts.fixed_length {
             return Ok(());
         }
-        self.cutting.set(true);
+        self.claims_wait.set(true);
         let cut = self.cut_behind_last_cluster().await;
-        self.cutting.set(false);
+        self.claims_wait.set(false);
         cut
     }
 

@@ -101,10 +101,12 @@ impl WordTable {
             .extend(sectors.first..sectors.first + sectors.count);
     }
 
-    /// The table has moved: at `at` there stand `words` now. Where it says something else, that is to be written.
+    /// The table has moved: at `at` there stand `words` now. What they say behind the old end is so; where they say something
+    /// else than the table before it, that is to be written.
     pub(super) fn moved(&mut self, at: HostOffset, words: &[u64]) {
         self.at = at;
-        self.words.resize(words.len().max(self.words.len()), 0);
+        let behind = words.get(self.words.len()..).unwrap_or(&[]);
+        self.words.extend_from_slice(behind);
         self.changed.clear();
         for (index, word) in self.words.iter().enumerate() {
             if words.get(index) != Some(word) {
@@ -133,5 +135,19 @@ mod tests {
         let again = table.take_changed();
         assert_eq!(again[0].bytes, taken[1].bytes);
         assert_eq!(again[0].bytes[56..], 200_u64.to_be_bytes());
+    }
+
+    #[test]
+    fn a_table_that_moved_is_to_be_written_where_it_says_something_else() {
+        let mut table = WordTable::new(vec![1; 70], HostOffset(0x10000));
+        assert!(table.set(3, 7));
+        assert!(table.set(69, 9));
+        let mut there = vec![1; 140];
+        there[69] = 9;
+        table.moved(HostOffset(0x50000), &there);
+        assert_eq!(table.len(), 140);
+        assert_eq!(table.word(139), 1);
+        let places: Vec<_> = table.take_changed().iter().map(|t| t.at.0).collect();
+        assert_eq!(places, [0x50000]);
     }
 }

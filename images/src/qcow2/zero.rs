@@ -25,7 +25,8 @@ use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::{COMPRESSED, L2Entry, ZERO};
 use crate::qcow2::lookup::{EntryPlace, Look, Source, TablePlace};
 use crate::qcow2::open::DiskChange;
-use crate::qcow2::units::{GuestCluster, GuestOffset, Version};
+use crate::qcow2::publish::lost_table;
+use crate::qcow2::units::{GuestCluster, GuestOffset, HostOffset, Version};
 
 /// What is to read as zeroes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -188,11 +189,29 @@ impl Qcow2 {
                 Look::Load(slice) => self.load_l2(slice).await?,
             }
         }
-        for range in gone {
+        let mut discarding = Discarding { state, gone };
+        while let Some(range) = discarding.gone.last().copied() {
             // Only room is lost where it fails.
             let _ = state.data_storage().discard(range).await;
+            discarding.gone.pop();
         }
         Ok(())
+    }
+}
+
+/// Places that are being discarded and may be used again afterwards. Dropped early, they are not: the discard may still be
+/// under way.
+struct Discarding<'a> {
+    state: &'a ImageState,
+    gone: Vec<ByteRange>,
+}
+
+impl Drop for Discarding<'_> {
+    fn drop(&mut self) {
+        for range in &self.gone {
+            self.state
+                .tainted_in(HostOffset(range.offset()), range.length());
+        }
     }
 }
 
@@ -332,7 +351,7 @@ impl ImageState {
         change: Change,
         gone: &mut Vec<ByteRange>,
     ) -> Result<(), ImageError> {
-        self.change_entry(place, cluster, step, |old| {
+        let is_there = self.change_entry(place, cluster, step, |old| {
             let new = self.changed_entry(old, part, change);
             let before = self.host_of(old);
             let frees =
@@ -354,7 +373,8 @@ impl ImageState {
             }
             new
         })?;
-        Ok(())
+        // It was there a moment ago, and nothing was waited for.
+        is_there.then_some(()).ok_or_else(lost_table)
     }
 
     /// Whether the cluster that an entry leads to is not needed any more after a change of `part` of it.

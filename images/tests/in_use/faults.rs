@@ -99,6 +99,9 @@ fn a_full_disk_gets_room_and_all_is_well() {
         100,
         |number| {
             let yard = Yard::new(5_000_000 + number);
+            if yard.setup.device.is_some() {
+                return;
+            }
             let mover = yard.mover();
             let taken = yard.image.allocated_bytes();
             let room = yard.seed.below(10) * 4096;

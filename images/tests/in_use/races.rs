@@ -25,14 +25,21 @@ fn cluster(index: u64) -> ByteRange {
 impl Race {
     /// An image whose first cluster is written and durable.
     fn new() -> Self {
+        Self::with(false)
+    }
+
+    fn with(extended_l2: bool) -> Self {
+        let mut create = CreateOptions::new(64 * CLUSTER);
+        create.extended_l2 = extended_l2;
         let setup = Setup {
-            create: CreateOptions::new(64 * CLUSTER),
+            create,
             options: Options {
                 pass_discard_request: true,
                 ..Options::default()
             },
             below: None,
             skips_zeroes: false,
+            device: None,
         };
         let (file, _) = setup.memory();
         let storage = Rc::clone(&file) as Rc<dyn Storage>;
@@ -198,4 +205,43 @@ fn nothing_is_used_again_before_its_unlinking_is_durable() {
     race.write(2, 12);
     assert_eq!(race.place(2), held);
     race.ends_sound(0);
+}
+
+/// The first subcluster of a cluster, and a piece of the second.
+const SUBCLUSTER: u64 = CLUSTER / 32;
+
+#[test]
+fn edges_of_a_write_that_was_given_up_come_back_to_nobody() {
+    for extended_l2 in [false, true] {
+        let race = Race::with(extended_l2);
+        if extended_l2 {
+            now(race.mover.write(9 * CLUSTER, &[1; SUBCLUSTER as usize])).expect("written");
+        } else {
+            race.write(9, 1);
+            now(race.mover.zero(cluster(9), false)).expect("zeroed");
+        }
+        // A few bytes in room that is kept: the bytes around them are to be written too.
+        let wanted = ByteRange::new(9 * CLUSTER + SUBCLUSTER + 512, 512);
+        let WritePlan::Allocate(kept) = now(race.mover.image.prepare_write(wanted)).expect("room")
+        else {
+            panic!("nothing is there yet");
+        };
+        let before = kept.fill_before();
+        assert!(!before.is_empty());
+        let (at, late) = (
+            kept.at_of(before.offset()),
+            Buffer::zeroed(before.length() as usize),
+        );
+        drop(kept);
+        let written = now(race.mover.write(before.offset(), &[7; 512]));
+        // The edge gets to the disk only now.
+        now(race.file.write(at.0, late)).outcome.expect("memory");
+        let read = now(race.mover.read(ByteRange::new(before.offset(), 512))).expect("read");
+        match written {
+            Ok(()) => assert_eq!(read, [7; 512], "undone by a write that was given up"),
+            Err(error) => assert!(extended_l2, "{error}"),
+        }
+        race.write_others();
+        race.others_are_whole();
+    }
 }

@@ -21,6 +21,8 @@ pub(crate) struct Setup {
     /// Bytes of the backing file.
     pub(crate) below: Option<Rc<Vec<u8>>>,
     pub(crate) skips_zeroes: bool,
+    /// Length of a device in bytes; `None`: a file.
+    pub(crate) device: Option<u64>,
 }
 
 impl Setup {
@@ -89,6 +91,8 @@ impl Setup {
             options,
             below,
             skips_zeroes: seed.one_in(2),
+            // Room for everything twice, and for the tables.
+            device: seed.one_in(8).then(|| (size << 2) + (64 << bits)),
         }
     }
 
@@ -110,7 +114,10 @@ impl Setup {
 
     /// The image in memory.
     pub(crate) fn memory(&self) -> (Rc<MemoryStorage>, Option<Rc<MemoryStorage>>) {
-        let file = Rc::new(MemoryStorage::new(0));
+        let file = Rc::new(match self.device {
+            Some(length) => MemoryStorage::new(length).fixed_length(),
+            None => MemoryStorage::new(0),
+        });
         let data = self.has_data_file().then(|| Rc::new(MemoryStorage::new(0)));
         let data_file = data.as_ref().map(|data| &**data as &dyn Storage);
         self.make(&*file, data_file);

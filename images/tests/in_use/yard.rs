@@ -14,10 +14,11 @@ use blockyard_simulator::{Disk, Seed, World, run};
 use blockyard_storage::{ByteRange, LocalFuture, MemoryStorage, Operation, Storage};
 
 use crate::cells::{CELL_BYTES, Cells};
-use crate::disk_model::guest_bytes;
+use crate::disk_model::{guest_bytes, guest_bytes_of};
 use crate::mover::Mover;
-use crate::recount::recount;
-use crate::setup::{Setup, all_bytes};
+use crate::recount::{recount, snapshot_tables};
+use crate::setup::{Setup, all_bytes, now};
+use crate::snapshot;
 
 /// Bytes of a backing file that holds one value a cell.
 fn cells_below(seed: &Seed, length: u64) -> Vec<u8> {
@@ -39,8 +40,37 @@ pub(crate) struct Yard {
     pub(crate) data: Option<Disk>,
     pub(crate) cells: Rc<Cells>,
     pub(crate) seed: Seed,
+    /// What an internal snapshot holds.
+    snapshot: Option<Vec<u8>>,
     /// A flush failed for good.
     pub(crate) unflushed: Rc<Cell<bool>>,
+}
+
+/// Writes some of a disk that is in memory.
+async fn write_some(setup: &Setup, file: &Rc<MemoryStorage>, seed: &Seed, disk: &mut [u8]) {
+    let storage = Rc::clone(file) as Rc<dyn Storage>;
+    let image = Qcow2::open(storage, None, setup.options)
+        .await
+        .expect("sound");
+    let mover = Mover::new(image, setup.below.clone(), setup.skips_zeroes);
+    let cells = disk.len() as u64 / CELL_BYTES;
+    for value in 200..200 + seed.below(8) as u8 {
+        let start = seed.below(cells) * CELL_BYTES;
+        let length = (1 + seed.below(cells)) * CELL_BYTES;
+        let range = ByteRange::new(start, length).clamp_end(disk.len() as u64);
+        let bytes = vec![value; range.length() as usize];
+        mover.write(start, &bytes).await.expect("written");
+        disk[range.offset() as usize..range.end() as usize].fill(value);
+    }
+    let whole = setup.create.cluster_bytes.min(disk.len() as u64);
+    let bytes = vec![250; whole as usize];
+    let first = GuestCluster(0);
+    mover
+        .write_compressed(first, &bytes)
+        .await
+        .expect("written");
+    disk[..whole as usize].fill(250);
+    mover.image.close().await.expect("closed");
 }
 
 /// How a client's request may end.
@@ -63,6 +93,9 @@ impl Yard {
             60
         });
         setup.create.size_bytes = clusters * setup.create.cluster_bytes;
+        setup.device = setup
+            .device
+            .map(|_| (clusters + 32) * 4 * setup.create.cluster_bytes);
         let length = setup.create.size_bytes;
         if setup.below.is_some() {
             let below = match seed.below(2) {
@@ -71,20 +104,60 @@ impl Yard {
             };
             setup.below = Some(Rc::new(cells_below(&seed, below)));
         }
+        Self::with(number, setup, seed)
+    }
+
+    /// A new image whose disk is written from its start, durably.
+    pub(crate) fn filled(number: u64, setup: Setup, seed: Seed, range: ByteRange) -> Self {
+        let (memory, _) = setup.memory();
+        let mut disk = setup.disk();
+        disk[..range.length() as usize].fill(99);
+        now(async {
+            let storage = Rc::clone(&memory) as Rc<dyn Storage>;
+            let image = Qcow2::open(storage, None, setup.options)
+                .await
+                .expect("sound");
+            let mover = Mover::new(image, setup.below.clone(), setup.skips_zeroes);
+            let bytes = vec![99; range.length() as usize];
+            mover.write(range.offset(), &bytes).await.expect("written");
+            mover.image.close().await.expect("closed");
+        });
+        let yard = Self::with(number, setup, seed);
+        yard.image.fill(0, &all_bytes(&memory));
+        yard.cells.settle(&disk);
+        yard
+    }
+
+    /// A given image on disks of a world of its own.
+    fn with(number: u64, setup: Setup, seed: Seed) -> Self {
         let world = World::new(number);
-        let options = || DiskOptions {
-            shares_extents: false,
+        let options = DiskOptions {
+            length_bytes: setup.device.unwrap_or(0),
+            fixed_length: setup.device.is_some(),
             ..DiskOptions::default()
         };
-        let image = world.disk("image", options());
-        let data = setup.has_data_file().then(|| world.disk("data", options()));
+        let image = world.disk("image", options);
+        let options = DiskOptions::default();
+        let data = setup.has_data_file().then(|| world.disk("data", options));
         let (memory, memory_data) = setup.memory();
-        image.fill(0, &all_bytes(&memory));
+        let mut disk = setup.disk();
+        let mut file = all_bytes(&memory);
+        let mut snapshot = None;
+        if data.is_none() && seed.one_in(2) {
+            now(write_some(&setup, &memory, &seed, &mut disk));
+            file = all_bytes(&memory);
+            if let Some(shared) = snapshot::take(&file) {
+                file = shared;
+                snapshot = Some(disk.clone());
+            }
+        }
+        image.fill(0, &file);
         if let (Some(disk), Some(memory)) = (&data, memory_data) {
             disk.fill(0, &all_bytes(&memory));
         }
         Self {
-            cells: Rc::new(Cells::of(&setup.disk())),
+            cells: Rc::new(Cells::of(&disk)),
+            snapshot,
             world,
             setup,
             image,
@@ -92,6 +165,29 @@ impl Yard {
             seed,
             unflushed: Rc::default(),
         }
+    }
+
+    /// Somebody who makes the disk longer and as long as it was again, over and over.
+    pub(crate) fn resizer(&self, mover: &Mover, times: u64) -> LocalFuture<'static, ()> {
+        let (mover, length) = (mover.clone(), self.setup.create.size_bytes);
+        let seed = Seed::new(self.seed.any());
+        let longest = self.setup.create.cluster_bytes * 400;
+        let below = mover.below.as_ref().map_or(0, |below| below.len() as u64);
+        Box::pin(async move {
+            for _ in 0..times {
+                let longer = length + 512 * (1 + seed.below(longest / 512));
+                mover.image.resize(longer, below).await.expect("longer");
+                let new = ByteRange::between(length, longer);
+                if seed.one_in(2) {
+                    mover.zero(new, seed.one_in(2)).await.expect("zeroed");
+                }
+                let read = mover.read(new).await.expect("read");
+                assert!(read.iter().all(|byte| *byte == 0), "old bytes came back");
+                let end = ByteRange::between(longer - 512, longer);
+                mover.write(end.offset(), &[1; 512]).await.expect("written");
+                mover.image.resize(length, 0).await.expect("shorter");
+            }
+        })
     }
 
     /// Opens the image; steps as many as it takes.
@@ -163,8 +259,15 @@ impl Yard {
     pub(crate) fn check_bytes(&self, mut file: Vec<u8>, data: Option<Vec<u8>>) {
         let header = Header::parse(&file, Access::ReadOnly).expect("a header");
         let disk = guest_bytes(&file, data.as_deref(), self.below());
-        if let Err(text) = self.cells.may_be_left(&disk) {
+        let length = self.setup.create.size_bytes.min(disk.len() as u64);
+        if let Err(text) = self.cells.may_be_left(&disk[..length as usize]) {
             panic!("{text}");
+        }
+        if let Some(snapshot) = &self.snapshot {
+            let l1 = snapshot_tables(&file, &header)[0];
+            let length = snapshot.len() as u64;
+            let held = guest_bytes_of(&file, None, self.below(), l1, length);
+            assert!(held == *snapshot, "the snapshot has changed");
         }
         if header.is_dirty() {
             file = repaired(&file);
