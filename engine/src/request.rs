@@ -345,6 +345,8 @@ pub enum WorkSpec {
     Mirror(MirrorSpec),
     /// `blockdev-create`.
     Create(CreateSpec),
+    /// `x-blockdev-amend`.
+    Amend(AmendSpec),
 }
 
 impl WorkSpec {
@@ -354,6 +356,7 @@ impl WorkSpec {
             WorkSpec::Backup(_) => JobType::Backup,
             WorkSpec::Mirror(_) => JobType::Mirror,
             WorkSpec::Create(_) => JobType::Create,
+            WorkSpec::Amend(_) => JobType::Amend,
         }
     }
 }
@@ -471,6 +474,31 @@ pub struct MirrorSpec {
     pub filter_node_name: Option<String>,
     /// How writes are treated.
     pub copy_mode: CopyMode,
+}
+
+/// Arguments of `x-blockdev-amend`. Options left out stay as they are; values are as the client gave them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AmendSpec {
+    /// The node whose image it is about.
+    pub node: String,
+    /// Its driver.
+    pub driver: String,
+    /// Version 2 of the format, or 3.
+    pub version_2: Option<bool>,
+    /// Length of the guest's disk in bytes.
+    pub size: Option<u64>,
+    /// Name of the backing file, which cannot be changed.
+    pub backing_file: Option<String>,
+    /// Name of its format, which cannot be changed.
+    pub backing_fmt: Option<String>,
+    /// The data file reads as the guest's disk does.
+    pub data_file_raw: Option<bool>,
+    /// Let reference counts be written late.
+    pub lazy_refcounts: Option<bool>,
+    /// Width of a reference count in bits.
+    pub refcount_bits: Option<i64>,
+    /// Encryption is to be changed.
+    pub encrypt: bool,
 }
 
 /// Arguments of `blockdev-create`.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod abuse;
+mod amend;
 mod bench;
 mod blkdebug;
 mod check;

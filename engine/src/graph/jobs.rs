@@ -36,6 +36,8 @@ pub struct JobNodes {
     pub data_file_name: Option<String>,
     /// The target becomes an image.
     pub makes_image: bool,
+    /// The target's image becomes another.
+    pub amends: bool,
     /// What was opened for it, and goes with it.
     pub opened: Opened,
 }
@@ -81,6 +83,7 @@ impl Graph {
                 [name(Some(&spec.file)), name(spec.data_file.as_ref()), None]
             }
             WorkSpec::Create(_) => [None; 3],
+            WorkSpec::Amend(spec) => [Some(&*spec.node), None, None],
         };
         self.hold_while(|records| {
             let names = names.iter().flatten();
@@ -113,6 +116,7 @@ impl Graph {
             WorkSpec::Create(CreateSpec::Unsupported { .. }) => Err(EngineError::generic(
                 "Driver does not support blockdev-create",
             )),
+            WorkSpec::Amend(spec) => self.prepare_amend(spec),
         }
     }
 
@@ -472,6 +476,10 @@ impl Graph {
                 job(above, "main node", none, every),
                 job(target, TARGET_ROLE, none, every),
             ],
+            JobType::Amend => {
+                let all = read.union(write).with(Permission::Resize);
+                vec![edge(User::Backend(key), target, "root", all, none)]
+            }
             JobType::Create if nodes.makes_image => {
                 match image_edges(&mut records, key, nodes, target) {
                     Ok(edges) => edges,
@@ -570,6 +578,11 @@ impl Graph {
             if let Err(error) = detached {
                 tracing::error!(%error, "a job could not be detached");
             }
+        }
+        if nodes.amends
+            && let Some(target) = nodes.target
+        {
+            self.take_in_amended(target).await;
         }
         self.take_away(nodes).await;
     }

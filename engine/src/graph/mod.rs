@@ -4,6 +4,7 @@
 //! Opening, which may take long, happens on other threads while the name is reserved, so that nobody else waits for it.
 
 mod add;
+mod amending;
 mod blkdebug;
 mod chains;
 mod creating;

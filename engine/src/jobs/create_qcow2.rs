@@ -122,7 +122,7 @@ impl Work for CreateQcow2 {
 }
 
 /// The pace of a job: its progress, its pauses, its cancellation.
-struct JobPace<'a>(&'a JobContext);
+pub(crate) struct JobPace<'a>(pub(crate) &'a JobContext);
 
 impl Pace for JobPace<'_> {
     fn expect(&self, bytes: u64) {

@@ -1,5 +1,6 @@
 //! The kinds of work there are: each is a plan and an ending around the one copier.
 
+mod amend;
 mod backup;
 mod copier;
 #[cfg(test)]
@@ -90,6 +91,7 @@ pub fn work(
                 data_file,
             ))
         }
+        WorkSpec::Amend(spec) => Box::new(amend::Amend::new(node(nodes.target)?, spec)),
         WorkSpec::Create(CreateSpec::Unsupported { driver }) => {
             return Err(JobError::text(format!(
                 "Driver '{driver}' cannot create images"
@@ -110,7 +112,7 @@ impl ErrorPolicies {
                 on_source_error: spec.on_source_error,
                 on_target_error: spec.on_target_error,
             },
-            WorkSpec::Create(_) => Self::default(),
+            WorkSpec::Create(_) | WorkSpec::Amend(_) => Self::default(),
         }
     }
 }

@@ -156,7 +156,7 @@ impl Manager {
         let (speed, copy_mode) = match &spec.work {
             WorkSpec::Backup(backup) => (backup.speed, CopyMode::Background),
             WorkSpec::Mirror(mirror) => (mirror.speed, mirror.copy_mode),
-            WorkSpec::Create(_) => (0, CopyMode::Background),
+            WorkSpec::Create(_) | WorkSpec::Amend(_) => (0, CopyMode::Background),
         };
         let mut jobs = self.jobs.borrow_mut();
         let key = JobKey(jobs.next_key());

@@ -9,6 +9,10 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use blockyard_images::Pace;
+use blockyard_images::qcow2::Options;
+use blockyard_images::qcow2::amend::AmendOptions;
+use blockyard_images::qcow2::info::ImageInfo;
 use blockyard_storage::error::{EBADF, EIO, ENOSPC, EOPNOTSUPP};
 use blockyard_storage::{
     Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
@@ -52,6 +56,26 @@ pub struct ImageMarks {
     pub is_dirty: bool,
     /// It has been found corrupt.
     pub is_corrupt: bool,
+}
+
+/// What the graph has to know of an image that was opened anew.
+#[derive(Clone, Debug)]
+pub struct Reopened {
+    /// What it says of itself.
+    pub info: ImageInfo,
+    /// How it is used.
+    pub options: Options,
+}
+
+/// Why an image was not amended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AmendStop {
+    /// On request.
+    Cancelled,
+    /// It is refused, in QEMU's words.
+    Refused(String),
+    /// A node failed.
+    Failed(NodeError),
 }
 
 /// A run of bytes of one kind.
@@ -179,6 +203,29 @@ pub trait Node {
 
     /// The marks of an image, as of now; `None`: what is below cannot have any.
     fn image_marks(&self) -> Option<ImageMarks> {
+        None
+    }
+
+    /// Gives the image of this node other options, and goes on with it. Nobody else uses the node meanwhile: requests are
+    /// refused with `EBUSY`.
+    ///
+    /// # Errors
+    /// As [`AmendStop`] says. The node goes on with what the image is then.
+    ///
+    /// # Cancel safety
+    /// Dropped midway, the image is whole and the node takes no further request. `pace` is the better way.
+    fn amend<'a>(
+        &'a self,
+        options: &'a AmendOptions,
+        pace: &'a dyn Pace,
+    ) -> LocalFuture<'a, Result<(), AmendStop>> {
+        let _ = (options, pace);
+        let text = "Driver does not support x-blockdev-amend".to_owned();
+        Box::pin(std::future::ready(Err(AmendStop::Refused(text))))
+    }
+
+    /// What has changed by [`amend`](Self::amend), once.
+    fn take_reopened(&self) -> Option<Reopened> {
         None
     }
 

@@ -21,4 +21,6 @@ pub mod raw_node;
 pub mod zeroes;
 
 use block_node::refused;
-pub use block_node::{ImageMarks, Node, NodeFacts, NodeTransfer, StatusExtent};
+pub use block_node::{
+    AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Reopened, StatusExtent,
+};

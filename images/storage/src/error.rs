@@ -75,6 +75,8 @@ pub const ENOSPC: i32 = 28;
 pub const EOPNOTSUPP: i32 = 95;
 /// `EXDEV`: two files on different file systems.
 pub const EXDEV: i32 = 18;
+/// `EBUSY`: somebody else works on it.
+pub const EBUSY: i32 = 16;
 /// `ENOMEDIUM`: nothing there to work on.
 pub const ENOMEDIUM: i32 = 123;
 /// `ECANCELED`: given up on request.

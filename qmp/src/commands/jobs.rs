@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, BitmapMode, CopyMode, CreateEncryption, CreatePreallocation,
+    AmendSpec, BackupPerf, BackupSpec, BitmapMode, CopyMode, CreateEncryption, CreatePreallocation,
     CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
 
@@ -14,7 +14,8 @@ use crate::commands::{Action, Command, call};
 use crate::error::QmpError;
 use crate::schema::fields::Fields;
 use crate::schema::jobs::{
-    BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, CREATE, JOB_INFO, MIRROR, SET_SPEED,
+    AMEND, BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, CREATE, JOB_INFO, MIRROR,
+    SET_SPEED,
 };
 use crate::schema::{EMPTY, Type};
 
@@ -69,6 +70,7 @@ pub(super) static COMMANDS: &[Command] = &[
     Command::act("blockdev-backup", &BACKUP, backup),
     Command::act("blockdev-mirror", &MIRROR, mirror),
     Command::act("blockdev-create", &CREATE, create),
+    Command::act("x-blockdev-amend", &AMEND, amend),
 ];
 
 const COPY_MODES: &[(&str, CopyMode)] = &[
@@ -209,6 +211,28 @@ fn create(mut arguments: Fields) -> Result<Action, QmpError> {
     });
     call(Request::StartJob(JobSpec {
         id,
+        auto_finalize: true,
+        auto_dismiss: false,
+        work,
+    }))
+}
+
+fn amend(mut arguments: Fields) -> Result<Action, QmpError> {
+    let mut options = arguments.object("options").unwrap_or_default();
+    let work = WorkSpec::Amend(AmendSpec {
+        node: arguments.required_text("node-name"),
+        driver: options.required_text("driver"),
+        version_2: options.word("version", &[("v2", true), ("v3", false)]),
+        size: options.unsigned("size"),
+        backing_file: options.text("backing-file"),
+        backing_fmt: options.text("backing-fmt"),
+        data_file_raw: options.flag("data-file-raw"),
+        lazy_refcounts: options.flag("lazy-refcounts"),
+        refcount_bits: options.int("refcount-bits"),
+        encrypt: options.has("encrypt"),
+    });
+    call(Request::StartJob(JobSpec {
+        id: arguments.text("job-id"),
         auto_finalize: true,
         auto_dismiss: false,
         work,

@@ -145,6 +145,38 @@ pub static CREATE_OPTIONS: Object = Object::union(
     ],
 );
 
+static AMEND_LUKS_STATE: Words = Words::of(&["active", "inactive"]);
+static AMEND_LUKS: Object = Object::of(&[
+    required("state", Type::Word(&AMEND_LUKS_STATE)),
+    optional("new-secret", Type::Text),
+    optional("old-secret", Type::Text),
+    optional("keyslot", Type::Int),
+    optional("iter-time", Type::Int),
+    optional("secret", Type::Text),
+]);
+static AMEND_ENCRYPTION: Object = Object::union(
+    &[required("format", Type::Word(&ENCRYPTION))],
+    "format",
+    &[("luks", &AMEND_LUKS)],
+);
+static AMEND_QCOW2: Object = Object::of(&[
+    optional("encrypt", Type::Object(&AMEND_ENCRYPTION)),
+    // Ours, named as in `blockdev-create`.
+    optional("version", Type::Word(&QCOW2_VERSION)),
+    optional("size", Type::Size),
+    optional("backing-file", Type::Text),
+    optional("backing-fmt", Type::Word(&BACKING_FORMAT)),
+    optional("data-file-raw", Type::Bool),
+    optional("lazy-refcounts", Type::Bool),
+    optional("refcount-bits", Type::Int),
+]);
+/// `BlockdevAmendOptions`.
+pub static AMEND_OPTIONS: Object = Object::union(
+    &[required("driver", Type::Word(&CREATE_DRIVER))],
+    "driver",
+    &[("qcow2", &AMEND_QCOW2)],
+);
+
 static FORMAT_SPECIFIC_TYPE: Words = Words::of(&["qcow2", "file"]);
 static FILE_DATA: Object = Object::of(&[optional("extent-size-hint", Type::Size)]);
 static FILE_SPECIFIC: Object = Object::of(&[required("data", Type::Object(&FILE_DATA))]);

@@ -1,6 +1,6 @@
 //! Types of jobs: verbs, starters, queries and events.
 
-use crate::schema::images::CREATE_OPTIONS;
+use crate::schema::images::{AMEND_OPTIONS, CREATE_OPTIONS};
 use crate::schema::{EMPTY, Object, Type, Words, optional, required};
 
 static JOB_TYPE: Words = Words::of(&["commit", "stream", "mirror", "backup", "create", "amend"]);
@@ -94,6 +94,14 @@ pub static MIRROR: Object = Object::of(&[
 pub static CREATE: Object = Object::of(&[
     required("job-id", Type::Text),
     required("options", Type::Object(&CREATE_OPTIONS)),
+]);
+
+/// Arguments of `x-blockdev-amend`.
+pub static AMEND: Object = Object::of(&[
+    required("job-id", Type::Text),
+    required("node-name", Type::Text),
+    required("options", Type::Object(&AMEND_OPTIONS)),
+    optional("force", Type::Bool),
 ]);
 
 /// `JobInfo`.

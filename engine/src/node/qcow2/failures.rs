@@ -1,7 +1,7 @@
 //! What a client hears when a request fails, and what the manager hears when an image turns out corrupt.
 
 use blockyard_images::{Corruption, ImageError};
-use blockyard_storage::error::{EINVAL, EIO, ENOMEDIUM};
+use blockyard_storage::error::{EBUSY, EINVAL, EIO, ENOMEDIUM};
 use blockyard_storage::{ByteRange, Operation, StorageError};
 
 use crate::error::NodeError;
@@ -23,7 +23,10 @@ pub(super) enum Told {
 impl Mover {
     /// Why a request is refused before it is tried.
     pub(super) fn refusal(&self, operation: Operation, range: ByteRange) -> Option<NodeError> {
-        let errno = refused(operation, range, self.read_only(), self.length())?;
+        let errno = match self.away.get() {
+            true => EBUSY,
+            false => refused(operation, range, self.read_only(), self.length())?,
+        };
         Some(self.error(operation, Some(range), errno))
     }
 

@@ -8,6 +8,7 @@
 //! ```
 //! A request that lies in several places is carried out in pieces, several at once.
 
+mod amending;
 mod compressed;
 mod failures;
 mod length;
@@ -20,10 +21,13 @@ mod upkeep;
 mod write;
 mod zeroing;
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
+use blockyard_images::Pace;
 use blockyard_images::qcow2::Qcow2;
+use blockyard_images::qcow2::amend::AmendOptions;
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, Preallocation, ZeroMode};
 
 use crate::data::{DataContext, Spawner};
@@ -31,7 +35,7 @@ use crate::error::NodeError;
 use crate::node::announcing_node::AnnouncingNode;
 use crate::node::child_storage::ChildStorage;
 use crate::node::qcow2::mover::Mover;
-use crate::node::{ImageMarks, Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::node::{AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Reopened, StatusExtent};
 use crate::request::{DetectZeroes, Discard};
 
 /// What a client chose for one node, apart from what the image itself is told.
@@ -46,6 +50,7 @@ pub struct Qcow2Options {
 }
 
 /// The nodes below an image, as its storages.
+#[derive(Clone)]
 pub struct Qcow2Files {
     /// The image file.
     pub file: Rc<ChildStorage>,
@@ -69,7 +74,10 @@ impl Qcow2Files {
 /// A change whose caller gives up waiting goes on to its end all the same: left in the middle it would keep others from its
 /// clusters, or clusters from being used again.
 pub struct Qcow2Node {
-    mover: Rc<Mover>,
+    /// Another one once the image has been amended.
+    mover: Rc<RefCell<Rc<Mover>>>,
+    /// What the graph has not heard of yet.
+    amended: RefCell<Option<Reopened>>,
     spawner: Spawner,
 }
 
@@ -85,14 +93,19 @@ impl Qcow2Node {
     ) -> Self {
         let mover = Mover::new(name, image, files, backing, options, context);
         Self {
-            mover: Rc::new(mover),
+            mover: Rc::new(RefCell::new(Rc::new(mover))),
+            amended: RefCell::default(),
             spawner: context.spawner().clone(),
         }
     }
 
     /// The image.
-    pub fn image(&self) -> &Rc<Qcow2> {
-        &self.mover.image
+    pub fn image(&self) -> Rc<Qcow2> {
+        Rc::clone(&self.mover().image)
+    }
+
+    fn mover(&self) -> Rc<Mover> {
+        Rc::clone(&self.mover.borrow())
     }
 
     /// A change that goes on to its end in any case.
@@ -100,17 +113,17 @@ impl Qcow2Node {
         &self,
         work: impl FnOnce(Rc<Mover>) -> F,
     ) -> LocalFuture<'static, T> {
-        Box::pin(self.spawner.to_the_end(work(Rc::clone(&self.mover))))
+        Box::pin(self.spawner.to_the_end(work(self.mover())))
     }
 }
 
 impl Node for Qcow2Node {
     fn name(&self) -> String {
-        self.mover.name.clone()
+        self.mover().name.clone()
     }
 
     fn facts(&self) -> NodeFacts {
-        let mover = &self.mover;
+        let mover = self.mover();
         let cluster_bytes = mover.image.geometry().cluster_bytes();
         NodeFacts {
             length_bytes: mover.length(),
@@ -128,14 +141,16 @@ impl Node for Qcow2Node {
         range: ByteRange,
         extents_max: usize,
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
-        Box::pin(self.mover.status_of(range, extents_max))
+        let mover = self.mover();
+        Box::pin(async move { mover.status_of(range, extents_max).await })
     }
 
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        let mover = self.mover();
         Box::pin(async move {
             let range = ByteRange::new(offset, into.len() as u64);
-            match self.mover.refusal(Operation::Read, range) {
-                None => self.mover.read_range(range, into).await,
+            match mover.refusal(Operation::Read, range) {
+                None => mover.read_range(range, into).await,
                 Some(error) => NodeTransfer {
                     buffer: into,
                     outcome: Err(error),
@@ -149,7 +164,7 @@ impl Node for Qcow2Node {
     }
 
     fn compresses(&self) -> bool {
-        self.mover.files.data_file.is_none()
+        self.mover().files.data_file.is_none()
     }
 
     fn write_compressed(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
@@ -181,15 +196,16 @@ impl Node for Qcow2Node {
     }
 
     fn backing(&self) -> Option<Rc<dyn Node>> {
-        self.mover.backing()
+        self.mover().backing()
     }
 
     fn set_backing(&self, backing: Option<Rc<dyn Node>>) {
-        self.mover.backing.replace(backing);
+        self.mover().backing.replace(backing);
     }
 
     fn image_marks(&self) -> Option<ImageMarks> {
-        let header = self.mover.image.header();
+        let mover = self.mover();
+        let header = mover.image.header();
         Some(ImageMarks {
             is_dirty: header.is_dirty(),
             is_corrupt: header.is_corrupt(),
@@ -197,16 +213,34 @@ impl Node for Qcow2Node {
     }
 
     fn resize_refusal(&self, length_bytes: u64) -> Option<String> {
-        let refused = self.mover.image.check_resize(length_bytes);
+        let refused = self.mover().image.check_resize(length_bytes);
         refused.err().map(|error| error.to_string())
     }
 
+    fn amend<'a>(
+        &'a self,
+        options: &'a AmendOptions,
+        pace: &'a dyn Pace,
+    ) -> LocalFuture<'a, Result<(), AmendStop>> {
+        Box::pin(self.amend_image(options, pace))
+    }
+
+    fn take_reopened(&self) -> Option<Reopened> {
+        self.amended.take()
+    }
+
     fn names_backing(&self) -> bool {
-        self.mover.names_backing()
+        self.mover().names_backing()
     }
 
     fn close(&self) -> LocalFuture<'_, Result<(), NodeError>> {
-        self.change(|mover| async move { mover.close().await })
+        self.change(|mover| async move {
+            match mover.away.get() {
+                // It was closed before, and is another one now.
+                true => Ok(()),
+                false => mover.close().await,
+            }
+        })
     }
 }
 

@@ -30,6 +30,8 @@ pub(super) struct Mover {
     pub(super) news: News,
     pub(super) decompressed: ClusterCache,
     pub(super) told: Cell<Told>,
+    /// The image is being amended: what is known of it here may not be so any more.
+    pub(super) away: Cell<bool>,
 }
 
 impl Mover {
@@ -52,6 +54,24 @@ impl Mover {
             news: context.news().clone(),
             decompressed: ClusterCache::default(),
             told: Cell::default(),
+            away: Cell::new(false),
+        }
+    }
+
+    /// A mover for the same image, which has been opened anew.
+    pub(super) fn reopened(&self, image: Rc<Qcow2>) -> Self {
+        Self {
+            name: self.name.clone(),
+            image,
+            files: self.files.clone(),
+            backing: RefCell::new(self.backing()),
+            options: self.options,
+            pool: self.pool.clone(),
+            cpu: self.cpu.clone(),
+            news: self.news.clone(),
+            decompressed: ClusterCache::default(),
+            told: self.told.clone(),
+            away: Cell::new(false),
         }
     }
 
