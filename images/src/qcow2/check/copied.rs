@@ -117,14 +117,20 @@ impl Scan<'_> {
         {
             return Ok(None);
         }
-        let count = match has_data_file {
-            true => Some(1),
-            false => {
-                self.stored_count(HostOffset(entry.word & OFFSET_MASK), far)
-                    .await?
-            }
+        let at = HostOffset(entry.word & OFFSET_MASK);
+        let count = match self.known_count(at) {
+            _ if has_data_file => Some(1),
+            Some(count) => Some(count),
+            None => self.stored_count(at, far).await?,
         };
         Ok(count.filter(|count| (*count == 1) != entry.is_copied()))
+    }
+
+    /// The stored count of the cluster that holds a byte, if nothing has to be read for it.
+    fn known_count(&self, at: HostOffset) -> Option<u64> {
+        let cluster = self.geometry.host_cluster(at).0;
+        let counters = &self.references.counters;
+        (cluster < counters.clusters() && self.unreadable_blocks == 0).then(|| counters.of(cluster))
     }
 
     /// The stored count of the cluster that holds a byte; `None`: it is unknown.

@@ -67,6 +67,17 @@ impl Counters {
 
     /// Adds `times` to the number of a cluster, up to `number_max`. Returns what did not fit.
     pub(in crate::qcow2) fn add(&mut self, cluster: u64, times: u64, number_max: u64) -> u64 {
+        // The usual case: one more, and it fits where the others are.
+        let (chunk, place) = split(cluster);
+        if let Some(Some(Chunk::Bytes(numbers))) = self.chunks.get_mut(chunk)
+            && let Some(slot) = numbers.get_mut(place)
+            && let Some(sum) = u64::from(*slot).checked_add(times)
+            && sum <= number_max
+            && let Ok(sum) = u8::try_from(sum)
+        {
+            *slot = sum;
+            return 0;
+        }
         let number = self.of(cluster);
         let added = times.min(number_max.saturating_sub(number));
         self.set(cluster, number + added);

@@ -129,6 +129,7 @@ impl Scan<'_> {
                     let clusters = end - first;
                     self.sink
                         .found(FindingKind::RefcountUnknown { first, clusters }, 1);
+                    self.unreadable_blocks += 1;
                     self.must_rebuild = true;
                 }
             }

@@ -45,6 +45,15 @@ impl References {
         times: u64,
         sink: &mut Sink,
     ) {
+        let cluster_bytes = self.geometry.cluster_bytes();
+        if length_bytes == cluster_bytes
+            && self.geometry.is_cluster_start(at)
+            && at.plus(cluster_bytes).0 <= self.file_bytes
+        {
+            // Nearly all references there are.
+            self.add_cluster(self.geometry.host_cluster(at).0, times, sink);
+            return;
+        }
         if self.is_in_file(at, length_bytes, times, sink)
             && let Some((first, end)) = self.clusters_of(at, length_bytes)
         {
@@ -61,14 +70,16 @@ impl References {
         sink: &mut Sink,
     ) {
         self.counters.grow(end);
-        for cluster in first..end {
-            let over = self
-                .counters
-                .add(cluster, times, self.geometry.refcount_max());
-            if over > 0 {
-                let at = HostOffset(cluster << self.geometry.cluster_bits());
-                sink.found(FindingKind::Overflow { at }, over);
-            }
+        (first..end).for_each(|cluster| self.add_cluster(cluster, times, sink));
+    }
+
+    fn add_cluster(&mut self, cluster: u64, times: u64, sink: &mut Sink) {
+        let over = self
+            .counters
+            .add(cluster, times, self.geometry.refcount_max());
+        if over > 0 {
+            let at = HostOffset(cluster << self.geometry.cluster_bits());
+            sink.found(FindingKind::Overflow { at }, over);
         }
     }
 

@@ -30,6 +30,8 @@ pub(in crate::qcow2) struct Scan<'a> {
     /// The refcount table; what lies behind the end of the file is zeroes.
     pub(in crate::qcow2) refcount_table: Vec<u64>,
     pub(in crate::qcow2) sink: Sink<'a>,
+    /// Runs of refcount blocks that cannot be read.
+    pub(in crate::qcow2) unreadable_blocks: u64,
     /// The refcount structure cannot be repaired where it is.
     pub(in crate::qcow2) must_rebuild: bool,
     /// Entries of zeroes that keep room in the middle of a cluster.
@@ -82,6 +84,7 @@ impl<'a> Scan<'a> {
             active_l1: Vec::new(),
             refcount_table: Vec::new(),
             sink,
+            unreadable_blocks: 0,
             must_rebuild: false,
             unaligned_zeroes: 0,
             header,
