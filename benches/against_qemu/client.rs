@@ -1,7 +1,7 @@
 //! A blocking QMP client: one command, one reply; events that come in between are kept.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,6 +12,8 @@ use crate::Failure;
 
 /// No reply may take longer.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of equal messages that are compared at once.
+const REPEATED_BYTES: usize = 256 << 10;
 
 /// No job may take longer, or be silent for so long.
 const WORK_PATIENCE: Duration = Duration::from_secs(1200);
@@ -68,13 +70,40 @@ impl Client {
 
     /// The next message of any kind.
     pub(crate) fn message(&mut self) -> Result<Value, Failure> {
+        let line = self.line()?;
+        serde_json::from_str(&line)
+            .map_err(|error| Failure::new(format!("not JSON: {error}: {line}")))
+    }
+
+    /// The bytes of the next message.
+    pub(crate) fn line(&mut self) -> Result<String, Failure> {
         let mut line = String::new();
         match self.reader.read_line(&mut line) {
             Ok(0) => Err(Failure::new("the daemon closed the connection")),
-            Ok(_) => serde_json::from_str(&line)
-                .map_err(|error| Failure::new(format!("not JSON: {error}: {line}"))),
+            Ok(_) => Ok(line),
             Err(error) => Err(Failure::new(format!("cannot receive: {error}"))),
         }
+    }
+
+    /// Takes messages that have to be this one again, as many times as that; comparing them costs less than reading them
+    /// would, so that the daemon is what is measured.
+    pub(crate) fn take_again(&mut self, line: &str, times: usize) -> Result<(), Failure> {
+        let together = (REPEATED_BYTES / line.len()).max(1);
+        let expected = line.repeat(together);
+        let mut bytes = vec![0; expected.len()];
+        let mut left = times;
+        while left > 0 {
+            let count = left.min(together);
+            let length = count * line.len();
+            self.reader
+                .read_exact(&mut bytes[..length])
+                .map_err(|error| Failure::new(format!("cannot receive: {error}")))?;
+            if bytes[..length] != expected.as_bytes()[..length] {
+                return Err(Failure::new(format!("not again what it was: {line}")));
+            }
+            left -= count;
+        }
+        Ok(())
     }
 
     /// The next message that is no event.

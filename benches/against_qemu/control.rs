@@ -21,6 +21,8 @@ const CLIENTS: usize = 50;
 const JOBS: usize = 16;
 const CONNECTIONS: usize = 1000;
 const LOAD_CLIENTS: usize = 4;
+/// Fresh daemons of which the median is taken.
+const INPUT_ROUNDS: usize = 5;
 /// Pause of a client between an answer and its next question.
 const THINKING: Duration = Duration::from_millis(10);
 
@@ -336,7 +338,7 @@ fn storm(options: &Options, side: Side) -> Result<Figures, Failure> {
     ))
 }
 
-/// One big command whose argument is refused: what is timed is taking it in.
+/// How fast input is taken, each time by a fresh daemon: one big command whose argument is refused, and many small ones.
 fn input(options: &Options, side: Side) -> Result<Figures, Failure> {
     // QEMU takes 0.2 MiB/s, so it gets less of it.
     let size_bytes: usize = if side == Side::Qemu {
@@ -350,58 +352,68 @@ fn input(options: &Options, side: Side) -> Result<Figures, Failure> {
         "[{}]",
         vec![element; size_bytes / 16 / element.len()].join(", ")
     );
-    let mut figures = Vec::new();
-    for (name, argument) in [("one long string", &string), ("small objects", &mixed)] {
+    let rate = |measure: &dyn Fn(Client) -> Result<f64, Failure>| -> Result<f64, Failure> {
         let mut rates = Vec::new();
-        for _ in 0..3 {
+        for _ in 0..INPUT_ROUNDS {
             let daemon = Daemon::start(options, side, 1)?;
-            let mut client = daemon.client()?;
-            let command = format!(
-                "{{\"execute\": \"query-version\", \"arguments\": {{\"x\": {argument}}}}}\n"
-            );
-            let began = Instant::now();
-            client.send(command.as_bytes())?;
-            let reply = client.reply()?;
-            if reply.get("error").is_none() {
-                return Err(Failure::new(format!(
-                    "accepted what it does not know: {reply}"
-                )));
-            }
-            rates.push(command.len() as f64 / 1_048_576.0 / began.elapsed().as_secs_f64());
+            rates.push(measure(daemon.client()?)?);
         }
-        figures.push((
-            name,
-            crate::report::median(rates).unwrap_or_default(),
+        Ok(crate::report::median(rates).unwrap_or_default())
+    };
+    let figures = vec![
+        (
+            "one long string",
+            rate(&|client| argument_rate(client, &string))?,
             "MiB/s",
-        ));
-    }
-    let daemon = Daemon::start(options, side, 1)?;
-    let client = daemon.client()?;
-    figures.push((
-        "stream of query-version",
-        commands_rate(client, size_bytes / 16)?,
-        "MiB/s",
-    ));
-    Ok((
-        figures,
-        "input in MiB per second until the answer is there".to_owned(),
-    ))
+        ),
+        (
+            "small objects",
+            rate(&|client| argument_rate(client, &mixed))?,
+            "MiB/s",
+        ),
+        (
+            "stream of query-version",
+            rate(&|client| commands_rate(client, size_bytes / 16))?,
+            "MiB/s",
+        ),
+    ];
+    let note = format!(
+        "input in MiB per second until the last answer is there, medians of {INPUT_ROUNDS} fresh daemons"
+    );
+    Ok((figures, note))
 }
 
-/// Sends many small commands at once and reads the answers while they are sent.
+/// Sends one command with this argument and waits until it is refused.
+fn argument_rate(mut client: Client, argument: &str) -> Result<f64, Failure> {
+    let command =
+        format!("{{\"execute\": \"query-version\", \"arguments\": {{\"x\": {argument}}}}}\n");
+    let began = Instant::now();
+    client.send(command.as_bytes())?;
+    let reply = client.reply()?;
+    let seconds = began.elapsed().as_secs_f64();
+    match reply.get("error") {
+        Some(_) => Ok(command.len() as f64 / 1_048_576.0 / seconds),
+        None => Err(Failure::new(format!(
+            "accepted what it does not know: {reply}"
+        ))),
+    }
+}
+
+/// Sends many small commands at once and takes the answers while they are sent.
 fn commands_rate(mut client: Client, size_bytes: usize) -> Result<f64, Failure> {
     let command = b"{\"execute\": \"query-version\"}\n";
+    client.send(command)?;
+    let answer = client.line()?;
     let count = size_bytes / command.len();
     let bytes = command.repeat(count);
     let mut sender = client.sender()?;
     let began = Instant::now();
     let writing = std::thread::spawn(move || sender.write_all(&bytes));
-    for _ in 0..count {
-        client.reply()?;
-    }
+    client.take_again(&answer, count)?;
+    let seconds = began.elapsed().as_secs_f64();
     writing
         .join()
         .map_err(|_| Failure::new("the writing thread panicked"))?
         .map_err(|error| Failure::new(format!("cannot send: {error}")))?;
-    Ok((count * command.len()) as f64 / 1_048_576.0 / began.elapsed().as_secs_f64())
+    Ok((count * command.len()) as f64 / 1_048_576.0 / seconds)
 }
