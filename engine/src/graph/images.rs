@@ -15,7 +15,9 @@ impl Graph {
     /// When the node is not there or in use, and as the work's.
     pub async fn work_on_image(&self, spec: ImageSpec) -> Result<ImageReply, EngineError> {
         let edges = {
-            let _held = self.hold().await;
+            let mut names = vec![spec.node.as_str()];
+            names.extend(spec.work.other());
+            let _held = self.hold_named(&names).await;
             let mut nodes = vec![self.look_up(&spec.node)?];
             if let Some(other) = spec.work.other() {
                 nodes.push(self.look_up(other)?);

@@ -318,7 +318,8 @@ impl Graph {
         let identity = |id| records.host_file(id).map(|file| file.identity());
         let mine = identity(id);
         if mine.is_some() && layers.iter().any(|above| identity(*above) == mine) {
-            let name = records.node(id).map(|node| node.filename.to_string());
+            let file = records.primary(id).and_then(|file| records.node(file));
+            let name = file.map(|file| file.filename.to_string());
             return Err(EngineError::generic(format!(
                 "'{}' is a layer of its own backing chain",
                 name.unwrap_or_default()
