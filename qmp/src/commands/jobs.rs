@@ -70,7 +70,7 @@ pub(super) static COMMANDS: &[Command] = &[
     Command::act("blockdev-backup", &BACKUP, backup),
     Command::act("blockdev-mirror", &MIRROR, mirror),
     Command::act("blockdev-create", &CREATE, create),
-    Command::act("x-blockdev-amend", &AMEND, amend),
+    Command::act("x-blockdev-amend", &AMEND, amend).unstable(),
 ];
 
 const COPY_MODES: &[(&str, CopyMode)] = &[
