@@ -115,17 +115,22 @@ fn locking_off_and_force_share() {
 }
 
 /// A qemu-io that holds an image until it is told to go.
-struct Holder {
+pub(crate) struct Holder {
     process: Process,
     lines: BufReader<ChildStdout>,
 }
 
 impl Holder {
-    /// Opens an image with these flags, and has it open once this returns.
+    /// Opens a raw image with these flags, and has it open once this returns.
     fn open(folder: &Path, flags: &[&str], image: &str) -> Self {
+        Self::open_as("raw", folder, flags, image)
+    }
+
+    /// The same with an image of any format.
+    pub(crate) fn open_as(format: &str, folder: &Path, flags: &[&str], image: &str) -> Self {
         let mut process = Process::start(
             Command::new("qemu-io")
-                .args(["-f", "raw"])
+                .args(["-f", format])
                 .args(flags)
                 .arg(image)
                 .current_dir(folder)
@@ -147,13 +152,19 @@ impl Holder {
         holder
     }
 
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     fn say(&mut self, text: &str) {
         let input = self.process.child().stdin.as_mut().expect("piped");
         input.write_all(text.as_bytes()).expect("sent");
         input.flush().expect("sent");
     }
 
-    fn leave(mut self) {
+    /// Lets the image go.
+    pub(crate) fn leave(mut self) {
         self.say("quit\n");
         assert!(self.process.wait().success());
     }

@@ -110,33 +110,18 @@ impl Graph {
         let moving = component.iter().map(|id| (*id, self.thread_of(*id)));
         let moving: Vec<(NodeId, ThreadId)> = moving.filter(|(_, from)| *from != thread).collect();
         // Overlays first: what they write goes through the nodes below.
-        for (place, (id, from)) in moving.iter().enumerate().rev() {
-            if let Err(error) = self.write_back(*from, *id).await {
-                self.bring_back(moving.iter().skip(place + 1)).await;
-                return Err(error);
-            }
+        for (id, from) in moving.iter().rev() {
+            self.write_back(*from, *id).await?;
         }
         for (place, (id, _)) in moving.iter().enumerate() {
             if let Err(error) = self.bring_up_on(*id, thread).await {
                 for (id, _) in moving.iter().take(place).rev() {
                     self.forget_on(thread, *id).await;
                 }
-                self.bring_back(moving.iter()).await;
                 return Err(error);
             }
         }
         Ok(moving)
-    }
-
-    /// Nodes that were written back in order to move begin anew where they are.
-    async fn bring_back(&self, nodes: impl Iterator<Item = &(NodeId, ThreadId)>) {
-        for (id, thread) in nodes {
-            if let Err(error) = self.bring_up_on(*id, *thread).await {
-                let records = self.records.borrow();
-                let node = records.name_of(*id);
-                tracing::error!(%error, node, "a node that could not move cannot be used any more");
-            }
-        }
     }
 
     /// Lets an image write what only its memory holds, so that it can be opened elsewhere.
@@ -256,8 +241,8 @@ impl Graph {
             self.move_component(held, one, there, batch).await
         } else {
             Err(EngineError::generic(
-                "Source and target are used by other jobs on different data threads; move one \
-                 with x-blockdev-set-iothread once its jobs have ended",
+                "What belongs together is used by other jobs on different data threads; move one \
+                 side with x-blockdev-set-iothread once its jobs have ended",
             ))
         }
     }

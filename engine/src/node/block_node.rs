@@ -260,8 +260,8 @@ pub trait Node {
     }
 
     /// Writes back what only this node's memory holds, so that the same can be brought up anew on what is below. Waits for a
-    /// disk only if there is something to write; it is durable afterwards. No request may be in flight, and none is made
-    /// any more.
+    /// disk only if there is something to write; it is durable afterwards. No request may be in flight. The node can be used
+    /// on, unless another one has been brought up on what is below.
     ///
     /// # Errors
     /// Something is not written: dropping the node would lose what it has promised.
