@@ -9,12 +9,13 @@ use blockyard_storage::error::{EFBIG, EINVAL, EOPNOTSUPP};
 use blockyard_storage::{ByteRange, Operation, StorageError};
 
 use crate::error::ImageError;
+use crate::qcow2::claims::Claim;
 use crate::qcow2::frees::Why;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::{CompressedAt, L2Entry};
 use crate::qcow2::lookup::Look;
 use crate::qcow2::open::DiskChange;
-use crate::qcow2::refcounts::{Claim, Counted};
+use crate::qcow2::refcounts::Counted;
 use crate::qcow2::units::{ClusterCount, GuestCluster, HostCluster, HostOffset};
 use crate::qcow2::waiting::Turn;
 
@@ -62,11 +63,8 @@ impl Qcow2 {
         if let Some(errno) = refusal {
             return Err(StorageError::new(Operation::Write, range, errno).into());
         }
-        self.before_change(DiskChange::Content).await?;
-        match self.reserve_compressed(cluster, range, length_bytes).await {
-            Ok(reservation) => Ok(reservation),
-            Err(error) => Err(self.failed(error).await),
-        }
+        self.told(self.reserve_compressed(cluster, range, length_bytes))
+            .await
     }
 
     /// The compressed bytes have been written: readers see them from now on; durable with the next [`flush`](Self::flush).
@@ -81,27 +79,20 @@ impl Qcow2 {
         mut written: CompressedReservation,
     ) -> Result<(), ImageError> {
         let settled = written.take_references();
+        let published = self.told(self.link_compressed(&written)).await;
+        if published.is_err() {
+            self.state.unlink(settled.first, settled.count, Why::Other);
+        }
+        published
+    }
+
+    async fn link_compressed(&self, written: &CompressedReservation) -> Result<(), ImageError> {
         let _lease = self.state.leases.take();
-        let published = loop {
-            let published = match self.state.check_sound() {
-                Ok(()) => self.state.publish_compressed_now(&written),
-                Err(error) => Err(error),
-            };
-            match published {
-                Ok(Look::Is(())) => break Ok(()),
-                Ok(Look::Load(slice)) => {
-                    if let Err(error) = self.load_l2(slice).await {
-                        break Err(error);
-                    }
-                }
-                Err(error) => break Err(error),
-            }
-        };
-        match published {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                self.state.unlink(settled.first, settled.count, Why::Other);
-                Err(self.failed(error).await)
+        loop {
+            self.state.check_sound()?;
+            match self.state.publish_compressed_now(written)? {
+                Look::Is(()) => return Ok(()),
+                Look::Load(slice) => self.load_l2(slice).await?,
             }
         }
     }
@@ -112,6 +103,7 @@ impl Qcow2 {
         range: ByteRange,
         length_bytes: u64,
     ) -> Result<CompressedReservation, ImageError> {
+        self.before_change(DiskChange::Content).await?;
         let turn = self.state.turns.enter(range).await;
         self.state.check_change(Operation::Write, range)?;
         self.own_table(cluster).await?;

@@ -7,6 +7,7 @@ use blockyard_storage::error::{EFBIG, ENOSPC};
 use blockyard_storage::{ByteRange, Operation, StorageError};
 
 use crate::error::ImageError;
+use crate::qcow2::claims::Claim;
 use crate::qcow2::frees::Why;
 use crate::qcow2::header_updates::interrupted;
 use crate::qcow2::image::{ImageState, Qcow2};
@@ -14,7 +15,7 @@ use crate::qcow2::layout::entries::L1Entry;
 use crate::qcow2::layout::header::{L1_TABLE_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX};
 use crate::qcow2::layout::refcounts::{TABLE_OFFSET_MASK, put_refcount};
 use crate::qcow2::overlap::Metadata;
-use crate::qcow2::refcounts::{Claim, Counted};
+use crate::qcow2::refcounts::Counted;
 use crate::qcow2::units::{ClusterCount, HostCluster, HostOffset};
 
 /// Runs that are too short for a table before its place is looked for at the end of the file.

@@ -204,7 +204,7 @@ impl Qcow2 {
     }
 
     /// What a caller hears of a contradiction. A fatal one ends the image and is noted in its header, if it can be written.
-    pub(super) async fn corrupt(&self, mut corruption: Corruption) -> ImageError {
+    async fn corrupt(&self, mut corruption: Corruption) -> ImageError {
         corruption.fatal &= !self.state.options.read_only;
         if !corruption.fatal {
             return ImageError::Corrupt(corruption);
@@ -224,10 +224,13 @@ impl Qcow2 {
         ImageError::Corrupt(corruption)
     }
 
-    /// The error for a caller; see [`corrupt`](Self::corrupt).
-    pub(super) async fn failed(&self, error: ImageError) -> ImageError {
-        match error {
-            ImageError::Corrupt(corruption) => self.corrupt(corruption).await,
+    /// What a caller hears of `work`. Everything that callers may ask for goes through here once, and nothing else does.
+    pub(super) async fn told<T>(
+        &self,
+        work: impl Future<Output = Result<T, ImageError>>,
+    ) -> Result<T, ImageError> {
+        match work.await {
+            Err(ImageError::Corrupt(corruption)) => Err(self.corrupt(corruption).await),
             other => other,
         }
     }

@@ -2,17 +2,27 @@
 
 use std::rc::Rc;
 
+use blockyard_storage::ByteRange;
+
 use crate::error::ImageError;
 use crate::qcow2::header_updates::interrupted;
 use crate::qcow2::image::{ImageState, Qcow2};
+use crate::qcow2::layout::entries::{L1Entry, word_at};
 use crate::qcow2::layout::header::incompatible;
 use crate::qcow2::open::DiskChange;
 use crate::qcow2::overlap::Metadata;
 use crate::qcow2::stale_bitmaps::BeforeWriting;
+use crate::qcow2::units::HostOffset;
 
 /// Commits that closing takes at most: each may free what the one before has unlinked, and freeing may have to wait for room
 /// in the cache.
 const COMMITS_MAX: usize = 64;
+
+/// L1 entries of internal snapshots whose tables are protected with `overlap-check=all`, of all snapshots together: 32 MiB.
+const INACTIVE_ENTRIES_MAX: u64 = 4 << 20;
+
+/// L1 tables of snapshots are read in pieces of so many bytes.
+const PIECE_BYTES: u64 = 1 << 20;
 
 impl Qcow2 {
     /// Before anything is changed: what waits to be freed stays bounded, nobody takes bitmaps for valid that are not, and an
@@ -41,6 +51,10 @@ impl Qcow2 {
         if self.state.options.read_only {
             return Ok(());
         }
+        self.told(self.finish()).await
+    }
+
+    async fn finish(&self) -> Result<(), ImageError> {
         for _ in 0..COMMITS_MAX {
             self.commit_counts().await?;
             let unlinked = !self.state.unlinked.borrow().is_empty();
@@ -72,6 +86,9 @@ impl ImageState {
         if self.is_ready_for(change) {
             return Ok(());
         }
+        if self.overlaps.wants_inactive_l2() && self.marked.get().is_none() {
+            self.read_inactive_l2().await?;
+        }
         let mut bitmaps = self.bitmaps.borrow().clone();
         let changes = BeforeWriting::mark(&self.header.borrow(), &mut bitmaps, change)?;
         for overwrite in &changes.overwrites {
@@ -97,6 +114,33 @@ impl ImageState {
         self.made_dirty.set(self.made_dirty.get() || dirties);
         *self.bitmaps.borrow_mut() = bitmaps;
         self.marked.set(Some(change));
+        Ok(())
+    }
+
+    /// Finds the L2 tables of internal snapshots, which are to be protected.
+    async fn read_inactive_l2(&self) -> Result<(), ImageError> {
+        let mut tables = Vec::new();
+        let mut left = INACTIVE_ENTRIES_MAX;
+        for snapshot in &self.snapshots {
+            let entries = u64::from(snapshot.l1_entries).min(left);
+            left -= entries;
+            let table = ByteRange::new(snapshot.l1_table.0, entries * 8);
+            for piece in table.pieces(PIECE_BYTES) {
+                let length = usize::try_from(piece.length()).unwrap_or(0);
+                let bytes = self
+                    .read_metadata(HostOffset(piece.offset()), length)
+                    .await?;
+                let words = (0..length / 8).filter_map(|index| word_at(&bytes, index));
+                tables.extend(words.filter_map(|word| L1Entry(word).table()));
+            }
+            if left == 0 {
+                break;
+            }
+        }
+        tables.sort_unstable();
+        tables.dedup();
+        self.overlaps
+            .set_inactive_l2(tables, self.geometry.cluster_bytes());
         Ok(())
     }
 }

@@ -12,6 +12,9 @@ use crate::qcow2::layout::entries::{
 use crate::qcow2::leases::Lease;
 use crate::qcow2::units::{GuestCluster, HostOffset, Version};
 
+/// QEMU has a blank too many where it reads.
+const INVALID_ENTRY: &str = "Invalid cluster entry found  ";
+
 /// Where a run of the guest's bytes comes from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Source {
@@ -99,21 +102,21 @@ impl Qcow2 {
     /// # Cancel safety
     /// Dropping the future changes nothing.
     pub async fn map(&self, range: ByteRange) -> Result<Extent, ImageError> {
-        let lease = self.state.leases.take();
+        self.told(self.find(range)).await
+    }
+
+    async fn find(&self, range: ByteRange) -> Result<Extent, ImageError> {
+        let _lease = self.state.leases.take();
         loop {
-            match self.state.look(range) {
-                Ok(Look::Is((range, source))) => {
+            match self.state.look(range)? {
+                Look::Is((range, source)) => {
                     return Ok(Extent {
                         range,
                         source,
                         lease: self.state.leases.take(),
                     });
                 }
-                Ok(Look::Load(slice)) => self.load_l2(slice).await?,
-                Err(error) => {
-                    drop(lease);
-                    return Err(self.failed(error).await);
-                }
+                Look::Load(slice) => self.load_l2(slice).await?,
             }
         }
     }
@@ -350,7 +353,7 @@ impl ImageState {
         let data_and_zero = (entry.bitmap & entry.bitmap >> 32) as u32 != 0;
         let data_nowhere = entry.bitmap as u32 != 0 && self.host_of(entry).is_none();
         let contradicts = geometry.extended_l2() && (data_and_zero || data_nowhere);
-        contradicts.then(|| format!("Invalid cluster entry found {place}"))
+        contradicts.then(|| format!("{INVALID_ENTRY}{place}"))
     }
 
     /// Whether an entry needs no closer look: nothing, or a cluster in its place.
@@ -364,6 +367,34 @@ impl ImageState {
             && (offset == 0
                 || !self.has_data_file()
                 || HostOffset(offset) == self.identity(cluster))
+    }
+
+    /// QEMU names what is wrong with an entry in other words when it is written to.
+    pub(super) fn as_a_write_says(
+        &self,
+        corruption: Corruption,
+        entry: &L2Entry,
+        cluster: GuestCluster,
+    ) -> Corruption {
+        if let Some(place) = corruption.text.strip_prefix(INVALID_ENTRY) {
+            return fatal(format!("Invalid cluster entry found {place}"));
+        }
+        let at = match self.host_of(entry) {
+            Some(at) if entry.word & COMPRESSED == 0 && entry.is_copied() => at,
+            _ => return corruption,
+        };
+        if self.geometry.is_cluster_start(at) {
+            return corruption;
+        }
+        let kind = match self.source_at(entry, 0) {
+            Source::Zero { .. } => "Preallocated zero",
+            _ => "Data",
+        };
+        fatal(format!(
+            "{kind} cluster offset {:#x} unaligned (guest offset: {})",
+            at.0,
+            hexadecimal(self.geometry.guest_offset(cluster).0)
+        ))
     }
 
     /// Where a guest cluster is in an external data file.

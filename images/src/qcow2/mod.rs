@@ -5,6 +5,7 @@
 pub mod amend;
 pub mod asked;
 pub mod check;
+mod claims;
 pub mod compressed;
 pub mod compressed_room;
 pub mod create;
@@ -34,6 +35,7 @@ pub mod units;
 mod waiting;
 mod word_table;
 mod write_order;
+mod write_plan;
 pub mod zero;
 
 pub use compressed_room::CompressedReservation;

@@ -14,7 +14,7 @@ use crate::qcow2::layout::entries::L1Entry;
 use crate::qcow2::layout::refcounts::TABLE_OFFSET_MASK;
 use crate::qcow2::units::{Geometry, HostOffset};
 
-/// Bits of the filter for each cluster of metadata: one false alarm in as many writes.
+/// Bits of the filter for each cluster of metadata: fewer than one false alarm in a hundred writes.
 const FILTER_BITS_PER_CLUSTER: usize = 16;
 /// Smallest filter: 8 KiB.
 const FILTER_BITS_MIN: usize = 1 << 16;
@@ -104,6 +104,8 @@ pub(super) struct Overlaps {
     checks: OverlapChecks,
     /// Metadata that stays where it is and that no table in memory leads to.
     others: Vec<(Metadata, ByteRange)>,
+    /// First bytes of L2 tables of internal snapshots, in ascending order; known only where they are protected.
+    inactive_l2: RefCell<Vec<HostOffset>>,
     filter: RefCell<Filter>,
 }
 
@@ -123,11 +125,25 @@ impl Overlaps {
         Self {
             checks,
             others,
+            inactive_l2: RefCell::default(),
             filter: RefCell::new(Filter {
                 cluster_bits: geometry.cluster_bits(),
                 bits: Vec::new(),
             }),
         }
+    }
+
+    /// Whether L2 tables of internal snapshots are protected.
+    pub(super) const fn wants_inactive_l2(&self) -> bool {
+        self.checks.contains(Metadata::InactiveL2)
+    }
+
+    /// Tables of internal snapshots stand at `tables`, in ascending order.
+    pub(super) fn set_inactive_l2(&self, tables: Vec<HostOffset>, cluster_bytes: u64) {
+        for at in &tables {
+            self.add(ByteRange::new(at.0, cluster_bytes));
+        }
+        self.inactive_l2.replace(tables);
     }
 
     /// Metadata stands in `range` from now on.
@@ -146,12 +162,15 @@ impl Overlaps {
         ranges.push(ByteRange::new(counts.at().0, counts.len() * 8));
         let whole = |at: HostOffset| ByteRange::new(at.0, cluster_bytes);
         let clusters_of = |range: &ByteRange| range.length() / cluster_bytes + 2;
-        let clusters = ranges.iter().map(clusters_of).sum::<u64>() + l1.len() + counts.len();
+        let inactive = self.inactive_l2.borrow();
+        let tables = l1.len() + counts.len() + inactive.len() as u64;
+        let clusters = ranges.iter().map(clusters_of).sum::<u64>() + tables;
         let mut filter = self.filter.borrow_mut();
         filter.clear(usize::try_from(clusters).unwrap_or(usize::MAX));
         ranges.into_iter().for_each(|range| filter.add(range));
         l2_tables(l1.words()).for_each(|at| filter.add(whole(at)));
         refcount_blocks(counts.words()).for_each(|at| filter.add(whole(at)));
+        inactive.iter().for_each(|at| filter.add(whole(*at)));
     }
 
     /// Which protected metadata a write of `range` would destroy; `own`: the kind of what is written.
@@ -190,7 +209,15 @@ impl Overlaps {
             return Some(Metadata::RefcountBlock);
         }
         let other = self.others.iter().find(|(kind, other)| hits(*kind, *other));
-        other.map(|(kind, _)| *kind)
+        if let Some((kind, _)) = other {
+            return Some(*kind);
+        }
+        let inactive = self.inactive_l2.borrow();
+        let first = inactive.partition_point(|at| at.plus(cluster_bytes).0 <= range.offset());
+        let hit = inactive
+            .get(first)
+            .is_some_and(|at| hits(Metadata::InactiveL2, whole(*at)));
+        hit.then_some(Metadata::InactiveL2)
     }
 
     /// The corruption that a write of `range` would be, if it is one.
@@ -231,28 +258,34 @@ impl Filter {
         self.bits = vec![0; bits.next_power_of_two() / 64];
     }
 
-    fn place(&self, cluster: u64) -> (usize, u64) {
-        let words = self.bits.len().max(1) as u64;
+    /// The bits of a cluster: words and their bits.
+    fn places(&self, cluster: u64) -> [(usize, u64); 3] {
+        let bits = self.bits.len().max(1) as u64 * 64;
         let hash = cluster.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let bit = hash >> 32 & (words * 64 - 1);
-        // Below the length of the table, which is a usize.
-        ((bit / 64) as usize, 1 << (bit % 64))
+        [hash >> 36, hash >> 18, hash.rotate_left(23)].map(|part| {
+            let bit = part & (bits - 1);
+            // Below the length of the table, which is a usize.
+            ((bit / 64) as usize, 1 << (bit % 64))
+        })
     }
 
     fn add(&mut self, range: ByteRange) {
         for cluster in self.clusters(range) {
-            let (place, bit) = self.place(cluster);
-            if let Some(word) = self.bits.get_mut(place) {
-                *word |= bit;
+            for (place, bit) in self.places(cluster) {
+                if let Some(word) = self.bits.get_mut(place) {
+                    *word |= bit;
+                }
             }
         }
     }
 
     fn may_hold(&self, range: ByteRange) -> bool {
-        self.clusters(range).any(|cluster| {
-            let (place, bit) = self.place(cluster);
-            self.bits.get(place).is_none_or(|word| word & bit != 0)
-        })
+        let is_set = |(place, bit): (usize, u64)| {
+            let word = self.bits.get(place);
+            word.is_none_or(|word| word & bit != 0)
+        };
+        self.clusters(range)
+            .any(|cluster| self.places(cluster).into_iter().all(is_set))
     }
 
     fn clusters(&self, range: ByteRange) -> std::ops::Range<u64> {
@@ -260,5 +293,27 @@ impl Filter {
             return 0..0;
         }
         range.offset() >> self.cluster_bits..((range.end() - 1) >> self.cluster_bits) + 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filter_knows_what_it_was_told_and_little_else() {
+        for step in [1, 7, 512, 8192] {
+            let mut filter = Filter {
+                cluster_bits: 16,
+                bits: Vec::new(),
+            };
+            filter.clear(20_000);
+            let range = |cluster: u64| ByteRange::new(cluster << 16, 1);
+            (0..20_000).for_each(|n| filter.add(range(n * step)));
+            assert!((0..20_000).all(|n| filter.may_hold(range(n * step))));
+            let others = (0..20_000).map(|n| n * 3 + 100_000_000_000);
+            let alarms = others.filter(|n| filter.may_hold(range(*n))).count();
+            assert!(alarms < 400, "{alarms} false alarms with every {step}th");
+        }
     }
 }

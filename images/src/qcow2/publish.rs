@@ -23,19 +23,18 @@ impl Qcow2 {
     /// Dropping the future leaves the old content, unless it has ended.
     pub async fn publish(&self, mut written: Reservation) -> Result<(), ImageError> {
         written.settle();
+        self.told(self.link(written)).await
+    }
+
+    async fn link(&self, mut written: Reservation) -> Result<(), ImageError> {
         let _lease = self.state.leases.take();
         loop {
-            let published = match self.state.check_sound() {
-                Ok(()) => self.state.publish_now(&mut written),
-                Err(error) => Err(error),
-            };
-            match published {
-                Ok(Look::Is(())) => break,
-                Ok(Look::Load(slice)) => self.load_l2(slice).await?,
-                Err(error) => return Err(self.failed(error).await),
+            self.state.check_sound()?;
+            match self.state.publish_now(&mut written)? {
+                Look::Is(()) => return Ok(()),
+                Look::Load(slice) => self.load_l2(slice).await?,
             }
         }
-        Ok(())
     }
 }
 

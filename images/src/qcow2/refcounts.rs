@@ -8,7 +8,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
-use std::rc::Rc;
 
 use blockyard_storage::error::{EFBIG, ENOSPC};
 use blockyard_storage::{ByteRange, Operation, StorageError};
@@ -16,8 +15,9 @@ use blockyard_storage::{ByteRange, Operation, StorageError};
 use crate::error::{Corruption, ImageError};
 use crate::qcow2::frees::Why;
 use crate::qcow2::fresh::TableKind;
-use crate::qcow2::image::{ImageState, Qcow2};
+use crate::qcow2::image::ImageState;
 use crate::qcow2::layout::refcounts::{TABLE_OFFSET_MASK, put_refcount, refcount_at};
+use crate::qcow2::lookup::{Look, hexadecimal};
 use crate::qcow2::table_cache::TableCache;
 use crate::qcow2::units::{ClusterCount, HostCluster, HostOffset};
 use crate::qcow2::word_table::WordTable;
@@ -91,15 +91,6 @@ pub(super) struct Run {
     pub(super) reads_zero: bool,
 }
 
-/// Clusters that are in nobody's tables yet. Given back when it is dropped.
-pub(super) struct Claim {
-    state: Rc<ImageState>,
-    run: Run,
-    held: bool,
-    /// Somebody may be writing to them.
-    written: bool,
-}
-
 impl Refcounts {
     /// Counts as they are in the file, which is `file_clusters` long.
     pub(super) fn new(table: WordTable, blocks: TableCache, file_clusters: ClusterCount) -> Self {
@@ -117,44 +108,8 @@ impl Refcounts {
     }
 }
 
-impl Qcow2 {
-    /// Takes a run of free clusters, `wanted` at most and as many of them as there are together.
-    ///
-    /// # Errors
-    /// `ENOSPC` where the file cannot grow any more, `EFBIG` where the format has no place for them.
-    pub(super) async fn claim(&self, wanted: ClusterCount) -> Result<Claim, ImageError> {
-        let mut tried_to_free = false;
-        loop {
-            match self.state.claim_now(wanted)? {
-                Counted::Done(run) => return Ok(self.state.claimed(run)),
-                Counted::Load(at) => self.load_counts(at).await?,
-                Counted::Write => self.commit_counts().await?,
-                Counted::GrowTable => self.grow_refcount_table().await?,
-                Counted::Wait => self.wait_for_claims().await,
-                Counted::Full if tried_to_free => return Err(self.state.no_room().into()),
-                Counted::Full => {
-                    // What was given up lately may be used again once that is durable.
-                    tried_to_free = true;
-                    self.commit().await?;
-                    self.state.counts.cursor.set(HostCluster(1));
-                }
-            }
-        }
-    }
-}
-
 impl ImageState {
-    /// A claim on a run that [`claim_now`](Self::claim_now) has found.
-    pub(super) fn claimed(self: &Rc<Self>, run: Run) -> Claim {
-        Claim {
-            state: Rc::clone(self),
-            run,
-            held: true,
-            written: false,
-        }
-    }
-
-    fn no_room(&self) -> StorageError {
+    pub(super) fn no_room(&self) -> StorageError {
         let end = self.geometry.host_offset(self.clusters_max());
         let errno = match self.file.facts().fixed_length {
             true => ENOSPC,
@@ -175,20 +130,6 @@ impl ImageState {
             false => HOST_END_BYTES,
         };
         self.geometry.host_cluster(HostOffset(end))
-    }
-
-    /// A claim on a cluster that [`claim_cluster`](Self::claim_cluster) has taken.
-    pub(super) fn claimed_cluster(self: &Rc<Self>, cluster: HostCluster) -> Claim {
-        self.claimed_run(cluster, ClusterCount(1))
-    }
-
-    /// A claim on clusters whose counts are 1 already.
-    pub(super) fn claimed_run(self: &Rc<Self>, first: HostCluster, count: ClusterCount) -> Claim {
-        self.claimed(Run {
-            first,
-            count,
-            reads_zero: false,
-        })
     }
 
     /// Finds a run of free clusters, of `wanted` at most, and raises their counts to 1. The longest of the first slice that
@@ -335,6 +276,27 @@ impl ImageState {
         }
     }
 
+    /// The last cluster before `end` that has a count, in the slice that holds the count of the one before `end`; else the first
+    /// cluster of that slice. `None`: there is no such slice.
+    pub(super) fn last_counted_before(
+        &self,
+        end: HostCluster,
+    ) -> Option<Look<Result<HostCluster, HostCluster>>> {
+        let before = HostCluster(end.0.checked_sub(1)?);
+        let Ok(Place::Slice { slice, clusters }) = self.place(before) else {
+            return None;
+        };
+        let length = index_in(clusters.0, end);
+        let last = self.counts.blocks.read(slice, |block| {
+            (0..length).rfind(|index| refcount_at(&self.geometry, block, *index) != Some(0))
+        });
+        Some(match last {
+            None => Look::Load(slice),
+            Some(Some(index)) => Look::Is(Ok(clusters.0.plus(ClusterCount(index as u64)))),
+            Some(None) => Look::Is(Err(clusters.0)),
+        })
+    }
+
     /// Takes one reference from each cluster of a run that [`peek`](Self::peek) has named.
     pub(super) fn lower(&self, first: HostCluster, count: ClusterCount) -> Lowered {
         let Ok(Place::Slice { slice, clusters }) = self.place(first) else {
@@ -367,7 +329,7 @@ impl ImageState {
     }
 
     /// Clusters that nothing ever led to are free again.
-    fn give_back(&self, first: HostCluster, count: ClusterCount) {
+    pub(super) fn give_back(&self, first: HostCluster, count: ClusterCount) {
         let mut first = first;
         let end = first.plus(count);
         while first < end {
@@ -401,8 +363,9 @@ impl ImageState {
         if !self.geometry.is_cluster_start(block) {
             return Err(ImageError::Corrupt(Corruption {
                 text: format!(
-                    "Refblock offset {:#x} unaligned (reftable index: {table_index:#x})",
-                    block.0
+                    "Refblock offset {:#x} unaligned (reftable index: {})",
+                    block.0,
+                    hexadecimal(table_index)
                 ),
                 at: None,
                 length_bytes: None,
@@ -521,53 +484,6 @@ impl ImageState {
     fn bytes_of(&self, range: Range<usize>) -> Range<usize> {
         let order = self.geometry.refcount_order();
         (range.start << order) / 8..(range.end << order).div_ceil(8)
-    }
-}
-
-impl Claim {
-    /// The first cluster.
-    pub(super) const fn first(&self) -> HostCluster {
-        self.run.first
-    }
-
-    /// How many clusters.
-    pub(super) const fn count(&self) -> ClusterCount {
-        self.run.count
-    }
-
-    /// Nobody has ever written there: it reads as zeroes.
-    pub(super) const fn reads_zero(&self) -> bool {
-        self.run.reads_zero
-    }
-
-    /// Somebody writes there from now on: until [`settled`](Self::settled), dropping this keeps the clusters from being used
-    /// again.
-    pub(super) fn writing(&mut self) {
-        self.written = true;
-    }
-
-    /// Nobody writes there any more.
-    pub(super) fn settled(&mut self) {
-        self.written = false;
-    }
-
-    /// They are in a table now: it is not for this claim to give them back.
-    pub(super) fn keep(mut self) {
-        self.held = false;
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        if !self.held {
-            return;
-        }
-        let Run { first, count, .. } = self.run;
-        if self.written {
-            self.state.strayed.borrow_mut().insert(first, count);
-        } else {
-            self.state.give_back(first, count);
-        }
     }
 }
 

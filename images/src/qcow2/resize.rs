@@ -12,8 +12,8 @@ use crate::qcow2::growth::l1_entries;
 use crate::qcow2::header_updates::interrupted;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::L1Entry;
+use crate::qcow2::lookup::Look;
 use crate::qcow2::open::DiskChange;
-use crate::qcow2::refcounts::Peeked;
 use crate::qcow2::units::{ClusterCount, HostCluster, Version};
 use crate::qcow2::zero::Change;
 
@@ -31,14 +31,15 @@ impl Qcow2 {
     /// Dropping the future leaves the old length or the new one, as an error does.
     pub async fn resize(&self, length_bytes: u64, below_bytes: u64) -> Result<(), ImageError> {
         self.state.check_resize(length_bytes)?;
+        self.told(self.change_length(length_bytes, below_bytes))
+            .await
+    }
+
+    async fn change_length(&self, length_bytes: u64, below_bytes: u64) -> Result<(), ImageError> {
         self.before_change(DiskChange::Length).await?;
-        let resized = match length_bytes < self.length_bytes() {
+        match length_bytes < self.length_bytes() {
             true => self.shrink(length_bytes).await,
             false => self.grow(length_bytes, below_bytes).await,
-        };
-        match resized {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.failed(error).await),
         }
     }
 
@@ -229,25 +230,53 @@ impl ImageState {
     }
 
     async fn cut_behind_last_cluster(&self) -> Result<(), ImageError> {
-        let length = self.file.facts().length_bytes;
-        let mut end = HostCluster(self.geometry.clusters_for(length).0);
-        // Clusters may have been given to somebody who has not written there yet.
-        end = end.max(self.counts.untouched_from.get());
-        while let Some(last) = end.0.checked_sub(1).map(HostCluster) {
-            match self.peek(last, ClusterCount(1)) {
-                Peeked::Load(slice) => match self.load(slice, &self.counts.blocks).await {
-                    Ok(true) => continue,
-                    // Only room is lost.
-                    Ok(false) | Err(_) => return Ok(()),
-                },
-                Peeked::Unused(_) if !self.strayed.borrow().contains(last) => end = last,
-                _ => break,
-            }
-        }
-        let end_bytes = self.geometry.host_offset(end).0;
-        if end_bytes >= length || end.0 == 0 {
+        let Some(last) = self.last_counted().await else {
+            return Ok(());
+        };
+        let end = self.geometry.host_offset(last.plus(ClusterCount(1))).0;
+        if end >= self.file.facts().length_bytes {
             return Ok(());
         }
-        Ok(self.file.resize(end_bytes).await?)
+        Ok(self.file.resize(end).await?)
+    }
+
+    /// The last cluster whose count is not 0; `None`: it could not be found, which costs room only.
+    async fn last_counted(&self) -> Option<HostCluster> {
+        let entries = self.counts.table.borrow().len();
+        let mut empty_blocks = 0;
+        for index in (0..entries).rev() {
+            if self.counts.table.borrow().word(index) == 0 {
+                continue;
+            }
+            match self.last_counted_by(index).await? {
+                Some(last) => return Some(last),
+                None => empty_blocks += 1,
+            }
+            if empty_blocks == EMPTY_BLOCKS_MAX {
+                return None;
+            }
+        }
+        None
+    }
+
+    /// The last cluster with a count in the block at an index of the refcount table.
+    async fn last_counted_by(&self, index: u64) -> Option<Option<HostCluster>> {
+        let per_block = self.geometry.refcounts_per_block();
+        let mut end = HostCluster((index + 1).checked_mul(per_block)?);
+        let start = HostCluster(index * per_block);
+        while end > start {
+            match self.last_counted_before(end)? {
+                Look::Load(slice) => {
+                    let loaded = self.load(slice, &self.counts.blocks).await;
+                    loaded.ok().filter(|loaded| *loaded)?;
+                }
+                Look::Is(Ok(last)) => return Some(Some(last)),
+                Look::Is(Err(first)) => end = first,
+            }
+        }
+        Some(None)
     }
 }
+
+/// Blocks that count nothing which are read for the end of the file to be found.
+const EMPTY_BLOCKS_MAX: u32 = 64;

@@ -69,7 +69,7 @@ impl Qcow2 {
         if self.state.options.read_only {
             return Ok(());
         }
-        self.commit().await
+        self.told(self.commit()).await
     }
 
     /// A commit that begins from now on, alone or together with others who want one.
@@ -82,15 +82,11 @@ impl Qcow2 {
                 Some(error) => Err(error),
             })
         };
-        let outcome = loop {
+        loop {
             if let Some(outcome) = self.serial.drive(ended).await {
-                break outcome;
+                return outcome;
             }
             self.begin_commit();
-        };
-        match outcome {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.failed(error).await),
         }
     }
 

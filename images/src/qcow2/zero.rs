@@ -73,11 +73,7 @@ impl Qcow2 {
     /// Dropping the future leaves the old content or zeroes in every cluster.
     pub async fn zero(&self, request: ZeroRequest) -> Result<Zeroing, ImageError> {
         self.state.check_change(Operation::Zero, request.range)?;
-        self.before_change(DiskChange::Content).await?;
-        match self.zero_front(request).await {
-            Ok(zeroing) => Ok(zeroing),
-            Err(error) => Err(self.failed(error).await),
-        }
+        self.told(self.zero_front(request)).await
     }
 
     /// Gives up the whole clusters in `range`, as far as they need not be kept to hide what is below; the last cluster of the
@@ -98,22 +94,22 @@ impl Qcow2 {
             return Ok(());
         }
         let range = self.state.whole_clusters(range);
-        self.give_up(range, Change::Discard { has_backing }).await
+        self.told(self.give_up(range, Change::Discard { has_backing }))
+            .await
     }
 
     async fn give_up(&self, range: ByteRange, change: Change) -> Result<(), ImageError> {
         let mut rest = range;
         while !rest.is_empty() {
             self.before_change(DiskChange::Content).await?;
-            match self.change_front(rest, change).await {
-                Ok(done) => rest = rest.split_at(done.length().max(1)).1,
-                Err(error) => return Err(self.failed(error).await),
-            }
+            let done = self.change_front(rest, change).await?;
+            rest = rest.split_at(done.length().max(1)).1;
         }
         Ok(())
     }
 
     async fn zero_front(&self, request: ZeroRequest) -> Result<Zeroing, ImageError> {
+        self.before_change(DiskChange::Content).await?;
         let range = request.range;
         let span = self.state.slice_span(range);
         let turn = self.state.turns.enter(span).await;

@@ -1,9 +1,12 @@
 //! Images in use, moved by a small node of the test: against a plain array, on disks that fail and lose power, beside
 //! `qemu-img`.
 
+mod cache;
 mod cells;
+mod corruption;
 mod disk_model;
 mod faults;
+mod hostile;
 mod mover;
 mod power;
 mod races;

@@ -7,7 +7,8 @@ use blockyard_images::ImageError;
 use blockyard_images::qcow2::compressed::ClusterCodec;
 use blockyard_images::qcow2::units::{Geometry, GuestCluster};
 use blockyard_images::qcow2::{Qcow2, Source, WritePlan, ZeroRequest, Zeroing};
-use blockyard_storage::{Buffer, ByteRange};
+use blockyard_storage::error::EIO;
+use blockyard_storage::{Buffer, ByteRange, Operation, StorageError};
 
 /// An image and what is below it.
 #[derive(Clone)]
@@ -73,9 +74,10 @@ impl Mover {
                     let mut cluster = vec![0; cluster_bytes as usize];
                     let compression = self.image.header().compression;
                     let mut codec = self.codec.borrow_mut();
-                    codec
-                        .decompress(compression, read.buffer.as_slice(), &mut cluster)
-                        .expect("a stream that was written here");
+                    let stream = read.buffer.as_slice();
+                    if codec.decompress(compression, stream, &mut cluster).is_err() {
+                        return Err(StorageError::new(Operation::Read, extent.range, EIO).into());
+                    }
                     let skip = (extent.range.offset() % cluster_bytes) as usize;
                     bytes.extend_from_slice(&cluster[skip..skip + length]);
                 }
