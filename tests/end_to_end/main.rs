@@ -18,6 +18,7 @@ mod daemon;
 mod flows;
 mod host_device;
 mod image_commands;
+mod image_jobs;
 mod image_names;
 mod images;
 mod lifetimes;

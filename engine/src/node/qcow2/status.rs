@@ -1,11 +1,16 @@
-//! What the layer itself holds.
+//! What the layer itself holds. A long run of data is looked at in the file too: clusters that were only assigned (images made
+//! with preallocation) are holes there, and zeroes to everybody.
 
 use blockyard_images::qcow2::lookup::Source;
-use blockyard_storage::ByteRange;
+use blockyard_images::qcow2::units::HostOffset;
+use blockyard_storage::{ByteRange, Extent, Storage};
 
 use crate::error::NodeError;
 use crate::node::StatusExtent;
 use crate::node::qcow2::mover::Mover;
+
+/// Shortest run of data that is worth a question to the file system, in bytes.
+const HOLES_FROM_BYTES: u64 = 1 << 20;
 
 /// Tables that one question reads at most, so that it ends however much of an image is of one kind.
 const TABLES_MAX: usize = 16;
@@ -28,18 +33,54 @@ impl Mover {
                 Err(error) if extents.is_empty() => return Err(error),
                 Err(_) => break,
             };
-            let status = self.status_extent(mapped.range, mapped.source);
-            let full = extents.len() >= extents_max.max(1);
-            match extents.last_mut() {
-                Some(last) if (last.zero, last.allocated) == (status.zero, status.allocated) => {
-                    last.range = ByteRange::between(last.range.offset(), status.range.end());
+            let told = match mapped.source {
+                Source::Data { at } if mapped.range.length() >= HOLES_FROM_BYTES => {
+                    self.holes_in(mapped.range, at, extents_max).await
                 }
-                _ if full => break,
-                _ => extents.push(status),
+                source => vec![self.status_extent(mapped.range, source)],
+            };
+            for status in told {
+                let full = extents.len() >= extents_max.max(1);
+                match extents.last_mut() {
+                    Some(last)
+                        if (last.zero, last.allocated) == (status.zero, status.allocated) =>
+                    {
+                        last.range = ByteRange::between(last.range.offset(), status.range.end());
+                    }
+                    _ if full => return Ok(extents),
+                    _ => extents.push(status),
+                }
+                rest = ByteRange::between(status.range.end(), rest.end());
             }
-            rest = ByteRange::between(status.range.end(), rest.end());
         }
         Ok(extents)
+    }
+
+    /// A run of data that stands at `at`, as the file knows it. One that cannot tell holds data.
+    async fn holes_in(
+        &self,
+        range: ByteRange,
+        at: HostOffset,
+        extents_max: usize,
+    ) -> Vec<StatusExtent> {
+        let there = ByteRange::new(at.0, range.length());
+        let known = self.data().allocation(there, extents_max).await;
+        let in_guest = |extent: Extent| StatusExtent {
+            range: ByteRange::new(
+                range.offset() + extent.range.offset().saturating_sub(at.0),
+                extent.range.length(),
+            ),
+            zero: !extent.data,
+            allocated: true,
+        };
+        match known {
+            Ok(known) if !known.is_empty() => known.into_iter().map(in_guest).collect(),
+            _ => vec![StatusExtent {
+                range,
+                zero: false,
+                allocated: true,
+            }],
+        }
     }
 
     /// The front of an extent that is of one kind for others.

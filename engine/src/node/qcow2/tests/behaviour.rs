@@ -377,6 +377,44 @@ fn room_that_is_reserved_changes_nothing_that_is_read() {
 }
 
 #[test]
+fn clusters_that_were_only_assigned_are_zeroes() {
+    const LARGE: u64 = 1 << 16;
+    let yard = Yard::new(Setup {
+        size_bytes: 60 * LARGE,
+        ..Setup::new(1, 16)
+    });
+    let at = |cluster: u64, clusters: u64| ByteRange::new(cluster * LARGE, clusters * LARGE);
+    let node = yard.open();
+    let all = at(0, 60);
+    assert_eq!(errno(&yard, &node, &Operation::Write(all, 1)), None);
+    yard.drive(node.close()).expect("closed");
+    let told = |zero: bool, range: ByteRange| crate::node::StatusExtent {
+        range,
+        zero,
+        allocated: true,
+    };
+    let status = |extents_max| yard.drive(node.status(all, extents_max)).expect("told");
+    assert_eq!(status(9), [told(false, all)]);
+    // As an image is that was made so: the file has holes where the guest has written nothing.
+    let data = yard.drive(node.image().map(at(20, 1))).expect("mapped");
+    let blockyard_images::qcow2::Source::Data { at: place } = data.source else {
+        panic!("it was written");
+    };
+    let file = yard.file("file", &yard.image, false);
+    let hole = ByteRange::new(place.0, 30 * LARGE);
+    assert_eq!(yard.drive(file.discard(hole)), Ok(()));
+    let expected = [
+        told(false, at(0, 20)),
+        told(true, at(20, 30)),
+        told(false, at(50, 10)),
+    ];
+    assert_eq!(status(9), expected);
+    assert_eq!(status(2), expected[..2]);
+    let read = yard.drive(Operation::Read(at(20, 30)).carry_out(&node));
+    assert!(read.expect("readable") == Some(vec![0; 30 * LARGE as usize]));
+}
+
+#[test]
 fn no_fallback_means_that_nothing_is_written() {
     let yard = Yard::new(Setup {
         backing_bytes: Some(20 * CLUSTER),
