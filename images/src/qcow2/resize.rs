@@ -15,6 +15,7 @@ use crate::qcow2::layout::entries::L1Entry;
 use crate::qcow2::lookup::Look;
 use crate::qcow2::open::DiskChange;
 use crate::qcow2::units::{ClusterCount, HostCluster, Version};
+use crate::qcow2::waiting::give_way;
 use crate::qcow2::zero::Change;
 
 impl Qcow2 {
@@ -83,6 +84,7 @@ impl Qcow2 {
             self.change(front, Change::Zero { may_unmap: false })
                 .await?;
             rest = rest.split_at(front.length().max(1)).1;
+            give_way().await;
         }
         self.commit().await
     }
@@ -101,6 +103,7 @@ impl Qcow2 {
         while !rest.is_empty() {
             self.before_change(DiskChange::Length).await?;
             rest = self.forget_front(rest).await?;
+            give_way().await;
         }
         state.forget_tables(length_bytes);
         self.commit().await?;

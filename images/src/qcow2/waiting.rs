@@ -234,6 +234,19 @@ impl Serial {
     }
 }
 
+/// Lets others go on: long work in memory must not keep a thread for itself.
+pub(super) async fn give_way() {
+    let mut has_waited = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut has_waited, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 /// Drives all `pending` futures at once and gives the first error when all have ended.
 pub(super) async fn all_of<E>(mut pending: Vec<LocalFuture<'_, Result<(), E>>>) -> Result<(), E> {
     let mut outcome = Ok(());

@@ -27,6 +27,7 @@ use crate::qcow2::lookup::{EntryPlace, Look, Source, TablePlace};
 use crate::qcow2::open::DiskChange;
 use crate::qcow2::publish::lost_table;
 use crate::qcow2::units::{GuestCluster, GuestOffset, HostOffset, Version};
+use crate::qcow2::waiting::give_way;
 
 /// What is to read as zeroes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,6 +104,7 @@ impl Qcow2 {
         while !rest.is_empty() {
             self.before_change(DiskChange::Content).await?;
             let done = self.change_front(rest, change).await?;
+            give_way().await;
             rest = rest.split_at(done.length().max(1)).1;
         }
         Ok(())
