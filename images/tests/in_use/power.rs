@@ -1,5 +1,7 @@
 //! Clients at the same time, and the power that may go at every step.
 
+use std::rc::Rc;
+
 use blockyard_images::qcow2::create::CreateOptions;
 use blockyard_images::qcow2::units::Version;
 use blockyard_simulator::{Seed, each_seed, run};
@@ -58,6 +60,50 @@ fn after_a_power_cut_an_image_is_used_on() {
                 yard.world.cut_power();
                 yard.settle();
             }
+        },
+    );
+}
+
+#[test]
+fn refcount_blocks_come_while_the_power_goes() {
+    each_seed(
+        "blockyard-images",
+        "refcount_blocks_come_while_the_power_goes",
+        60,
+        |number| {
+            let seed = Seed::new(8_000_000 + number);
+            let mut setup = Setup::by(&seed, true);
+            // A block counts 64 clusters, of 512 bytes.
+            setup.create = CreateOptions::new(128 << 10);
+            setup.create.cluster_bytes = 512;
+            setup.create.refcount_bits = 64;
+            setup.below = None;
+            setup.device = None;
+            let yard = Yard::with(number, setup, seed);
+            let mover = yard.mover();
+            let mut tasks = yard.clients(&mover, 3, 4, Failures::Never);
+            let writer = mover.clone();
+            let (cells, whole) = (Rc::clone(&yard.cells), ByteRange::new(0, 128 << 10));
+            let first = async move {
+                for piece in whole.pieces(16 << 10) {
+                    let issued = cells.issue(piece, 77);
+                    let bytes = vec![77; piece.length() as usize];
+                    writer.write(piece.offset(), &bytes).await.expect("written");
+                    issued.done();
+                    let flushing = cells.flush();
+                    writer.image.flush().await.expect("flushed");
+                    cells.flushed(flushing);
+                }
+            };
+            let step = || {
+                yard.check_after_cut(yard.world.steps());
+                yard.world.step()
+            };
+            run(first, step).expect("it ends");
+            assert!(
+                run(all(&mut tasks), step).is_some(),
+                "somebody waits for ever"
+            );
         },
     );
 }

@@ -129,7 +129,7 @@ impl Yard {
     }
 
     /// A given image on disks of a world of its own.
-    fn with(number: u64, setup: Setup, seed: Seed) -> Self {
+    pub(crate) fn with(number: u64, setup: Setup, seed: Seed) -> Self {
         let world = World::new(number);
         let options = DiskOptions {
             length_bytes: setup.device.unwrap_or(0),
