@@ -4,13 +4,14 @@
 use std::rc::Rc;
 
 use blockyard_images::qcow2::units::Version;
-use blockyard_simulator::{Seed, each_seed};
+use blockyard_simulator::{Fault, Seed, each_seed};
 use blockyard_storage::ByteRange;
+use blockyard_storage::error::EIO;
 use futures_util::future::join_all;
 
 use crate::job::context::ErrorPolicies;
 use crate::job::error_policy::OnError;
-use crate::job::work::Work;
+use crate::job::work::{Stop, Work};
 use crate::jobs::backup::Backup;
 use crate::jobs::mirror::Mirror;
 use crate::jobs::test_support::{Running, VirtualClock};
@@ -120,11 +121,22 @@ impl Copy {
         }
     }
 
-    /// Copies; the target is opened without a backing, whatever its image names.
+    /// Copies and closes both images.
     fn run(&self) {
-        let source: Rc<dyn Node> = self.source.open();
+        let (source, target) = self.nodes();
+        self.run_on(&source, &target).expect("copied");
+        self.target.drive(target.close()).expect("closed");
+        self.source.drive(source.close()).expect("closed");
+    }
+
+    /// Source and target, which is opened without a backing, whatever its image names.
+    fn nodes(&self) -> (Rc<dyn Node>, Rc<dyn Node>) {
         let file = self.target.file("file", &self.target.image, false);
-        let target = self.target.open_over(file, None);
+        (self.source.open(), self.target.open_over(file, None))
+    }
+
+    /// Copies, and says how it ended.
+    fn run_on(&self, source: &Rc<dyn Node>, target: &Rc<dyn Node>) -> Result<(), Stop> {
         let clock = VirtualClock::default();
         let mut work = self.work(source.clone(), target.clone());
         let running = Running::new(&clock, 0, ErrorPolicies::default());
@@ -137,11 +149,12 @@ impl Copy {
                 self.target.world.step() || here || clock.advance()
             },
         );
-        assert_eq!(ended, Some(Ok(())), "{:?}", self.target.setup);
-        let progress = &orders.progress;
-        assert_eq!(progress.current_bytes(), progress.total_bytes());
-        self.target.drive(target.close()).expect("closed");
-        self.source.drive(source.close()).expect("closed");
+        let ended = ended.expect("waits for something that can happen");
+        if ended.is_ok() {
+            let progress = &orders.progress;
+            assert_eq!(progress.current_bytes(), progress.total_bytes());
+        }
+        ended
     }
 }
 
@@ -188,5 +201,65 @@ fn a_copy_takes_room_for_data_only() {
             }
         }
         assert!([Version::V2, Version::V3].contains(&copy.target.setup.version));
+    });
+}
+
+#[test]
+fn a_copy_that_has_succeeded_survives_the_power() {
+    each_seed(
+        "blockyard-engine",
+        "a_copy_that_has_succeeded",
+        100,
+        |seed| {
+            let dice = Seed::new(seed);
+            let mut copy = Copy::random(seed);
+            copy.fill_source(&dice);
+            let (source, target) = copy.nodes();
+            assert_eq!(copy.run_on(&source, &target), Ok(()));
+            drop(target);
+            copy.target.cut_power();
+            let node = copy.target.open();
+            assert_holds(&copy.target, &node, &copy.model, &dice);
+        },
+    );
+}
+
+#[test]
+fn whichever_request_fails_success_means_that_everything_is_there() {
+    each_seed("blockyard-engine", "whichever_request_fails", 12, |seed| {
+        for on_source in [false, true] {
+            for nth in 1.. {
+                let dice = Seed::new(seed);
+                let mut copy = Copy::random(seed);
+                copy.fill_source(&dice);
+                let (source, target) = copy.nodes();
+                let world = match on_source {
+                    true => &copy.source.world,
+                    false => &copy.target.world,
+                };
+                world.add_fault(Fault::fails(EIO).nth(nth));
+                let ended = copy.run_on(&source, &target);
+                if world.failures() == 0 {
+                    assert_eq!(ended, Ok(()));
+                    assert!(nth > 1, "nothing was asked of it");
+                    break;
+                }
+                match ended {
+                    // What was promised is there although nobody closes the image.
+                    Ok(()) => {
+                        drop(target);
+                        copy.target.cut_power();
+                        let node = copy.target.open();
+                        assert_holds(&copy.target, &node, &copy.model, &dice);
+                    }
+                    Err(Stop::Failed(error)) => assert_eq!(error.errno, Some(EIO), "{error:?}"),
+                    Err(stop) => panic!("{stop:?}"),
+                }
+                // Whatever happened, the source is what it was.
+                drop(source);
+                let node = copy.source.open();
+                assert_holds(&copy.source, &node, &copy.model, &dice);
+            }
+        }
     });
 }
