@@ -11,6 +11,7 @@ mod mover;
 mod power;
 mod races;
 mod recount;
+mod second_reader;
 mod sequences;
 mod setup;
 mod snapshot;

@@ -1,4 +1,5 @@
-//! One operation after the other, against a plain array.
+//! One operation after the other, against a plain array: thousands of sequences, each an image of its own.
+//! `BLOCKYARD_SEEDS=100000` tries as many, `BLOCKYARD_SEED=7` that one alone.
 
 use std::path::Path;
 use std::process::Command;
@@ -133,12 +134,13 @@ impl Model {
     }
 }
 
-struct Run {
-    setup: Setup,
+/// An image, what was done to it, and what it has to hold.
+pub(crate) struct Run {
+    pub(crate) setup: Setup,
     file: Rc<MemoryStorage>,
     data: Option<Rc<MemoryStorage>>,
     mover: Mover,
-    model: Model,
+    pub(crate) model: Model,
     /// What an internal snapshot holds.
     snapshot: Option<Vec<u8>>,
 }
@@ -245,6 +247,23 @@ impl Run {
         let header = Header::parse(&file, Access::ReadWrite).expect("sound");
         assert!(!header.is_dirty());
     }
+
+    /// Writes all files of the image to a folder, and what it has to hold.
+    pub(crate) fn write_to(&self, folder: &Path) {
+        let put = |name: &str, bytes: &[u8]| {
+            std::fs::write(folder.join(name), bytes).expect("written");
+        };
+        put("image", &all_bytes(&self.file));
+        put("wanted", &self.model.disk);
+        if let Some(data) = &self.data {
+            put("data", &all_bytes(data));
+        }
+        if let Some(below) = &self.setup.below {
+            let mut below = below.to_vec();
+            below.resize(below.len().next_multiple_of(512), 0);
+            put("below", &below);
+        }
+    }
 }
 
 fn mover(setup: &Setup, file: &Rc<MemoryStorage>, data: Option<&Rc<MemoryStorage>>) -> Mover {
@@ -254,7 +273,8 @@ fn mover(setup: &Setup, file: &Rc<MemoryStorage>, data: Option<&Rc<MemoryStorage
     Mover::new(image, setup.below.clone(), setup.skips_zeroes)
 }
 
-fn random_run(number: u64) -> Run {
+/// Any image after any steps, closed.
+pub(crate) fn random_run(number: u64) -> Run {
     let seed = Seed::new(number);
     let mut run = Run::new(Setup::by(&seed, !number.is_multiple_of(16)));
     for _ in 0..2 + seed.below(60) {
@@ -293,19 +313,7 @@ fn qemu_img_finds_the_same_image_sound() {
         60,
         |number| {
             let run = random_run(1_000_000 + number);
-            let path = |name: &str| folder.path().join(name);
-            let put =
-                |name: &str, bytes: &[u8]| std::fs::write(path(name), bytes).expect("written");
-            put("image", &all_bytes(&run.file));
-            put("wanted", &run.model.disk);
-            if let Some(data) = &run.data {
-                put("data", &all_bytes(data));
-            }
-            if let Some(below) = &run.setup.below {
-                let mut below = below.to_vec();
-                below.resize(below.len().next_multiple_of(512), 0);
-                put("below", &below);
-            }
+            run.write_to(folder.path());
             let check = |arguments: &[&str]| {
                 let output = Command::new(&qemu_img)
                     .args(arguments)

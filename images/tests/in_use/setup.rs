@@ -7,7 +7,7 @@ use blockyard_images::pace::Unwatched;
 use blockyard_images::qcow2::Options;
 use blockyard_images::qcow2::create::{CreateOptions, create};
 use blockyard_images::qcow2::overlap::OverlapChecks;
-use blockyard_images::qcow2::units::Version;
+use blockyard_images::qcow2::units::{Compression, Version};
 use blockyard_simulator::{Seed, run};
 use blockyard_storage::{Buffer, MemoryStorage, Storage};
 
@@ -51,6 +51,9 @@ impl Setup {
             create.refcount_bits = 1 << seed.below(7);
             create.extended_l2 = bits >= 14 && seed.one_in(2);
             create.lazy_refcounts = seed.one_in(6);
+            if seed.one_in(3) {
+                create.compression = Compression::Zstd;
+            }
             if seed.one_in(6) {
                 create.data_file_name = Some(b"data".to_vec());
                 create.data_file_raw = seed.one_in(2);
