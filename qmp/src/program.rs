@@ -10,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 use crate::control;
 use crate::daemon;
 use crate::terminal::copy::arguments::CopyKind;
-use crate::terminal::images::{compare, create, info, measure, resize};
+use crate::terminal::images::{compare, create, info, map, measure, resize};
 use crate::terminal::{self, Command, bench, check, copy};
 use crate::tour;
 
@@ -45,6 +45,7 @@ pub fn main() -> ExitCode {
         Command::Compare(arguments) => compare::run(&arguments),
         Command::Create(arguments) => create::run(&arguments).into(),
         Command::Info(arguments) => info::run(&arguments).into(),
+        Command::Map(arguments) => map::run(&arguments).into(),
         Command::Measure(arguments) => measure::run(&arguments).into(),
         Command::Resize(arguments) => resize::run(&arguments).into(),
         Command::Qmp(arguments) => control::qmp::run(&arguments).into(),

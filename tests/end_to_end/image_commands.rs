@@ -417,3 +417,253 @@ fn comparisons_say_what_qemu_img_says() {
     assert_eq!(code(&output), 2, "{}", complaint(&output));
     assert_eq!(code(&place.run(&["compare", "one"])), 1);
 }
+
+/// Images of many kinds with something in each, and the format of each.
+fn zoo(place: &Place) -> Vec<(&'static str, &'static str)> {
+    file(place, "base.raw", 2 * MIB, &[(0, 1), (MIB, 2)]);
+    let images: [(&str, &[&str]); 7] = [
+        ("plain", &[]),
+        ("old", &["-o", "compat=0.10"]),
+        ("small", &["-o", "cluster_size=512"]),
+        ("subclusters", &["-o", "extended_l2=on"]),
+        ("outside", &["-o", "data_file=data"]),
+        // Longer than what is below it.
+        ("middle", &["-b", "base.raw", "-F", "raw"]),
+        ("top", &["-b", "middle", "-F", "qcow2"]),
+    ];
+    for (name, options) in images {
+        let create = [&["create", "-q", "-f", "qcow2"], options, &[name, "5M"]].concat();
+        make(place, &create);
+        let mut command = Command::new("qemu-io");
+        command
+            .args(["-f", "qcow2", name])
+            .current_dir(place.folder.path());
+        for step in [
+            "write -P 7 300k 200k",
+            "write -P 8 2100k 3k",
+            "write -z 320k 64k",
+            "write -z 1M 70k",
+            "write -P 9 5000k 120k",
+        ] {
+            command.args(["-c", step]);
+        }
+        let output = command.output().expect("it runs");
+        assert_eq!(code(&output), 0, "{name}: {}", complaint(&output));
+    }
+    let convert = [
+        "convert",
+        "-c",
+        "-f",
+        "qcow2",
+        "-O",
+        "qcow2",
+        "plain",
+        "compressed",
+    ];
+    make(place, &convert);
+    let mut found = vec![("base.raw", "raw"), ("compressed", "qcow2")];
+    found.extend(images.map(|(name, _)| (name, "qcow2")));
+    found
+}
+
+#[test]
+fn maps_are_those_of_qemu_img() {
+    if !have_qemu_img() || !tools::have("qemu-io", "qemu-utils") {
+        return;
+    }
+    let place = Place::new();
+    for (name, format) in zoo(&place) {
+        let arguments = ["map", "-f", format, "--output=json", name];
+        same_json(&place, &arguments);
+        same(&place, &arguments);
+        let part = ["--start-offset", "300000", "--max-length", "800000"];
+        same(&place, &[&arguments[..], &part].concat());
+        // With compressed clusters, qemu-img has no table to show.
+        if name != "compressed" {
+            same(&place, &["map", "-f", format, name]);
+        }
+    }
+    let create = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "preallocation=metadata",
+    ];
+    make(&place, &[&create[..], &["assigned", "5M"]].concat());
+    let arguments = ["map", "-f", "qcow2", "--output=json", "assigned"];
+    same_json(&place, &arguments);
+    let shown = text(&place.succeed(&arguments));
+    assert!(shown.contains("\"zero\": true, \"data\": true"), "{shown}");
+    let shown = text(&place.succeed(&["map", "-f", "qcow2", "compressed"]));
+    assert!(shown.contains("compressed      compressed"), "{shown}");
+    place.fail(&["map", "plain"], "looks like a qcow2 image; say -f qcow2");
+}
+
+#[test]
+fn disks_in_any_format_are_compared_and_measured() {
+    if !have_qemu_img() || !tools::have("qemu-io", "qemu-utils") {
+        return;
+    }
+    let place = Place::new();
+    let images = zoo(&place);
+    let mut equal = 0;
+    for (one, format) in &images {
+        for (other, other_format) in &images {
+            let arguments = ["compare", "-f", format, "-F", other_format, one, other];
+            same(&place, &arguments);
+            equal += i32::from(code(&place.run(&arguments)) == 0);
+        }
+        same(
+            &place,
+            &["compare", "-s", "-f", format, "-F", format, one, one],
+        );
+        for target in [
+            &["-O", "raw"][..],
+            &["-O", "qcow2", "-o", "cluster_size=4k"],
+        ] {
+            same(
+                &place,
+                &[&["measure", "-f", format], target, &[one]].concat(),
+            );
+        }
+    }
+    // Those without a backing file hold the same disk.
+    assert!(equal > images.len() as i32, "{equal}");
+    make(&place, &["bitmap", "--add", "plain", "one"]);
+    same(&place, &["measure", "-f", "qcow2", "-O", "qcow2", "plain"]);
+}
+
+#[test]
+fn qcow2_disks_change_their_length() {
+    if !have_qemu_img() || !tools::have("qemu-io", "qemu-utils") {
+        return;
+    }
+    let place = Place::new();
+    for (name, format) in zoo(&place)
+        .into_iter()
+        .filter(|(_, format)| *format == "qcow2")
+    {
+        let copy = |from: &str, to: &str| {
+            fs::copy(place.path(from), place.path(to)).expect("copied");
+        };
+        let has_data_file = name == "outside";
+        if has_data_file {
+            copy("data", "data.before");
+        }
+        copy(name, "reference");
+        for change in ["7M", "+1000k", "--shrink 3M", "+0", "4M"] {
+            let change: Vec<&str> = change.split(' ').collect();
+            let resize = |file| {
+                let (length, options) = change.split_last().expect("a length");
+                [&["resize", "-f", format], options, &[file, length]].concat()
+            };
+            same_in(&place, &resize(name), &resize("reference"), has_data_file);
+            make(&place, &["check", "-q", name]);
+            if !has_data_file {
+                make(
+                    &place,
+                    &[
+                        "compare",
+                        "-q",
+                        "-f",
+                        format,
+                        "-F",
+                        format,
+                        name,
+                        "reference",
+                    ],
+                );
+            }
+        }
+        place.fail(
+            &["resize", "-f", format, name, "1M"],
+            "Use the --shrink option to perform a shrink operation.",
+        );
+        if !has_data_file {
+            let grow = [
+                "resize",
+                "-f",
+                format,
+                "--preallocation",
+                "full",
+                name,
+                "+1M",
+            ];
+            place.succeed(&grow);
+            make(&place, &["check", "-q", name]);
+        }
+    }
+}
+
+/// Ours changes one file and theirs another one, unless they would share a data file; both say the same.
+fn same_in(place: &Place, ours: &[&str], theirs: &[&str], only_ours: bool) {
+    let output = place.succeed(ours);
+    if !only_ours {
+        let expected = qemu_img(place, theirs);
+        assert_eq!(text(&output), text(&expected), "{ours:?}");
+    }
+}
+
+#[test]
+fn chains_are_followed_as_far_as_is_safe() {
+    if !have_qemu_img() {
+        return;
+    }
+    let place = Place::new();
+    file(&place, "base.raw", MIB, &[]);
+    let chain = |name: &str, backing: &[&str]| {
+        make(
+            &place,
+            &[
+                &["create", "-q", "-u", "-f", "qcow2"],
+                backing,
+                &[name, "1M"],
+            ]
+            .concat(),
+        );
+    };
+    chain("middle", &["-b", "base.raw", "-F", "raw"]);
+    chain("top", &["-b", "./middle", "-F", "qcow2"]);
+    let arguments = ["info", "--backing-chain", "-f", "qcow2", "top"];
+    same(&place, &arguments);
+    same_json(&place, &[&arguments[..], &["--output=json"]].concat());
+    same_json(
+        &place,
+        &["info", "--backing-chain", "--output=json", "base.raw"],
+    );
+    place.fail(
+        &["info", "--backing-chain", "top"],
+        "say -f qcow2 to follow",
+    );
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        place.path("fifo"),
+        rustix::fs::FileType::Fifo,
+        0o600.into(),
+        0,
+    )
+    .expect("made");
+    for (backing, words) in [
+        (
+            &["-b", "json:{}", "-F", "raw"][..],
+            "is not the name of a file",
+        ),
+        (
+            &["-b", "nbd:host:1", "-F", "raw"],
+            "is not the name of a file",
+        ),
+        (
+            &["-b", "/proc/self/environ", "-F", "raw"],
+            "belongs to a process or the kernel",
+        ),
+        (&["-b", "fifo", "-F", "raw"], "fifo"),
+        (&["-b", "none", "-F", "raw"], "none"),
+        (&["-b", "./odd", "-F", "qcow2"], "creates an infinite loop"),
+    ] {
+        chain("odd", backing);
+        place.fail(&["info", "--backing-chain", "-f", "qcow2", "odd"], words);
+        place.succeed(&["info", "-f", "qcow2", "odd"]);
+    }
+}

@@ -26,21 +26,21 @@ const KERNEL_PLACES: [&str; 7] = [
 ];
 
 /// How to go on without following a name.
-const BACKING_ADVICE: &str = "open it by a command of its own and give its node as 'backing', or \
+pub(crate) const BACKING_ADVICE: &str = "open it by a command of its own and give its node as 'backing', or \
                               give null";
 
 /// What an image says about its backing file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct BackingName {
+pub(crate) struct BackingName {
     /// The name as it stands in the header.
-    pub(super) name: Vec<u8>,
+    pub(crate) name: Vec<u8>,
     /// The format that the header states.
-    pub(super) format: Option<String>,
+    pub(crate) format: Option<String>,
 }
 
 /// What a name comes to.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Followed {
+pub(crate) enum Followed {
     /// A file in a format.
     File {
         /// Its path.
@@ -54,7 +54,7 @@ pub(super) enum Followed {
 
 /// Formats that a backing file can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum BackingFormat {
+pub(crate) enum BackingFormat {
     Qcow2,
     Raw,
     /// The file itself is the disk.
@@ -79,7 +79,7 @@ impl BackingName {
     ///
     /// # Errors
     /// The name is not followed: says why, and how to go on.
-    pub(super) fn follow(
+    pub(crate) fn follow(
         &self,
         policy: NamesInImages,
         image: &str,

@@ -13,7 +13,7 @@ mod fault_config;
 mod filenames;
 mod host_files;
 mod image_locks;
-mod image_names;
+pub(crate) mod image_names;
 mod image_options;
 mod images;
 mod jobs;

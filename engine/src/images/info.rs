@@ -1,5 +1,6 @@
 //! What an image says of itself, read from its file without opening what it names.
 
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use blockyard_images::qcow2::layout::header::{Access, MAGIC};
@@ -7,6 +8,8 @@ use blockyard_images::qcow2::open::read_image;
 use blockyard_storage::{Buffer, Storage};
 
 use crate::error::EngineError;
+use crate::graph::image_names::{BACKING_ADVICE, BackingFormat, BackingName, Followed};
+use crate::image_policy::NamesInImages;
 use crate::images::{ImageFormat, refused};
 use crate::node::Node;
 use crate::node::child_storage::ChildStorage;
@@ -31,6 +34,45 @@ pub struct InfoView {
     pub qcow2: Option<ImageInfo>,
     /// What is wrong but does no harm here, as sentences without full stop.
     pub findings: Vec<String>,
+}
+
+/// The file that holds what an image at `path` does not, and its format; `None`: it names none. Only what is safe to follow is:
+/// plain files whose format the image states.
+///
+/// # Errors
+/// The name is not followed, and why.
+pub fn backing_of(
+    path: &Path,
+    info: &ImageInfo,
+) -> Result<Option<(PathBuf, ImageFormat)>, EngineError> {
+    let Some(name) = &info.backing_file else {
+        return Ok(None);
+    };
+    let backing = BackingName {
+        name: name.clone().into_bytes(),
+        format: info.backing_format.clone(),
+    };
+    let shown = path.to_string_lossy();
+    let folder = shown.rfind('/').map_or("", |slash| &shown[..=slash]);
+    let followed = backing.follow(NamesInImages::Files, &shown, folder);
+    let followed = followed.map_err(|error| {
+        // The advice is for clients that open nodes.
+        let advice = format!("; {BACKING_ADVICE}");
+        let why = error.text.strip_suffix(&advice).unwrap_or(&error.text);
+        EngineError::generic(why)
+    })?;
+    match followed {
+        Followed::File { path, format } => {
+            let is_qcow2 = format == Some(BackingFormat::Qcow2);
+            let format = if is_qcow2 {
+                ImageFormat::Qcow2
+            } else {
+                ImageFormat::Raw
+            };
+            Ok(Some((path, format)))
+        }
+        Followed::Options(_) => Err(EngineError::generic("Options in images are not followed")),
+    }
 }
 
 /// Looks at the image on a node.

@@ -7,6 +7,7 @@ pub mod check;
 pub mod compare;
 pub mod create;
 pub mod info;
+pub mod map;
 pub mod measure;
 pub mod resize;
 pub mod watcher;
@@ -22,6 +23,7 @@ use crate::node::Node;
 pub use check::{CheckSpec, CheckView, FindingView, RepairChoice, Severity};
 pub use compare::{CompareSpec, CompareView, Difference};
 pub use info::{InfoSpec, InfoView};
+pub use map::{MapExtent, MapSpec};
 pub use measure::{MeasureSpec, MeasureTarget, MeasureView};
 pub use resize::{NewLength, ResizeSpec, ResizeView};
 pub use watcher::{ImageEvent, ImageWatch, ImageWatcher};
@@ -55,6 +57,8 @@ pub enum ImageWork {
     Compare(CompareSpec),
     /// Tells what an image says of itself.
     Info(InfoSpec),
+    /// Tells where the disk is kept.
+    Map(MapSpec),
     /// Finds out how much room an image with the same content needs.
     Measure(MeasureSpec),
     /// Gives the disk another length.
@@ -67,7 +71,10 @@ impl ImageWork {
         match self {
             ImageWork::Check(spec) => spec.repair.is_some(),
             ImageWork::Resize(_) => true,
-            ImageWork::Compare(_) | ImageWork::Info(_) | ImageWork::Measure(_) => false,
+            ImageWork::Compare(_)
+            | ImageWork::Info(_)
+            | ImageWork::Map(_)
+            | ImageWork::Measure(_) => false,
         }
     }
 
@@ -89,6 +96,8 @@ pub enum ImageReply {
     Compared(CompareView),
     /// Of [`ImageWork::Info`].
     Described(Box<InfoView>),
+    /// Of [`ImageWork::Map`], once all of it has been told.
+    Mapped,
     /// Of [`ImageWork::Measure`].
     Measured(MeasureView),
     /// Of [`ImageWork::Resize`].
@@ -117,6 +126,10 @@ pub(crate) async fn run(
         ImageWork::Info(spec) => {
             let view = info::run(node, spec).await?;
             Ok(ImageReply::Described(Box::new(view)))
+        }
+        ImageWork::Map(spec) => {
+            map::run(node, spec, &watcher).await?;
+            Ok(ImageReply::Mapped)
         }
         ImageWork::Measure(spec) => measure::run(node, spec, &watcher)
             .await

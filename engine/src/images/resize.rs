@@ -62,6 +62,9 @@ pub(super) async fn run(
         return Err(EngineError::generic("Cannot resize device files"));
     }
     let how = preallocation(&spec)?;
+    if let Some(refusal) = node.resize_refusal(after_bytes) {
+        return Err(EngineError::generic(refusal));
+    }
     let failed = |error: NodeError| could_not("resize image", &error);
     // Of a file that is no whole number of sectors, the length to the byte is what counts.
     let exact_before = node.exact_length_bytes();

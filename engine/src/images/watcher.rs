@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::sync::mpsc;
 
 use crate::images::check::FindingView;
+use crate::images::map::MapExtent;
 
 /// Pieces of news that wait to be taken; the work waits when there are more.
 const EVENTS_MAX: usize = 4;
@@ -15,6 +16,8 @@ const EVENTS_MAX: usize = 4;
 pub enum ImageEvent {
     /// Findings of a check.
     Found(Vec<FindingView>),
+    /// Where the next part of a disk is kept.
+    Mapped(Vec<MapExtent>),
     /// A repair has put so much right and checks the image again: findings are of that check from here on.
     Repaired {
         /// Corruptions that were put right.

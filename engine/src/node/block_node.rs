@@ -89,6 +89,23 @@ pub struct StatusExtent {
     pub allocated: bool,
 }
 
+/// Where a run of bytes is kept.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// Which bytes.
+    pub range: ByteRange,
+    /// Reads as zeroes for certain; else there may be data.
+    pub zero: bool,
+    /// Held by this layer itself (not by one below).
+    pub allocated: bool,
+    /// Kept as data. It may read as zeroes all the same, where that is a hole of the file.
+    pub data: bool,
+    /// Compressed, so that it is nowhere as it is.
+    pub compressed: bool,
+    /// Where the host file of this layer keeps it as it is, or keeps room for it.
+    pub host_offset: Option<u64>,
+}
+
 /// Why a request for `range` of a node this long is refused before it is tried: an error number.
 pub(super) fn refused(
     operation: Operation,
@@ -118,6 +135,33 @@ pub trait Node {
         range: ByteRange,
         extents_max: usize,
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>>;
+
+    /// Where the front of `range` is kept, as far as it is kept in one way; at least its first byte. With `finds_holes`, the data
+    /// of an image is looked at in its file too.
+    fn place(
+        &self,
+        range: ByteRange,
+        finds_holes: bool,
+    ) -> LocalFuture<'_, Result<Place, NodeError>> {
+        let _ = finds_holes;
+        Box::pin(async move {
+            let extents = self.status(range, 1).await?;
+            // A node that says nothing has told of no hole.
+            let extent = extents.first().copied().unwrap_or(StatusExtent {
+                range,
+                zero: false,
+                allocated: true,
+            });
+            Ok(Place {
+                range: extent.range,
+                zero: extent.zero,
+                allocated: extent.allocated,
+                data: extent.allocated && !extent.zero,
+                compressed: false,
+                host_offset: None,
+            })
+        })
+    }
 
     /// Fills the whole of `into` from `offset`.
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer>;

@@ -13,7 +13,7 @@ use blockyard_storage::{
 use crate::error::NodeError;
 use crate::limits::SECTOR_BYTES;
 use crate::node::zeroes::is_zero;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, refused};
+use crate::node::{Node, NodeFacts, NodeTransfer, Place, StatusExtent, refused};
 use crate::request::{DetectZeroes, Discard};
 
 /// What a client chose for one node.
@@ -153,6 +153,23 @@ impl Node for FileNode {
                 allocated: true,
             };
             Ok(extents.into_iter().map(status).collect())
+        })
+    }
+
+    fn place(&self, range: ByteRange, _: bool) -> LocalFuture<'_, Result<Place, NodeError>> {
+        Box::pin(async move {
+            let extents = self.status(range, 1).await?;
+            let extent = extents.first();
+            let range = extent.map_or(range, |extent| extent.range);
+            let zero = extent.is_some_and(|extent| extent.zero);
+            Ok(Place {
+                range,
+                zero,
+                allocated: true,
+                data: !zero,
+                compressed: false,
+                host_offset: Some(range.offset()),
+            })
         })
     }
 

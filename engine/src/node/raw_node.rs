@@ -14,7 +14,7 @@ use crate::limits::SECTOR_BYTES;
 use crate::node::announcing_node::AnnouncingNode;
 use crate::node::fault_rules::DebugEvent;
 use crate::node::zeroes::is_zero;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, refused};
+use crate::node::{Node, NodeFacts, NodeTransfer, Place, StatusExtent, refused};
 use crate::request::{DetectZeroes, Discard};
 
 /// A window's place in its child.
@@ -147,6 +147,24 @@ impl Node for RawNode {
                 extent.allocated = true;
             }
             Ok(extents)
+        })
+    }
+
+    fn place(
+        &self,
+        range: ByteRange,
+        finds_holes: bool,
+    ) -> LocalFuture<'_, Result<Place, NodeError>> {
+        Box::pin(async move {
+            let below = self.child.place(self.in_child(range), finds_holes).await?;
+            let start = below
+                .range
+                .offset()
+                .saturating_sub(self.window.offset_bytes);
+            Ok(Place {
+                range: ByteRange::new(start, below.range.length()),
+                ..below
+            })
         })
     }
 

@@ -93,6 +93,37 @@ impl Qcow2 {
         }
     }
 
+    /// Where room is kept for the front of `range`, whether it holds data there or not, and how far that goes: to the end of a
+    /// cluster that has room, or over all that have none. What is compressed has none, nor what a table says that is not in
+    /// memory.
+    pub fn kept_now(&self, range: ByteRange) -> (ByteRange, Option<HostOffset>) {
+        let state = &self.state;
+        let cluster_bytes = state.geometry.cluster_bytes();
+        let mut rest = range;
+        loop {
+            let cluster = state.geometry.guest_cluster(guest(rest.offset()));
+            let end = match state.entry_place(cluster) {
+                Ok(TablePlace::None) => state.end_without_tables(rest),
+                Ok(TablePlace::Entry(place)) => {
+                    let first = ByteRange::new(rest.offset(), 1).align_outward(cluster_bytes);
+                    match state.room_at(place, cluster) {
+                        Some(at) if rest == range => {
+                            let at = at.plus(state.geometry.in_cluster(range.offset()));
+                            return (range.clamp_end(first.end()), Some(at));
+                        }
+                        Some(_) => return (range.clamp_end(rest.offset()), None),
+                        None => first.end(),
+                    }
+                }
+                Err(_) => rest.end(),
+            };
+            if end >= rest.end() {
+                return (range, None);
+            }
+            rest = ByteRange::between(end, rest.end());
+        }
+    }
+
     /// What is at the front of `range`, as far as it is of one kind and stands together; at least its first byte. Nothing is
     /// checked against the length of the disk.
     ///
@@ -140,6 +171,18 @@ impl ImageState {
             None => Ok(Look::Load(place.slice)),
             Some(Ok(found)) => Ok(Look::Is(found)),
             Some(Err(corruption)) => Err(ImageError::Corrupt(corruption)),
+        }
+    }
+
+    /// The cluster that an entry keeps, as far as its table is in memory.
+    fn room_at(&self, place: EntryPlace, cluster: GuestCluster) -> Option<HostOffset> {
+        let entry = self.l2.read(place.slice, |slice| {
+            self.entry_in(slice, place, place.index, cluster)
+        });
+        let entry = entry?.ok()?;
+        match entry.word & COMPRESSED {
+            0 => self.host_of(&entry),
+            _ => None,
         }
     }
 

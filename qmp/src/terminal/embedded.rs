@@ -13,8 +13,8 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::{ImageView, JobView, Reply};
 use blockyard_engine::request::{
-    CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, JobSpec, NodeRef, NodeSpec,
-    Request, VerbFamily, WorkSpec,
+    CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, JobSpec, NamedBy, NodeRef,
+    NodeSpec, Qcow2Spec, Request, VerbFamily, WorkSpec,
 };
 use clap::{Args, ValueEnum};
 use tokio::sync::{mpsc, watch};
@@ -77,6 +77,7 @@ pub(crate) struct ImageFile {
     pub(crate) is_device: bool,
     pub(crate) read_only: bool,
     pub(crate) sharing: Sharing,
+    pub(crate) named_by: NamedBy,
 }
 
 /// Who may use a file meanwhile.
@@ -255,13 +256,34 @@ impl Embedded {
     /// # Errors
     /// The engine's.
     pub(crate) async fn add_image_file(&self, file: &ImageFile) -> Result<(), EngineError> {
+        let name = Some(file.name.to_owned());
+        let node = self.file_node(file, name);
+        self.call(Request::BlockdevAdd(node)).await.map(drop)
+    }
+
+    /// Opens a qcow2 image and its chain, as far as the names in it may be followed, and takes their image locks.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn add_qcow2(&self, file: &ImageFile) -> Result<(), EngineError> {
+        let below = self.file_node(file, None);
+        let node = NodeSpec {
+            node_name: Some(file.name.to_owned()),
+            common: below.common,
+            driver: DriverSpec::Qcow2(Box::new(Qcow2Spec::over(NodeRef::Inline(Box::new(below))))),
+        };
+        self.call(Request::BlockdevAdd(node)).await.map(drop)
+    }
+
+    fn file_node(&self, file: &ImageFile, node_name: Option<String>) -> NodeSpec {
         let spec = FileSpec {
             filename: file.path.clone(),
             exclusive: file.sharing == Sharing::Readers,
+            named_by: file.named_by.clone(),
             ..FileSpec::default()
         };
-        self.call(Request::BlockdevAdd(NodeSpec {
-            node_name: Some(file.name.to_owned()),
+        NodeSpec {
+            node_name,
             common: CommonOptions {
                 read_only: Some(file.read_only),
                 force_share: Some(file.sharing == Sharing::Everything),
@@ -272,18 +294,16 @@ impl Embedded {
                 true => DriverSpec::HostDevice(spec),
                 false => DriverSpec::File(spec),
             },
-        }))
-        .await
-        .map(drop)
+        }
     }
 
-    /// What a node's file is.
+    /// What a node shows, and what is behind it.
     ///
     /// # Errors
     /// The engine's.
     pub(crate) async fn image_view(&self, name: &str) -> Result<ImageView, EngineError> {
         let views = self
-            .call(Request::QueryNamedBlockNodes { flat: true })
+            .call(Request::QueryNamedBlockNodes { flat: false })
             .await?;
         let found = match views {
             Reply::Nodes(nodes) => nodes.into_iter().find(|node| node.node_name == name),

@@ -23,6 +23,7 @@ use crate::terminal::exit::{Exit, after_help, after_help_with};
 use crate::terminal::images::compare::{self, CompareArguments};
 use crate::terminal::images::create::CreateArguments;
 use crate::terminal::images::info::InfoArguments;
+use crate::terminal::images::map::MapArguments;
 use crate::terminal::images::measure::MeasureArguments;
 use crate::terminal::images::resize::ResizeArguments;
 use crate::tour::guide::TourArguments;
@@ -58,7 +59,7 @@ const CHECK_EXAMPLES: &str = "  \
 
 const INFO_EXAMPLES: &str = "  \
   blockyard info image.qcow2
-  blockyard info --output json image.qcow2";
+  blockyard info -f qcow2 --backing-chain --output json overlay.qcow2";
 
 const CREATE_EXAMPLES: &str = "  \
   blockyard create disk.raw 20G
@@ -68,14 +69,18 @@ const CREATE_EXAMPLES: &str = "  \
 
 const RESIZE_EXAMPLES: &str = "  \
   blockyard resize disk.raw +10G
-  blockyard resize -f raw --shrink disk.raw 5G";
+  blockyard resize -f qcow2 --shrink image.qcow2 5G";
+
+const MAP_EXAMPLES: &str = "  \
+  blockyard map disk.raw
+  blockyard map -f qcow2 --output json image.qcow2";
 
 const MEASURE_EXAMPLES: &str = "  \
   blockyard measure -O qcow2 --size 20G
   blockyard measure -O qcow2 -o cluster_size=2M disk.raw";
 
 const COMPARE_EXAMPLES: &str = "  \
-  blockyard compare disk.raw copy.raw
+  blockyard compare -F qcow2 disk.raw copy.qcow2
   blockyard compare --strict -f raw -F raw disk.raw copy.raw";
 
 const BENCH_EXAMPLES: &str = "  \
@@ -89,7 +94,9 @@ const MIRROR_EXAMPLES: &str = "  \
 
 /// Commands whose exit codes are those of qemu-img: some say more than failure with 2, so that all end with 1 after a wrong
 /// command line.
-const IMAGE_COMMANDS: [&str; 6] = ["check", "compare", "create", "info", "measure", "resize"];
+const IMAGE_COMMANDS: [&str; 7] = [
+    "check", "compare", "create", "info", "map", "measure", "resize",
+];
 
 /// Runs backup, mirror and other block jobs on disk images
 #[derive(Debug, Parser)]
@@ -159,8 +166,8 @@ pub enum Command {
     /// Show what an image says of itself
     ///
     /// Prints format, length, room taken and what the header of a qcow2 image says, in the form of qemu-img info (dates are in
-    /// UTC). Only metadata is read, and what the image names is not opened, so that any file can be looked at, whoever wrote
-    /// it. FILE must not be in use by somebody who writes to it.
+    /// UTC). Only metadata is read, and what the image names is not opened without --backing-chain, so that any file can be looked
+    /// at, whoever wrote it. FILE must not be in use by somebody who writes to it.
     #[command(after_help = image_help(INFO_EXAMPLES))]
     Info(InfoArguments),
     /// Give the disk in an image another length
@@ -169,6 +176,13 @@ pub enum Command {
     /// on the disk stay as they are: make them shorter before the disk, and longer after it.
     #[command(after_help = image_help(RESIZE_EXAMPLES))]
     Resize(ResizeArguments),
+    /// Show where the bytes of a disk are kept
+    ///
+    /// Prints each run of the disk that is kept in one way, in the form of qemu-img map: with --output json all of them, with
+    /// the layer of the chain that decides (depth), whether it holds the run (present), as zeroes, data or compressed, and the
+    /// offset in its file; for people only what holds data, with the file. FILE must not be in use by somebody who writes to it.
+    #[command(after_help = image_help(MAP_EXAMPLES))]
+    Map(MapArguments),
     /// Find out how much room an image will need
     ///
     /// Prints how many bytes a new image needs that holds what FILE holds, or nothing yet of a disk of SIZE, and how many once

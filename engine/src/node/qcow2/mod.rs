@@ -35,7 +35,9 @@ use crate::error::NodeError;
 use crate::node::announcing_node::AnnouncingNode;
 use crate::node::child_storage::ChildStorage;
 use crate::node::qcow2::mover::Mover;
-use crate::node::{AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Reopened, StatusExtent};
+use crate::node::{
+    AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, StatusExtent,
+};
 use crate::request::{DetectZeroes, Discard};
 
 /// What a client chose for one node, apart from what the image itself is told.
@@ -143,6 +145,15 @@ impl Node for Qcow2Node {
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
         let mover = self.mover();
         Box::pin(async move { mover.status_of(range, extents_max).await })
+    }
+
+    fn place(
+        &self,
+        range: ByteRange,
+        finds_holes: bool,
+    ) -> LocalFuture<'_, Result<Place, NodeError>> {
+        let mover = self.mover();
+        Box::pin(async move { mover.place_of(range, finds_holes).await })
     }
 
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {

@@ -6,8 +6,8 @@ use blockyard_images::qcow2::units::HostOffset;
 use blockyard_storage::{ByteRange, Extent, Storage};
 
 use crate::error::NodeError;
-use crate::node::StatusExtent;
 use crate::node::qcow2::mover::Mover;
+use crate::node::{Place, StatusExtent};
 
 /// Shortest run of data that is worth a question to the file system, in bytes.
 const HOLES_FROM_BYTES: u64 = 1 << 20;
@@ -81,6 +81,47 @@ impl Mover {
                 allocated: true,
             }],
         }
+    }
+
+    /// Where the front of a range is kept; see [`Node::place`](crate::node::Node::place).
+    pub(super) async fn place_of(
+        &self,
+        range: ByteRange,
+        finds_holes: bool,
+    ) -> Result<Place, NodeError> {
+        let mapped = self.extent(range).await?;
+        let (mut range, mut host_offset) = (mapped.range, None);
+        let mut zero = matches!(mapped.source, Source::Zero { .. });
+        match mapped.source {
+            Source::Data { at } => {
+                host_offset = Some(at.0);
+                if finds_holes && let Some(first) = self.holes_in(range, at, 1).await.first() {
+                    (range, zero) = (first.range, first.zero);
+                }
+            }
+            Source::Compressed(_) | Source::Zero { allocated: false } => {}
+            // Each cluster may have its room elsewhere, and only subclusters have some that hold nothing.
+            Source::Zero { allocated: true } => {
+                (range, host_offset) = self.kept(range);
+            }
+            Source::Unallocated if self.image.geometry().extended_l2() => {
+                (range, host_offset) = self.kept(range);
+            }
+            Source::Unallocated => {}
+        }
+        Ok(Place {
+            range,
+            zero,
+            allocated: mapped.source != Source::Unallocated,
+            data: matches!(mapped.source, Source::Data { .. } | Source::Compressed(_)),
+            compressed: matches!(mapped.source, Source::Compressed(_)),
+            host_offset,
+        })
+    }
+
+    fn kept(&self, range: ByteRange) -> (ByteRange, Option<u64>) {
+        let (range, at) = self.image.kept_now(range);
+        (range, at.map(|at| at.0))
     }
 
     /// The front of an extent that is of one kind for others.

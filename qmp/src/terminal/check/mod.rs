@@ -11,6 +11,7 @@ use blockyard_engine::error::EngineError;
 use blockyard_engine::images::{
     CheckSpec, CheckView, FindingView, ImageEvent, ImageReply, ImageWork,
 };
+use blockyard_engine::request::NamedBy;
 
 use crate::terminal::check::arguments::{CheckArguments, Format};
 use crate::terminal::check::report::{human, json, repaired};
@@ -96,6 +97,7 @@ async fn check(embedded: &mut Embedded, arguments: &CheckArguments) -> Checked {
             true => Sharing::Everything,
             false => Sharing::Readers,
         },
+        named_by: NamedBy::Client,
     };
     if let Err(error) = embedded.add_image_file(&file).await {
         return Checked::Failed(format!("cannot use {shown}: {error}"));
@@ -115,7 +117,7 @@ async fn check(embedded: &mut Embedded, arguments: &CheckArguments) -> Checked {
             ImageEvent::Repaired { corruptions, leaks } if !is_json => {
                 display.result(&repaired(corruptions, leaks));
             }
-            ImageEvent::Repaired { .. } => {}
+            ImageEvent::Repaired { .. } | ImageEvent::Mapped(_) => {}
         })
         .await;
     match done {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use blockyard_engine::images::{CompareSpec, CompareView, Difference, ImageReply, ImageWork};
+use blockyard_engine::request::NamedBy;
 use clap::Args;
 
 use crate::terminal::check::arguments::Format;
@@ -105,6 +106,7 @@ async fn compare(
         option,
         read_only: true,
         sharing: sharing(arguments.force_share),
+        named_by: NamedBy::Client,
     };
     for disk in [
         disk(ONE, &arguments.one, arguments.one_format, "-f"),

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use blockyard_engine::error::EngineError;
 use blockyard_engine::images::create::check_creation;
 use blockyard_engine::images::{ImageReply, ImageWork, InfoSpec};
-use blockyard_engine::request::{CreatePreallocation, CreateSpec, WorkSpec};
+use blockyard_engine::request::{CreatePreallocation, CreateSpec, NamedBy, WorkSpec};
 use clap::Args;
 
 use crate::terminal::check::arguments::Format;
@@ -223,6 +223,7 @@ async fn look_at_backing(
         option: "-F",
         read_only: true,
         sharing: Sharing::Readers,
+        named_by: NamedBy::Client,
     };
     disk.format().map_err(advice)?;
     disk.open_file(embedded).await.map_err(advice)?;
@@ -311,6 +312,7 @@ impl New<'_> {
             option: "-f",
             read_only: false,
             sharing: Sharing::Readers,
+            named_by: NamedBy::Client,
         };
         open(NODE, &target.path).open_file(embedded).await?;
         if let Some(data_file) = data_file {

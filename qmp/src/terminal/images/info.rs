@@ -1,10 +1,16 @@
 //! `blockyard info`: what an image says of itself.
 
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use blockyard_engine::error::EngineError;
-use blockyard_engine::images::{ImageReply, ImageWork, InfoSpec, InfoView};
+use blockyard_engine::images::info::backing_of;
+use blockyard_engine::images::{ImageFormat, ImageReply, ImageWork, InfoSpec, InfoView};
+use blockyard_engine::limits::CHAIN_LAYERS_MAX;
 use blockyard_engine::reply::ImageView;
+use blockyard_engine::request::NamedBy;
 use clap::Args;
 
 use crate::terminal::check::arguments::{Format, Output};
@@ -32,6 +38,10 @@ pub struct InfoArguments {
     /// The same as --output json
     #[arg(long)]
     json: bool,
+    /// Show the images below FILE, too, as the headers name them: plain files whose format is stated. For a qcow2 image only
+    /// with -f qcow2, as it decides which files are opened
+    #[arg(long)]
+    backing_chain: bool,
     /// Look at FILE although somebody may be writing to it. What is shown may not be so any more
     #[arg(long, short = 'U')]
     force_share: bool,
@@ -64,14 +74,16 @@ pub(crate) fn run(arguments: &InfoArguments) -> Exit {
     });
     let (described, display) = described.unwrap_or_else(|(text, display)| (Err(text), display));
     match described {
-        Ok(described) => {
-            for finding in &described.view.findings {
-                display.error(&format!("warning: {}: {finding}", shown(&described.path)));
+        Ok(layers) => {
+            for layer in &layers {
+                for finding in &layer.view.findings {
+                    display.error(&format!("warning: {}: {finding}", shown(&layer.path)));
+                }
             }
             let is_json = arguments.json || arguments.output == Output::Json;
             display.result(&match is_json {
-                true => json(&described),
-                false => human(&described),
+                true => json(&layers, arguments.backing_chain),
+                false => human(&layers),
             });
             Exit::Success
         }
@@ -82,29 +94,83 @@ pub(crate) fn run(arguments: &InfoArguments) -> Exit {
     }
 }
 
-async fn describe(embedded: &mut Embedded, arguments: &InfoArguments) -> Result<Described, String> {
-    let looks_like = Source::open(&arguments.file)?.looks_like()?;
-    let disk = Disk {
-        node: NODE,
-        path: &arguments.file,
-        format: arguments.format,
-        option: "-f",
-        read_only: true,
-        sharing: sharing(arguments.force_share),
-    };
-    disk.open_file(embedded).await?;
+/// The image, and those below it if they are wanted.
+async fn describe(
+    embedded: &mut Embedded,
+    arguments: &InfoArguments,
+) -> Result<Vec<Described>, String> {
+    let file = &arguments.file;
+    let looks_like = Source::open(file)?.looks_like()?;
     let format = arguments.format.map(Into::into);
-    let view = look(embedded, &arguments.file, InfoSpec { format }).await?;
-    if let (None, None, Some(other)) = (format, &view.qcow2, looks_like) {
+    let share = arguments.force_share;
+    let top = describe_one(embedded, file, format, share, NamedBy::Client).await?;
+    if let (None, None, Some(other)) = (format, &top.view.qcow2, looks_like) {
         embedded.display.error(&format!(
             "warning: {} looks like a {other} image, a format that is not supported; it is shown as raw",
-            shown(&arguments.file)
+            shown(file)
         ));
     }
+    let mut layers = vec![top];
+    let mut seen = HashSet::from([identity(file)?]);
+    while let Some(layer) = layers.last().filter(|_| arguments.backing_chain) {
+        let Some(info) = &layer.view.qcow2 else { break };
+        let below = backing_of(&layer.path, info).map_err(|error| error.text)?;
+        let Some((path, below_format)) = below else {
+            break;
+        };
+        if format.is_none() {
+            return Err(format!(
+                "{} names a backing file; say -f qcow2 to follow what it names",
+                shown(file)
+            ));
+        }
+        if layers.len() > CHAIN_LAYERS_MAX {
+            let text = format!("more than {CHAIN_LAYERS_MAX} images are below it");
+            return Err(could_not_open(file, text));
+        }
+        let by_image = NamedBy::Image { folder: None };
+        let next = describe_one(embedded, &path, Some(below_format), share, by_image).await?;
+        if !seen.insert(identity(&path)?) {
+            return Err(format!(
+                "Backing file {} creates an infinite loop.",
+                shown(&path)
+            ));
+        }
+        layers.push(next);
+    }
+    Ok(layers)
+}
+
+/// Which file it is, whatever its name.
+fn identity(path: &Path) -> Result<(u64, u64), String> {
+    let facts = fs::metadata(path).map_err(|error| could_not_open(path, error))?;
+    Ok((facts.dev(), facts.ino()))
+}
+
+async fn describe_one(
+    embedded: &mut Embedded,
+    path: &Path,
+    format: Option<ImageFormat>,
+    force_share: bool,
+    named_by: NamedBy,
+) -> Result<Described, String> {
+    let disk = Disk {
+        node: NODE,
+        path,
+        format: None,
+        option: "-f",
+        read_only: true,
+        sharing: sharing(force_share),
+        named_by,
+    };
+    disk.open_file(embedded).await?;
+    let view = look(embedded, path, InfoSpec { format }).await?;
     let file = embedded.image_view(NODE).await;
-    let file = file.map_err(|error| could_not_open(&arguments.file, error))?;
+    let file = file.map_err(|error| could_not_open(path, error))?;
+    let closed = embedded.delete_node(NODE).await;
+    closed.map_err(|error| could_not_open(path, error))?;
     Ok(Described {
-        path: arguments.file.clone(),
+        path: path.to_owned(),
         view,
         file,
     })

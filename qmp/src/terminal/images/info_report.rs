@@ -12,9 +12,12 @@ use crate::terminal::images::info::Described;
 
 const NANOSECONDS: u64 = 1_000_000_000;
 
-/// For programs.
-pub(crate) fn json(described: &Described) -> String {
-    indented(&value(described))
+/// For programs: one image, or a list.
+pub(crate) fn json(layers: &[Described], is_list: bool) -> String {
+    indented(&match layers {
+        [only] if !is_list => value(only),
+        _ => layers.iter().map(value).collect(),
+    })
 }
 
 fn value(described: &Described) -> Value {
@@ -136,7 +139,12 @@ const fn format_name(qcow2: Option<&ImageInfo>) -> &'static str {
 }
 
 /// For people.
-pub(crate) fn human(described: &Described) -> String {
+pub(crate) fn human(layers: &[Described]) -> String {
+    let layers: Vec<String> = layers.iter().map(layer).collect();
+    layers.join("\n\n")
+}
+
+fn layer(described: &Described) -> String {
     let view = &described.view;
     let mut lines = vec![
         format!("image: {}", described.path.display()),

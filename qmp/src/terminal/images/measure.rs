@@ -6,6 +6,7 @@ use blockyard_engine::images::measure::measure_size;
 use blockyard_engine::images::{
     ImageReply, ImageWork, InfoSpec, MeasureSpec, MeasureTarget, MeasureView,
 };
+use blockyard_engine::request::NamedBy;
 use clap::Args;
 use serde_json::{Map, json};
 
@@ -83,6 +84,7 @@ pub(crate) fn run(arguments: &MeasureArguments) -> Exit {
                 option: "-f",
                 read_only: true,
                 sharing: sharing(arguments.force_share),
+                named_by: NamedBy::Client,
             };
             let measured = with_engine(engine, display, async |mut embedded| {
                 let measured = measure(&mut embedded, &disk, target).await;
@@ -152,7 +154,7 @@ async fn bitmaps(
     const HEADER: &str = "header";
     let file = Disk {
         node: HEADER,
-        ..*disk
+        ..disk.clone()
     };
     file.open_file(embedded).await?;
     let work = ImageWork::Info(InfoSpec {

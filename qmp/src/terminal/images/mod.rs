@@ -1,4 +1,4 @@
-//! The commands that look at or change one image: `info`, `measure`, `compare`, `create`, `resize`, with the output and exit
+//! The commands that look at or change one image: `info`, `map`, `measure`, `compare`, `create`, `resize`, with the output and exit
 //! codes of qemu-img's commands of these names.
 //!
 //! No format is guessed where it decides how bytes are read or written. Without a format an image is raw, unless it begins
@@ -9,6 +9,7 @@ pub(crate) mod create;
 pub(crate) mod create_options;
 pub(crate) mod info;
 pub(crate) mod info_report;
+pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod resize;
 
@@ -17,6 +18,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use blockyard_engine::images::ImageFormat;
+use blockyard_engine::request::NamedBy;
 
 use crate::terminal::check::arguments::Format;
 use crate::terminal::copy::ends::{Source, shown};
@@ -32,7 +34,7 @@ impl From<Format> for ImageFormat {
 }
 
 /// An image to open.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Disk<'a> {
     /// Name of its node.
     pub(crate) node: &'static str,
@@ -44,6 +46,8 @@ pub(crate) struct Disk<'a> {
     pub(crate) option: &'static str,
     pub(crate) read_only: bool,
     pub(crate) sharing: Sharing,
+    /// Whether the user names it, or an image does.
+    pub(crate) named_by: NamedBy,
 }
 
 impl Disk<'_> {
@@ -78,20 +82,23 @@ impl Disk<'_> {
     /// # Errors
     /// For the user.
     pub(crate) async fn open_file(&self, embedded: &Embedded) -> Result<(), String> {
-        let is_device =
-            fs::metadata(self.path).is_ok_and(|facts| facts.file_type().is_block_device());
-        let file = ImageFile {
-            name: self.node,
-            path: self.path.to_owned(),
-            is_device,
-            read_only: self.read_only,
-            sharing: self.sharing,
-        };
-        let opened = embedded.add_image_file(&file).await;
+        let opened = embedded.add_image_file(&self.file()).await;
         opened.map_err(|error| could_not_open(self.path, &error))
     }
 
-    /// Opens the disk in it.
+    fn file(&self) -> ImageFile {
+        ImageFile {
+            name: self.node,
+            path: self.path.to_owned(),
+            is_device: fs::metadata(self.path)
+                .is_ok_and(|facts| facts.file_type().is_block_device()),
+            read_only: self.read_only,
+            sharing: self.sharing,
+            named_by: self.named_by.clone(),
+        }
+    }
+
+    /// Opens the disk in it, with the chain that a qcow2 image names.
     ///
     /// # Errors
     /// For the user.
@@ -100,10 +107,8 @@ impl Disk<'_> {
         match format {
             Format::Raw => self.open_file(embedded).await?,
             Format::Qcow2 => {
-                return Err(format!(
-                    "cannot open {}: the disk in a qcow2 image cannot be reached by this command yet",
-                    shown(self.path)
-                ));
+                let opened = embedded.add_qcow2(&self.file()).await;
+                opened.map_err(|error| could_not_open(self.path, &error))?;
             }
         }
         Ok(format)

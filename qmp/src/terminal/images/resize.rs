@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use blockyard_engine::images::{ImageReply, ImageWork, NewLength, ResizeSpec, ResizeView};
+use blockyard_engine::request::NamedBy;
 use clap::Args;
 
 use crate::terminal::check::arguments::Format;
@@ -98,6 +99,7 @@ async fn resize(
         option: "-f",
         read_only: false,
         sharing: Sharing::Readers,
+        named_by: NamedBy::Client,
     };
     let format = disk.open(embedded).await?;
     let work = ImageWork::Resize(ResizeSpec {
