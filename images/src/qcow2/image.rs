@@ -381,7 +381,14 @@ impl ImageState {
         };
         let mut bytes = match from {
             None => vec![0; slice_bytes],
-            Some(from) => self.read_metadata(from, slice_bytes).await?,
+            Some(from) => {
+                let kind = match std::ptr::eq(cache, &self.l2) {
+                    true => "L2 table",
+                    false => "Refcount block",
+                };
+                self.check_within(kind, ByteRange::new(from.0, slice_bytes as u64))?;
+                self.read_metadata(from, slice_bytes).await?
+            }
         };
         if let SliceSource::Copy(_) = source {
             self.clear_copied(&mut bytes);
@@ -392,6 +399,25 @@ impl ImageState {
             self.fresh.borrow_mut().loaded(table, at);
         }
         Ok(true)
+    }
+
+    /// Refuses a table that the file does not hold: it would read as zeroes, which is an empty disk, or free clusters that are in
+    /// use. A file that was cut off looks like that.
+    fn check_within(&self, kind: &str, range: ByteRange) -> Result<(), ImageError> {
+        let length = self.file.facts().length_bytes;
+        let is_held = range.length() <= length && range.offset() <= length - range.length();
+        match is_held {
+            true => Ok(()),
+            false => Err(ImageError::Corrupt(Corruption {
+                text: format!(
+                    "{kind} at {:#x} is behind the end of the image file",
+                    range.offset()
+                ),
+                at: Some(HostOffset(range.offset())),
+                length_bytes: Some(range.length()),
+                fatal: false,
+            })),
+        }
     }
 
     /// Reads metadata; what lies behind the end of the file is zeroes.

@@ -290,6 +290,71 @@ fn tables_of_snapshots_are_protected_on_request() {
     assert_eq!(now(mover.write(0, &[3; 512])), Ok(()));
 }
 
+/// What a request says of an image whose file was cut off.
+fn cut_off(length: u64, ask: impl AsyncFnOnce(&Mover) -> Result<(), ImageError>) -> Option<String> {
+    let (setup, file, _) = image_of(Kind::V3);
+    now(file.resize(length)).expect("shorter");
+    let mover = open(&setup, &file, None);
+    let before = all_bytes(&file);
+    let told = now(ask(&mover)).err();
+    let header = Header::parse(&all_bytes(&file), Access::Check).expect("sound");
+    assert_eq!(
+        header.incompatible & incompatible::CORRUPT,
+        0,
+        "it can be saved yet"
+    );
+    if told.is_some() {
+        assert!(all_bytes(&file) == before, "it was changed");
+    }
+    told.map(|error| match error {
+        ImageError::Corrupt(told) if !told.fatal => told.text,
+        other => panic!("{other:?}"),
+    })
+}
+
+#[test]
+fn tables_that_were_cut_off_are_not_taken_for_zeroes() {
+    let l2 = "L2 table at 0x40000 is behind the end of the image file";
+    for length in [L2_TABLE, L2_TABLE + 512, DATA - 512] {
+        let read = cut_off(length, async |mover| {
+            mover.read(ByteRange::new(0, 512)).await.map(drop)
+        });
+        assert_eq!(read.as_deref(), Some(l2));
+        let written = cut_off(length, async |mover| mover.write(0, &[1; 512]).await);
+        assert_eq!(written.as_deref(), Some(l2));
+    }
+    let whole = cut_off(DATA, async |mover| {
+        mover.read(ByteRange::new(0, 512)).await.map(drop)
+    });
+    assert_eq!(
+        whole, None,
+        "data that was cut off reads as zeroes, as in QEMU"
+    );
+}
+
+#[test]
+fn clusters_whose_counts_were_cut_off_are_not_free() {
+    let (setup, file, _) = image_of(Kind::V3);
+    let end = all_bytes(&file).len() as u64;
+    // The block moves to the end, and is lost.
+    put(&file, &[(REFCOUNT_TABLE, end)]);
+    let mover = open(&setup, &file, None);
+    let before = all_bytes(&file);
+    let text = format!("Refcount block at {end:#x} is behind the end of the image file");
+    for _ in 0..2 {
+        match now(mover.write(CLUSTER, &[1; 512])) {
+            Err(ImageError::Corrupt(told)) => {
+                assert_eq!((told.text, told.fatal), (text.clone(), false))
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(all_bytes(&file) == before, "it was changed");
+    // What needs no room can be had.
+    assert!(now(mover.read(ByteRange::new(0, 512))).is_ok());
+    assert_eq!(now(mover.write(0, &[1; 512])), Ok(()));
+}
+
 /// What QEMU prints of a request.
 fn by_qemu(program: &Path, folder: &Path, asked: Asked) -> String {
     let command = match asked {

@@ -137,7 +137,7 @@ impl Model {
 /// An image, what was done to it, and what it has to hold.
 pub(crate) struct Run {
     pub(crate) setup: Setup,
-    file: Rc<MemoryStorage>,
+    pub(crate) file: Rc<MemoryStorage>,
     data: Option<Rc<MemoryStorage>>,
     mover: Mover,
     pub(crate) model: Model,
