@@ -20,4 +20,5 @@ mod second_reader;
 mod sequences;
 mod setup;
 mod snapshot;
+mod snapshots;
 mod yard;

@@ -138,15 +138,15 @@ impl Model {
 pub(crate) struct Run {
     pub(crate) setup: Setup,
     pub(crate) file: Rc<MemoryStorage>,
-    data: Option<Rc<MemoryStorage>>,
-    mover: Mover,
+    pub(crate) data: Option<Rc<MemoryStorage>>,
+    pub(crate) mover: Mover,
     pub(crate) model: Model,
-    /// What an internal snapshot holds.
-    snapshot: Option<Vec<u8>>,
+    /// What the internal snapshots hold, in the order of their table.
+    pub(crate) snapshots: Vec<Vec<u8>>,
 }
 
 impl Run {
-    fn new(setup: Setup) -> Self {
+    pub(crate) fn new(setup: Setup) -> Self {
         let (file, data) = setup.memory();
         Self {
             mover: mover(&setup, &file, data.as_ref()),
@@ -154,11 +154,11 @@ impl Run {
             setup,
             file,
             data,
-            snapshot: None,
+            snapshots: Vec::new(),
         }
     }
 
-    fn step(&mut self, step: &Step) {
+    pub(crate) fn step(&mut self, step: &Step) {
         let mover = &self.mover;
         match step {
             Step::Write(offset, bytes) => now(mover.write(*offset, bytes)).expect("written"),
@@ -185,14 +185,19 @@ impl Run {
                 now(mover.image.close()).expect("closed");
                 self.check_file();
                 self.take_snapshot();
-                self.mover = self::mover(&self.setup, &self.file, self.data.as_ref());
+                self.open();
             }
         }
         self.model.apply(step);
     }
 
+    /// Opens the image again.
+    pub(crate) fn open(&mut self) {
+        self.mover = mover(&self.setup, &self.file, self.data.as_ref());
+    }
+
     fn has_fixed_length(&self) -> bool {
-        self.snapshot.is_some() && self.setup.create.version == Version::V2
+        !self.snapshots.is_empty() && self.setup.create.version == Version::V2
     }
 
     /// Takes a snapshot sometimes, if there is none.
@@ -202,19 +207,19 @@ impl Run {
         if let Some(shared) = wanted.then(|| snapshot::take(&file)).flatten() {
             let copy = Buffer::copy_of(&shared);
             now(self.file.write(0, copy)).outcome.expect("memory");
-            self.snapshot = Some(self.model.disk.clone());
+            self.snapshots.push(self.model.disk.clone());
             self.check_file();
         }
     }
 
-    fn check_snapshot(&self, file: &[u8], below: &[u8]) {
-        let Some(snapshot) = &self.snapshot else {
-            return;
-        };
+    fn check_snapshots(&self, file: &[u8], below: &[u8]) {
         let header = Header::parse(file, Access::ReadWrite).expect("sound");
-        let l1 = snapshot_tables(file, &header)[0];
-        let held = guest_bytes_of(file, None, below, l1, snapshot.len() as u64);
-        assert!(held == *snapshot, "the snapshot has changed");
+        let tables = snapshot_tables(file, &header);
+        assert_eq!(tables.len(), self.snapshots.len());
+        for (l1, snapshot) in tables.into_iter().zip(&self.snapshots) {
+            let held = guest_bytes_of(file, None, below, l1, snapshot.len() as u64);
+            assert!(held == *snapshot, "a snapshot has changed");
+        }
     }
 
     fn resize(&mut self, length: u64) {
@@ -227,7 +232,7 @@ impl Run {
     }
 
     /// The file is a sound image without leaks that holds what was written. It has been closed.
-    fn check_file(&self) {
+    pub(crate) fn check_file(&self) {
         let file = all_bytes(&self.file);
         let findings = recount(&file);
         assert_eq!(findings.corruptions, Vec::<String>::new());
@@ -243,7 +248,7 @@ impl Run {
             let held = bytes(data, 0, disk.len() as u64);
             assert!(held == disk, "the data file is not what the guest sees");
         }
-        self.check_snapshot(&file, below);
+        self.check_snapshots(&file, below);
         let header = Header::parse(&file, Access::ReadWrite).expect("sound");
         assert!(!header.is_dirty());
     }

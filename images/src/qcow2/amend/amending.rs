@@ -6,7 +6,6 @@ use blockyard_storage::{Storage, StorageError};
 
 use super::header_switch::HeaderSwitch;
 use super::options::AmendOptions;
-use super::watching::Watching;
 use super::zero_clusters::ZeroClusters;
 use crate::error::ImageError;
 use crate::pace::{Cancelled, Pace};
@@ -18,6 +17,7 @@ use crate::qcow2::layout::header::{Access, Header};
 use crate::qcow2::open::{OpenedImage, read_image};
 use crate::qcow2::reading::read_bytes;
 use crate::qcow2::units::{Compression, Geometry, Version};
+use crate::qcow2::watching::Watching;
 
 /// Progress of another header, as it is written.
 const HEADER_BYTES: u64 = 512;

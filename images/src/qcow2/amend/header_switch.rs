@@ -23,7 +23,7 @@ const SECTOR_BYTES: usize = 512;
 const NAME_PLACE: Range<usize> = 8..20;
 
 /// The way to another header: first clusters, of which each can follow the one before.
-pub(super) struct HeaderSwitch {
+pub(in crate::qcow2) struct HeaderSwitch {
     now: Vec<u8>,
     pub(super) steps: Vec<Vec<u8>>,
 }
@@ -33,7 +33,11 @@ impl HeaderSwitch {
     ///
     /// # Errors
     /// When there is none: the extensions of an image fill more than a sector and would have to be overwritten.
-    pub(super) fn plan(now: Vec<u8>, old: &Header, new: &Header) -> Result<Self, ImageError> {
+    pub(in crate::qcow2) fn plan(
+        now: Vec<u8>,
+        old: &Header,
+        new: &Header,
+    ) -> Result<Self, ImageError> {
         let mut way = Self {
             now: now.clone(),
             steps: Vec::new(),
@@ -70,7 +74,7 @@ impl HeaderSwitch {
     ///
     /// # Errors
     /// What the storage says; the image has one header of the way or the next.
-    pub(super) async fn go(self, file: &Rc<dyn Storage>) -> Result<(), StorageError> {
+    pub(in crate::qcow2) async fn go(self, file: &Rc<dyn Storage>) -> Result<(), StorageError> {
         let mut now = self.now;
         for next in self.steps {
             if next == now {

@@ -17,11 +17,10 @@
 //! the image open does that, and knows what is below it.
 
 mod amending;
-mod header_switch;
+pub(in crate::qcow2) mod header_switch;
 #[cfg(test)]
 mod header_switch_tests;
 mod options;
-mod watching;
 mod zero_clusters;
 
 pub use amending::{AmendError, amend};

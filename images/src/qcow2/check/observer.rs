@@ -95,6 +95,8 @@ pub(in crate::qcow2) struct Sink<'a> {
     pub(in crate::qcow2) hides_references: bool,
     /// Not everything was looked at.
     pub(in crate::qcow2) is_blind: bool,
+    /// References that are more than a count can hold; they are corruptions, too.
+    pub(in crate::qcow2) overflows: u64,
     /// Corruptions that are gone once the refcount structure has been made anew.
     pub(in crate::qcow2) of_refcounts: u64,
     pub(in crate::qcow2) done_bytes: u64,
@@ -110,6 +112,7 @@ impl<'a> Sink<'a> {
             report: Report::default(),
             hides_references: false,
             is_blind: false,
+            overflows: 0,
             of_refcounts: 0,
             done_bytes: 0,
             total_bytes: 0,
@@ -131,6 +134,9 @@ impl<'a> Sink<'a> {
         };
         if let Some(counter) = counter {
             *counter = counter.saturating_add(weight);
+        }
+        if matches!(kind, FindingKind::Overflow { .. }) {
+            self.overflows = self.overflows.saturating_add(weight);
         }
         self.hides_references |= kind.hides_references();
         self.is_blind |= kind == FindingKind::TooManyUnaligned;

@@ -140,6 +140,19 @@ pub(in crate::qcow2) struct Room {
 }
 
 impl Room {
+    /// The clusters of `file` from its front on that `present` says are not in use.
+    pub(in crate::qcow2) fn beside(present: Counters, fresh: &Scan<'_>) -> Self {
+        let facts = fresh.file.facts();
+        Self {
+            present,
+            from: 1,
+            end: match facts.fixed_length {
+                true => facts.length_bytes / fresh.geometry.cluster_bytes(),
+                false => CLUSTERS_MAX,
+            },
+        }
+    }
+
     /// Whatever neither `fresh`, whose references have been counted, nor the present structure takes.
     pub(in crate::qcow2) fn of(fresh: &Scan<'_>) -> Self {
         let clusters = fresh.references.counters.clusters();
@@ -173,6 +186,11 @@ impl Room {
             from: 1,
             end: facts.length_bytes / geometry.cluster_bytes(),
         }
+    }
+
+    /// The clusters that cannot be had.
+    pub(in crate::qcow2) const fn present(&self) -> &Counters {
+        &self.present
     }
 
     /// Takes a run of clusters: they have one reference from now on.

@@ -62,6 +62,19 @@ impl<'a> Scan<'a> {
         silent: bool,
     ) -> Result<Self, CheckStop> {
         let header = read_header(file).await?;
+        Self::begin_as(file, header, observer, silent)
+    }
+
+    /// The same with a header that does not stand in the file yet: what the image is going to be.
+    ///
+    /// # Errors
+    /// When its file is too long to be checked.
+    pub(in crate::qcow2) fn begin_as(
+        file: &Rc<dyn Storage>,
+        header: Header,
+        observer: &'a dyn Observer,
+        silent: bool,
+    ) -> Result<Self, CheckStop> {
         let geometry = header.geometry;
         let file_bytes = file.facts().length_bytes;
         let clusters = geometry.clusters_for(file_bytes).0;
