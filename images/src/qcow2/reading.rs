@@ -4,6 +4,7 @@
 use blockyard_storage::{Buffer, Storage};
 
 use crate::error::ImageError;
+use crate::qcow2::layout::fields::u64_at;
 
 /// Largest piece in bytes.
 const PIECE_BYTES_MAX: u64 = 1 << 20;
@@ -31,7 +32,8 @@ pub(super) async fn read_bytes(
     Ok(bytes)
 }
 
-/// The same for a table of `entries` big-endian words.
+/// The same for a table of `entries` big-endian words. Where they are zeroes, which is most of a table that only claims to be
+/// large, the memory is not touched, so that the system need not provide it.
 ///
 /// # Errors
 /// [`ImageError::Unreadable`] with `text`.
@@ -41,15 +43,22 @@ pub(super) async fn read_words(
     entries: usize,
     text: &'static str,
 ) -> Result<Vec<u64>, ImageError> {
-    let mut words = Vec::with_capacity(entries);
+    let mut words = vec![0; entries];
+    let mut rest = words.as_mut_slice();
     let end = offset.saturating_add((entries as u64).saturating_mul(8));
     let mut pieces = Pieces::new(file, offset, end, text);
     while let Some(piece) = pieces.next(PIECE_BYTES_MAX).await? {
         // A piece ends within a word at the end of the file only.
-        let word = |bytes: &[u8]| crate::qcow2::layout::fields::u64_at(bytes, 0);
-        words.extend(piece.as_slice().chunks(8).map(word));
+        let bytes = piece.as_slice().chunks(8);
+        let (front, behind) = rest.split_at_mut(bytes.len().min(rest.len()));
+        for (word, bytes) in front.iter_mut().zip(bytes) {
+            match u64_at(bytes, 0) {
+                0 => {}
+                other => *word = other,
+            }
+        }
+        rest = behind;
     }
-    words.resize(entries, 0);
     Ok(words)
 }
 
