@@ -15,6 +15,10 @@ pub const NODE_DEPTH_MAX: usize = 32;
 /// Layers of a backing chain. Requests pass from layer to layer on one stack.
 pub const CHAIN_LAYERS_MAX: usize = 256;
 
+/// Tables of all images that one command opens, in bytes: a chain of images that claim large tables must not take all memory.
+/// The tables of a chain of 256 layers of 8 TiB with clusters of 64 KiB take 288 MiB.
+pub const OPENED_TABLES_BYTES_MAX: u64 = 1 << 30;
+
 /// Longest node name in bytes.
 pub const NODE_NAME_BYTES_MAX: usize = 31;
 

@@ -131,6 +131,18 @@ impl Client {
         }
     }
 
+    /// The next reply if it has come already; events before it are kept.
+    pub(crate) fn reply_now(&mut self) -> Option<Value> {
+        loop {
+            let line = self.lines.try_recv().ok()?;
+            let message: Value = serde_json::from_str(&line).expect("JSON");
+            if message.get("event").is_none() {
+                return Some(message);
+            }
+            self.events.push(message);
+        }
+    }
+
     /// Carries out a command and returns the whole reply.
     pub(crate) fn command(&mut self, name: &str, arguments: Value) -> Value {
         let request = json!({"execute": name, "arguments": arguments});

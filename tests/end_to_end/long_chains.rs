@@ -1,6 +1,7 @@
 //! Chains of hundreds of layers: what they cost, and where they end.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,79 @@ fn long_chain(folder: &Path, layers: usize) {
             }
         }
     }
+}
+
+/// A layer whose L1 table claims 32 MiB, the most there can be, and is a hole.
+fn layer_of_large_tables(folder: &Path, layer: usize, backing: Option<&str>) {
+    let names = Names {
+        backing,
+        format: backing.map(|_| "qcow2"),
+        data_file: None,
+    };
+    let name = format!("{layer}.qcow2");
+    image_with(folder, &name, names);
+    const ENTRIES: u32 = 4 << 20;
+    let file = OpenOptions::new().write(true).open(folder.join(name));
+    let file = file.expect("opened");
+    // Size of the disk, entries and place of the L1 table.
+    file.write_all_at(&(1_u64 << 51).to_be_bytes(), 24)
+        .expect("written");
+    file.write_all_at(&ENTRIES.to_be_bytes(), 36)
+        .expect("written");
+    file.write_all_at(&(1_u64 << 20).to_be_bytes(), 40)
+        .expect("written");
+    file.set_len((1 << 20) + u64::from(ENTRIES) * 8)
+        .expect("longer");
+}
+
+#[test]
+fn tables_of_a_chain_are_bounded_and_others_go_on() {
+    if !tools::have("qemu-img", "qemu-utils") {
+        return;
+    }
+    const LAYERS: usize = 33;
+    let daemon = Daemon::start();
+    for layer in 0..LAYERS {
+        let backing = layer.checked_sub(1).map(|below| format!("{below}.qcow2"));
+        layer_of_large_tables(daemon.folder.path(), layer, backing.as_deref());
+    }
+    let (mut client, mut other) = (daemon.client(), daemon.client());
+    let add = |layer: usize| {
+        let node = with(
+            on("top", &format!("{layer}.qcow2")),
+            json!({"read-only": true}),
+        );
+        json!({"execute": "blockdev-add", "arguments": node})
+    };
+    let before = daemon.resident_bytes();
+    client.send(add(LAYERS - 1).to_string().as_bytes());
+    // The other one is answered while all these tables are read.
+    let mut answers = 0;
+    let refused = loop {
+        other.run("query-version", json!({}));
+        if let Some(reply) = client.reply_now() {
+            break reply;
+        }
+        answers += 1;
+    };
+    assert!(answers > 0, "it has waited for the tables");
+    let refused = refused["error"]["desc"].as_str().expect("refused");
+    assert!(
+        refused.ends_with("The tables of all these images would take more than 1024 MiB"),
+        "{refused}"
+    );
+    let open = daemon.descriptors();
+    assert!(
+        !open.iter().any(|file| file.ends_with(".qcow2")),
+        "{open:?}"
+    );
+    // One layer less fits, and holes take no memory.
+    client.send(add(LAYERS - 2).to_string().as_bytes());
+    assert_eq!(client.reply(), json!({"return": {}}));
+    let grown = daemon.resident_bytes().saturating_sub(before);
+    assert!(grown < 64 << 20, "{grown} bytes");
+    client.run("blockdev-del", json!({"node-name": "top"}));
+    daemon.quit();
 }
 
 #[test]

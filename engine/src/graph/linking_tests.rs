@@ -230,6 +230,30 @@ fn a_chain_of_any_length_is_walked() {
     assert_eq!(users, [(READ, KEPT)]);
 }
 
+#[test]
+fn memory_of_images_counts_for_the_command_that_opens_them() {
+    let mut records = Records::default();
+    let (one, other) = (records.new_batch(), records.new_batch());
+    for (name, batch, tables_bytes) in [
+        ("a", Some(one), 1 << 20),
+        ("b", Some(one), 3 << 20),
+        ("c", Some(other), 5 << 20),
+        ("d", None, 7 << 20),
+    ] {
+        let id = node(&mut records, name, "qcow2");
+        let record = records.node_mut(id).expect("there");
+        record.batch = batch;
+        record.image = Some(ImageRecord {
+            tables_bytes,
+            ..ImageRecord::default()
+        });
+    }
+    assert_eq!(records.memory_bytes(one), 4 << 20);
+    assert_eq!(records.memory_bytes(other), 5 << 20);
+    records.publish(one);
+    assert_eq!(records.memory_bytes(one), 0);
+}
+
 const DRIVERS: [&str; 4] = ["qcow2", "raw", "copy-before-write", "file"];
 const ROLES: [&str; 3] = [FILE_ROLE, BACKING_ROLE, DATA_FILE_ROLE];
 const NODES: usize = 8;

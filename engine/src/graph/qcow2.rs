@@ -6,6 +6,8 @@
 //! That is QEMU's order, in which its errors come. No layer is opened inside another: a chain as long as an image likes to
 //! claim costs no stack.
 
+use blockyard_images::qcow2::layout::header::Header;
+
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::Graph;
@@ -17,7 +19,7 @@ use crate::graph::permissions::Permissions;
 use crate::graph::records::{
     BACKING_ROLE, DATA_FILE_ROLE, Edge, FILE_ROLE, ImageRecord, NodeRecord, User,
 };
-use crate::limits::CHAIN_LAYERS_MAX;
+use crate::limits::{CHAIN_LAYERS_MAX, OPENED_TABLES_BYTES_MAX};
 use crate::node::build::NodePlan;
 use crate::node::qcow2::opening::{Qcow2Plan, header_on, refusal};
 use crate::request::{BackingRef, DriverSpec, NodeRef, NodeSpec, Qcow2Spec};
@@ -131,6 +133,7 @@ impl Graph {
         });
         let header = header.await??;
         let (image, node) = image_options(spec, &header, resolved).map_err(refusal)?;
+        let tables_bytes = self.check_memory(&header, read_only, site)?;
         let name = header.extensions.data_file_name.as_deref();
         let outside = (header.has_data_file(), name);
         let data_file = self
@@ -151,11 +154,34 @@ impl Graph {
                 record.image = Some(ImageRecord {
                     own_backing: backing.as_deref().map(name).unwrap_or_default(),
                     backing: backing.map(|name| BackingName { name, format }),
+                    tables_bytes,
                     info: None,
                 });
             }
         }
         self.bring_up(id).await
+    }
+
+    /// That the tables of an image can be read, beside those of what was opened with it. Returns their length in bytes.
+    fn check_memory(
+        &self,
+        header: &Header,
+        read_only: bool,
+        site: Site,
+    ) -> Result<u64, EngineError> {
+        let counts = match read_only {
+            true => 0,
+            false => header.refcount_table_bytes(),
+        };
+        let tables_bytes = header.l1_table_bytes().saturating_add(counts);
+        let taken = self.records.borrow().memory_bytes(site.batch);
+        if taken.saturating_add(tables_bytes) > OPENED_TABLES_BYTES_MAX {
+            return Err(EngineError::generic(format!(
+                "The tables of all these images would take more than {} MiB",
+                OPENED_TABLES_BYTES_MAX >> 20
+            )));
+        }
+        Ok(tables_bytes)
     }
 
     /// Opens the data file of an image whose header says whether it needs one, and how that is called.

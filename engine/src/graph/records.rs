@@ -80,8 +80,26 @@ pub(super) struct ImageRecord {
     pub(super) backing: Option<BackingName>,
     /// How the backing is shown that is the image's own: as the header names it, or what came of that.
     pub(super) own_backing: String,
+    /// Bytes of its tables that are read when it is opened.
+    pub(super) tables_bytes: u64,
     /// For queries, as it was when the image was opened.
     pub(super) info: Option<ImageInfo>,
+}
+
+impl ImageRecord {
+    /// Memory that the image takes as long as it is open, in bytes, without its caches.
+    fn memory_bytes(&self) -> u64 {
+        // What is known of each in memory besides its name.
+        const ENTRY_BYTES: usize = 256;
+        let listed = self.info.as_ref().map_or(0, |info| {
+            let snapshots = info.snapshots.iter();
+            let snapshots = snapshots.map(|one| ENTRY_BYTES + 2 * (one.id.len() + one.name.len()));
+            let bitmaps = info.version_3.iter().flat_map(|info| &info.bitmaps);
+            let bitmaps = bitmaps.map(|one| ENTRY_BYTES + 2 * one.name.len());
+            snapshots.chain(bitmaps).sum::<usize>()
+        });
+        self.tables_bytes.saturating_add(listed as u64)
+    }
 }
 
 /// What one command opens, which comes into view as a whole.
@@ -360,6 +378,13 @@ impl Records {
                 Err(EngineError::generic(text))
             }
         }
+    }
+
+    /// Memory that the images take that a command has opened so far, in bytes.
+    pub(super) fn memory_bytes(&self, batch: Batch) -> u64 {
+        let opened = self.nodes.iter().filter(|node| node.batch == Some(batch));
+        let images = opened.filter_map(|node| node.image.as_ref());
+        images.fold(0, |sum, image| sum.saturating_add(image.memory_bytes()))
     }
 
     /// All that a command has opened comes into view.
