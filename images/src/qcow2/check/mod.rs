@@ -7,7 +7,7 @@
 //! ```text
 //!   memory of a check, at most
 //!     clusters of the image file x 1 byte    (2 bytes in chunks of 1024 clusters where a count is above 255, 8 above 65535)
-//!     + clusters / 1024 x 48 bytes           (lists of chunks)
+//!     + clusters / 1024 x 48 bytes           (lists of chunks, but for parts of the file that nothing refers to)
 //!     + L2 tables x 2 KiB                     (chunks of links to L2 tables; never more than the first line twice)
 //!     + 16 MiB                                (refcount table 8 MiB, reads in flight 4 MiB, findings on their way)
 //!     + snapshots and bitmaps x 128 bytes
