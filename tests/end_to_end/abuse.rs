@@ -195,11 +195,7 @@ fn random_verbs_on_random_jobs_from_four_clients() {
 
 /// What the daemon itself calls a bug must not have happened.
 fn no_bugs(daemon: &Daemon) {
-    let log = std::fs::read_to_string(daemon.path("log")).expect("logged");
-    let bug = log
-        .lines()
-        .find(|line| line.contains("panicked") || line.contains("bug)"));
-    assert_eq!(bug, None, "{log}");
+    daemon.assert_no_bug();
 }
 
 /// A job exists a moment before it runs, and others may have heard of it by then: their verbs find it running.

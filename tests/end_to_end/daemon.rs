@@ -110,13 +110,31 @@ impl Daemon {
 
     /// Bytes of memory in use.
     pub(crate) fn resident_bytes(&self) -> usize {
+        self.memory_bytes("VmRSS:")
+    }
+
+    /// The most that it has ever had in use, in bytes.
+    pub(crate) fn peak_resident_bytes(&self) -> usize {
+        self.memory_bytes("VmHWM:")
+    }
+
+    fn memory_bytes(&self, which: &str) -> usize {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));
         let status = status.expect("it runs");
         let mut lines = status.lines();
-        let line = lines.find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = lines.find_map(|line| line.strip_prefix(which));
         let line = line.expect("a size").trim().trim_end_matches(" kB");
         let kilobytes: usize = line.parse().expect("a number");
         kilobytes << 10
+    }
+
+    /// That one started with [`start_logging`](Self::start_logging) has not noticed any bug of its own.
+    pub(crate) fn assert_no_bug(&self) {
+        let log = std::fs::read_to_string(self.path("log")).expect("logged");
+        let bug = log
+            .lines()
+            .find(|line| line.contains("panicked") || line.contains("bug)"));
+        assert_eq!(bug, None, "{log}");
     }
 
     /// Waits for its end.
