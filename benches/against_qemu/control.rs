@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::Failure;
 use crate::client::Client;
 use crate::daemon::Daemon;
+use crate::hostile;
 use crate::load::{Load, Pace, Sequence, ask_in_turn, running_jobs, start_jobs};
 use crate::options::{Options, Scenario, Side};
 use crate::place::Place;
@@ -41,6 +42,7 @@ pub(crate) fn run(
         Scenario::Malformed => malformed(options, side)?,
         Scenario::Connections => connections(options, side)?,
         Scenario::Storm => storm(options, side)?,
+        Scenario::Hostile => hostile::measure(options, side)?,
         _ => input(options, side)?,
     };
     Ok(ControlResult {
@@ -51,10 +53,11 @@ pub(crate) fn run(
     })
 }
 
-type Figures = (Vec<(&'static str, f64, &'static str)>, String);
+/// Figures with what they are and their units, and a note.
+pub(crate) type Figures = (Vec<(&'static str, f64, &'static str)>, String);
 
 /// qemu-storage-daemon serves one client per socket, so it gets a socket for each.
-fn sockets_for(side: Side, clients: usize) -> usize {
+pub(crate) fn sockets_for(side: Side, clients: usize) -> usize {
     if side == Side::Qemu { clients } else { 1 }
 }
 
@@ -146,7 +149,8 @@ fn beside_load(
         .map_err(|_| Failure::new("the asking client ended without a result"))
 }
 
-fn probe_figures(mut delays: Vec<f64>) -> Vec<(&'static str, f64, &'static str)> {
+/// What the seconds that answers took come to.
+pub(crate) fn probe_figures(mut delays: Vec<f64>) -> Vec<(&'static str, f64, &'static str)> {
     vec![
         ("query-version answers", delays.len() as f64, ""),
         (

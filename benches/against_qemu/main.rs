@@ -12,8 +12,11 @@ mod client;
 mod control;
 mod copy;
 mod daemon;
+#[path = "../../tests/end_to_end/damage.rs"]
+mod damage;
 mod data;
 mod example;
+mod hostile;
 mod image;
 mod job;
 mod load;

@@ -120,6 +120,8 @@ pub(crate) enum Scenario {
     Connections,
     /// Random verbs on random jobs from four clients: worst gap between answers of another one.
     Storm,
+    /// Damaged images by the hundred, and such as claim much: delay of answers to another client, and memory.
+    Hostile,
     /// How fast QMP input is taken.
     Input,
 }
