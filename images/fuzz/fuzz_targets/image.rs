@@ -5,7 +5,7 @@
 //! BLOCKYARD_CORPUS=$PWD/corpus/image cargo test -p blockyard-images sound_images --manifest-path ../../Cargo.toml
 //! cargo +nightly fuzz run image -- -max_len=262144 -rss_limit_mb=512 -timeout=20
 //! ```
-//! Without `cargo fuzz`, its flags do the same: `RUSTFLAGS="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
+//! What it found is tried again with `BLOCKYARD_FOUND=$PWD/artifacts/image`. Without `cargo fuzz`, its flags do the same: `RUSTFLAGS="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
 //! -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table" cargo +nightly run --release
 //! --target x86_64-unknown-linux-gnu -- corpus/image -max_len=262144`.
 #![no_main]

@@ -16,7 +16,7 @@ use crate::qcow2::frees::Free;
 use crate::qcow2::fresh::{FreshTables, SliceSource};
 use crate::qcow2::layout::bitmaps::Bitmap;
 use crate::qcow2::layout::entries::{l2_entry_at, put_l2_entry};
-use crate::qcow2::layout::header::{Access, Header, incompatible};
+use crate::qcow2::layout::header::{Access, Header, L1_TABLE_BYTES_MAX, incompatible};
 use crate::qcow2::layout::snapshots::Snapshot;
 use crate::qcow2::leases::Leases;
 use crate::qcow2::open::{DiskChange, OpenedImage, read_image};
@@ -92,6 +92,9 @@ pub(super) enum Health {
     /// It contradicts itself.
     Corrupt(String),
 }
+
+/// Clusters of L1 tables of internal snapshots that are protected, of all snapshots together: they cost 8 MiB.
+const INACTIVE_L1_CLUSTERS_MAX: u64 = 4 << 20;
 
 impl Qcow2 {
     /// Reads, checks and uses an image. One that was left dirty is repaired first, unless it is only read. `file` and `data_file`
@@ -253,7 +256,7 @@ impl ImageState {
                 format!("it was opened for {:?}", image.access),
             ));
         }
-        let others = other_metadata(&image);
+        let others = other_metadata(&image, file.facts().length_bytes);
         let header = image.header;
         let geometry = header.geometry;
         if header.has_data_file() != data_file.is_some() {
@@ -467,12 +470,9 @@ impl ImageState {
 }
 
 /// Metadata that neither the L1 table nor the refcount table leads to.
-fn other_metadata(image: &OpenedImage) -> Vec<(Metadata, ByteRange)> {
-    let l1_tables = image.snapshots.iter().map(|snapshot| {
-        let length = u64::from(snapshot.l1_entries) * 8;
-        let range = ByteRange::new(snapshot.l1_table.0, length);
-        (Metadata::InactiveL1, range)
-    });
+fn other_metadata(image: &OpenedImage, file_bytes: u64) -> Vec<(Metadata, ByteRange)> {
+    let inactive = inactive_l1_tables(image, file_bytes).into_iter();
+    let l1_tables = inactive.map(|range| (Metadata::InactiveL1, range));
     let mut others = vec![(Metadata::SnapshotTable, image.snapshot_table)];
     others.extend(l1_tables);
     if let Some(directory) = image.header.extensions.bitmaps
@@ -482,6 +482,37 @@ fn other_metadata(image: &OpenedImage) -> Vec<(Metadata, ByteRange)> {
         others.push((Metadata::BitmapDirectory, range));
     }
     others
+}
+
+/// Where L1 tables of internal snapshots are, as far as they are in the file. An image may have 65535 of them that say they are
+/// 32 GiB long, all in one place: overlapping ones become one, and [`INACTIVE_L1_CLUSTERS_MAX`] bounds what is kept.
+fn inactive_l1_tables(image: &OpenedImage, file_bytes: u64) -> Vec<ByteRange> {
+    let cluster_bytes = image.header.geometry.cluster_bytes();
+    let tables = image.snapshots.iter().map(|snapshot| {
+        let length = (u64::from(snapshot.l1_entries) * 8).min(L1_TABLE_BYTES_MAX);
+        ByteRange::new(snapshot.l1_table.0, length).clamp_end(file_bytes)
+    });
+    let mut tables: Vec<ByteRange> = tables.filter(|table| !table.is_empty()).collect();
+    tables.sort_unstable_by_key(ByteRange::offset);
+    let mut merged: Vec<ByteRange> = Vec::new();
+    let mut clusters = 0;
+    for table in tables {
+        match merged.last_mut() {
+            Some(last) if table.offset() <= last.end() => {
+                let end = last.end().max(table.end());
+                clusters += (end - last.end()).div_ceil(cluster_bytes);
+                *last = ByteRange::between(last.offset(), end);
+            }
+            _ => {
+                clusters += table.length().div_ceil(cluster_bytes);
+                merged.push(table);
+            }
+        }
+        if clusters > INACTIVE_L1_CLUSTERS_MAX {
+            break;
+        }
+    }
+    merged
 }
 
 /// Slices are not longer than a cluster, which is far below what a `usize` holds.

@@ -189,9 +189,10 @@ fn use_it(bytes: &[u8], found: Option<Report>) {
     }
 }
 
-/// What neither our check nor that of QEMU looks at.
+/// What neither our check nor that of QEMU looks at. The last cluster of a file need not be all there.
 fn is_beyond_a_check(text: &str) -> bool {
     text.starts_with("Zero cluster entry found in pre-v3 image")
+        || text.ends_with("is behind the end of the image file")
 }
 
 async fn step(mover: &Mover, seed: &Seed) -> Result<(), ImageError> {

@@ -4,14 +4,17 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use blockyard_images::ImageError;
-use blockyard_images::qcow2::Qcow2;
 use blockyard_images::qcow2::layout::entries::L1Entry;
 use blockyard_images::qcow2::layout::header::{Access, Header};
-use blockyard_images::qcow2::units::GuestCluster;
+use blockyard_images::qcow2::layout::snapshots::Snapshot;
+use blockyard_images::qcow2::overlap::OverlapChecks;
+use blockyard_images::qcow2::units::{GuestCluster, HostOffset};
+use blockyard_images::qcow2::{Options, Qcow2};
 use blockyard_simulator::{Seed, each_seed, run};
 use blockyard_storage::{Buffer, ByteRange, MemoryStorage, Storage};
 
 use crate::mover::Mover;
+use crate::opened_images;
 use crate::recount::bytes;
 use crate::sequences::{Step, range_of};
 use crate::setup::{Setup, all_bytes, now, patches};
@@ -126,4 +129,35 @@ fn damaged_tables_do_no_more_than_fail() {
         },
     );
     assert!(corrupt.get() > 0, "nothing was damaged");
+}
+
+#[test]
+fn snapshots_that_say_they_are_large_cost_no_more_than_their_bytes() {
+    let snapshot = Snapshot {
+        l1_table: HostOffset(opened_images::L1_TABLE),
+        l1_entries: u32::MAX,
+        ..Snapshot::default()
+    };
+    let entry = snapshot.encode().expect("short");
+    let mut image = opened_images::Image::valid();
+    let table = image.0.len() as u64;
+    let count = 65_535_u32;
+    image.put(table, &entry.repeat(count as usize));
+    image.put(60, &count.to_be_bytes());
+    image.put(64, &table.to_be_bytes());
+    let file = Rc::new(MemoryStorage::new(0));
+    let written = now(file.write(0, Buffer::copy_of(&image.0)));
+    written.outcome.expect("memory");
+    let options = Options {
+        overlap_checks: OverlapChecks::ALL,
+        ..Options::default()
+    };
+    // It would be 32 GiB for each of them.
+    let image = now(Qcow2::open(file, None, options)).expect("nothing is wrong yet");
+    let mover = Mover::new(image, None, false);
+    // The active table is theirs, too.
+    match now(mover.write(0, &[1])) {
+        Err(ImageError::Corrupt(told)) => assert!(told.text.contains("overlaps"), "{}", told.text),
+        other => panic!("{other:?}"),
+    }
 }

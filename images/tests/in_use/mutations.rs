@@ -1,5 +1,6 @@
 //! Images with one to four numbers changed, wherever numbers stand in an image: everything is tried with each.
-//! `BLOCKYARD_SEEDS=100000` tries as many; `BLOCKYARD_CORPUS=folder` writes the sound images there, for a fuzzer to begin with.
+//! `BLOCKYARD_SEEDS=100000` tries as many; `BLOCKYARD_CORPUS=folder` writes the sound images there, for a fuzzer to begin with,
+//! and with `BLOCKYARD_FOUND=folder` what a fuzzer found is tried.
 
 use std::process::Command;
 
@@ -104,14 +105,14 @@ fn mutate(file: &mut Vec<u8>, seed: &Seed) {
             0 => 0,
             1 => old.wrapping_add(1),
             2 => old.wrapping_sub(1),
-            3 => old ^ 1 << seed.below(length * 8),
+            3 => old ^ (1 << seed.below(length * 8)),
             4 => u64::MAX,
             5 => (1 << seed.below(64)) - seed.below(2),
             6 => cluster,
             7 => cluster | COPIED,
             8 => cluster | COPIED | 1,
-            9 => cluster | COMPRESSED | seed.any() & 0x3fff << 48,
-            10 => other.0 / cluster_bytes * cluster_bytes | COPIED,
+            9 => cluster | COMPRESSED | (seed.any() & 0x3fff << 48),
+            10 => (other.0 / cluster_bytes * cluster_bytes) | COPIED,
             11 => old ^ COPIED,
             12 => old ^ COMPRESSED,
             13 => old.wrapping_add(512),
@@ -142,6 +143,17 @@ fn everything_can_be_done_with_sound_images() {
             std::fs::write(path, image).expect("written");
         }
         try_everything(image);
+    }
+}
+
+#[test]
+fn what_a_fuzzer_found_does_no_harm() {
+    let Some(folder) = std::env::var_os("BLOCKYARD_FOUND") else {
+        return;
+    };
+    for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
+        println!("{}", entry.path().display());
+        try_everything(&std::fs::read(entry.path()).expect("readable"));
     }
 }
 
