@@ -239,15 +239,18 @@ impl Uring {
     fn registered_index(&self, buffer: &mut Buffer) -> Option<u16> {
         let mut known = self.known_slots.borrow_mut();
         let slots = known.as_mut()?;
-        let (slot, memory) = buffer.slot_of(&self.pool)?;
+        let slot = buffer.slot_of(&self.pool)?;
         let seen = slots.get_mut(usize::from(slot))?;
         if !*seen {
+            // A part goes unregistered until the whole has come by.
+            let memory = buffer.whole_slot()?;
             let range = libc::iovec {
                 iov_base: memory.as_mut_ptr().cast(),
                 iov_len: memory.len(),
             };
-            // SAFETY: the slot's memory belongs to the pool, which the ring holds a handle of (`self.pool`), and slots
-            // are never freed or moved before the pool is; so the address stays valid as long as this ring.
+            // SAFETY: the slot's memory is owned by `buffer` now, and the kernel keeps its pages from here on. A slot is
+            // never moved, and none is freed before the pool (of which `self.pool` is a handle) but with its number, which
+            // no buffer has after that; so whoever comes with this number means these pages, as long as this ring lives.
             let outcome = unsafe {
                 self.ring.borrow().submitter().register_buffers_update(
                     u32::from(slot),

@@ -7,6 +7,8 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use bytes::{Buf, BytesMut};
+
 /// Address alignment of every buffer, enough for direct I/O on any device.
 pub const BUFFER_ALIGNMENT_BYTES: usize = 4096;
 
@@ -16,13 +18,13 @@ pub const BUFFER_SLOT_BYTES: usize = 1 << 20;
 /// Up to this length a pool hands out plain memory instead of a slot.
 const SMALL_BYTES_MAX: usize = 64 << 10;
 
-/// Owned, page-aligned bytes. Moving a buffer never moves its bytes. Dropping one from a pool gives its memory back.
+/// Owned, page-aligned bytes. Moving a buffer never moves its bytes. Dropping one from a pool gives its memory back; dropping
+/// the last part of one that was [split](Self::split_off) does.
 #[derive(Debug)]
 pub struct Buffer {
-    memory: Vec<u8>,
-    start: usize,
+    memory: BytesMut,
     length: usize,
-    home: Option<Home>,
+    home: Option<Arc<Home>>,
 }
 
 /// Where a buffer goes back to.
@@ -36,11 +38,8 @@ struct Home {
 impl Buffer {
     /// A zero-filled buffer of `length` bytes outside any pool.
     pub fn zeroed(length: usize) -> Self {
-        let memory = vec![0; length + BUFFER_ALIGNMENT_BYTES];
-        let start = memory.as_ptr().align_offset(BUFFER_ALIGNMENT_BYTES);
         Self {
-            memory,
-            start,
+            memory: aligned(length),
             length,
             home: None,
         }
@@ -65,7 +64,7 @@ impl Buffer {
 
     /// Bytes it could hold without moving.
     pub fn capacity(&self) -> usize {
-        self.memory.len() - self.start
+        self.memory.len()
     }
 
     /// Makes it shorter, or longer within its capacity; bytes that come in hold old content.
@@ -75,29 +74,67 @@ impl Buffer {
 
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.length]
+        &self.memory[..self.length]
     }
 
     /// The bytes, to change.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.length]
+        &mut self.memory[..self.length]
     }
 
-    /// The whole slot and its number, if this buffer lives in a slot of `pool`: what a ring registers once and uses
-    /// again whenever the slot is handed out.
-    pub fn slot_of(&mut self, pool: &BufferPool) -> Option<(u16, &mut [u8])> {
-        let home = self.home.as_ref()?;
-        let slot = home.slot?;
-        let start = self.start;
-        Arc::ptr_eq(&home.pool.shared, &pool.shared)
-            .then(|| (slot, &mut self.memory[start..start + BUFFER_SLOT_BYTES]))
+    /// Takes everything from `at` on out of it, as a buffer of its own that begins there, aligned as `at` is. No byte moves.
+    /// Requests of their own may fill both, or write them. [`join`](Self::join) puts them together again.
+    pub fn split_off(&mut self, at: usize) -> Self {
+        let at = at.min(self.length);
+        let behind = Self {
+            memory: self.memory.split_off(at),
+            length: self.length - at,
+            home: self.home.clone(),
+        };
+        self.length = at;
+        behind
     }
+
+    /// Puts back what [`split_off`](Self::split_off) took out of it. No byte moves. `false`: these are no neighbours, and
+    /// `behind` is gone.
+    pub fn join(&mut self, mut behind: Self) -> bool {
+        let whole = self.length == self.memory.len();
+        let end = self.memory.as_ptr_range().end;
+        let neighbours = whole && end == behind.memory.as_ptr();
+        if neighbours {
+            self.memory.unsplit(std::mem::take(&mut behind.memory));
+            self.length += behind.length;
+        }
+        neighbours
+    }
+
+    /// The number of the slot of `pool` that this buffer, or what it was split from, lives in.
+    pub fn slot_of(&self, pool: &BufferPool) -> Option<u16> {
+        let home = self.home.as_ref()?;
+        Arc::ptr_eq(&home.pool.shared, &pool.shared)
+            .then_some(home.slot)
+            .flatten()
+    }
+
+    /// The whole slot, if this is all of one: what a ring registers once and uses again whenever a buffer comes from there.
+    pub fn whole_slot(&mut self) -> Option<&mut [u8]> {
+        let home = self.home.as_ref()?;
+        (home.slot.is_some() && self.memory.len() == BUFFER_SLOT_BYTES).then_some(&mut self.memory)
+    }
+}
+
+/// Zeroes of which the first at least `length` are aligned.
+fn aligned(length: usize) -> BytesMut {
+    let mut memory = BytesMut::zeroed(length + BUFFER_ALIGNMENT_BYTES);
+    memory.advance(memory.as_ptr().align_offset(BUFFER_ALIGNMENT_BYTES));
+    memory
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(home) = self.home.take() {
-            home.pool.give_back(&home, std::mem::take(&mut self.memory));
+        let memory = std::mem::take(&mut self.memory);
+        if let Some(home) = self.home.take().and_then(Arc::into_inner) {
+            home.pool.give_back(&home, memory);
         }
     }
 }
@@ -113,7 +150,7 @@ struct Shared {
     budget_bytes: usize,
     used_bytes: usize,
     slots_made: u16,
-    free_slots: Vec<(u16, Vec<u8>)>,
+    free_slots: Vec<(u16, BytesMut)>,
     next_ticket: u64,
     waiters: VecDeque<Waiter>,
 }
@@ -186,33 +223,37 @@ impl BufferPool {
         let charged_bytes = charge_of(length);
         shared.used_bytes += charged_bytes;
         let (slot, memory) = if length <= SMALL_BYTES_MAX {
-            (None, vec![0; length + BUFFER_ALIGNMENT_BYTES])
+            (None, aligned(length))
         } else {
             let (slot, memory) = shared.free_slots.pop().unwrap_or_else(|| {
                 let slot = shared.slots_made;
-                shared.slots_made += 1;
-                (slot, vec![0; BUFFER_SLOT_BYTES + BUFFER_ALIGNMENT_BYTES])
+                shared.slots_made = shared.slots_made.saturating_add(1);
+                let mut memory = aligned(BUFFER_SLOT_BYTES);
+                memory.truncate(BUFFER_SLOT_BYTES);
+                (slot, memory)
             });
             (Some(slot), memory)
         };
-        let start = memory.as_ptr().align_offset(BUFFER_ALIGNMENT_BYTES);
-        let home = Some(Home {
+        let home = Some(Arc::new(Home {
             pool: self.clone(),
             slot,
             charged_bytes,
-        });
+        }));
         Buffer {
             memory,
-            start,
             length,
             home,
         }
     }
 
-    fn give_back(&self, home: &Home, memory: Vec<u8>) {
+    fn give_back(&self, home: &Home, memory: BytesMut) {
         let mut shared = self.lock();
         shared.used_bytes -= home.charged_bytes;
-        if let Some(slot) = home.slot {
+        // A slot that comes back in parts, because what used them was dropped midway, is gone with its number: a ring may know
+        // it by that. The next one is made anew.
+        if let Some(slot) = home.slot
+            && memory.len() == BUFFER_SLOT_BYTES
+        {
             shared.free_slots.push((slot, memory));
         }
         let first = shared.waiters.front().map(|waiter| waiter.waker.clone());
@@ -369,10 +410,51 @@ mod tests {
         let pool = BufferPool::new(BUFFER_SLOT_BYTES);
         for _ in 0..3 {
             let mut buffer = pool.try_take(100_000).expect("free");
-            let (slot, memory) = buffer.slot_of(&pool).expect("in a slot");
-            assert_eq!((slot, memory.len()), (0, BUFFER_SLOT_BYTES));
+            assert_eq!(buffer.slot_of(&pool), Some(0));
+            let whole = buffer.whole_slot().expect("a whole slot");
+            assert_eq!(whole.len(), BUFFER_SLOT_BYTES);
             assert!(buffer.slot_of(&BufferPool::new(0)).is_none());
         }
         assert!(pool.try_take(4096).expect("free").slot_of(&pool).is_none());
+    }
+
+    #[test]
+    fn parts_are_in_place_and_come_together_again() {
+        let pool = BufferPool::new(BUFFER_SLOT_BYTES);
+        for length in [BUFFER_SLOT_BYTES, 100_000, 9_000] {
+            let mut whole = pool.try_take(length).expect("free");
+            let address = whole.as_slice().as_ptr();
+            let mut third = whole.split_off(8192);
+            let mut second = whole.split_off(4096);
+            assert!(whole.whole_slot().is_none());
+            assert_eq!(third.slot_of(&pool), whole.slot_of(&pool));
+            for (part, byte) in [(&mut whole, 1), (&mut second, 2), (&mut third, 3)] {
+                part.as_mut_slice().fill(byte);
+            }
+            assert!(second.join(third) && whole.join(second));
+            assert!(!whole.join(Buffer::zeroed(1)), "no part of it");
+            assert_eq!((whole.as_slice().as_ptr(), whole.len()), (address, length));
+            for (at, byte) in [(0, 1), (4095, 1), (4096, 2), (8191, 2), (8192, 3)] {
+                assert_eq!(whole.as_slice()[at], byte, "byte {at}");
+            }
+            assert_eq!(whole.as_slice()[length - 1], 3);
+        }
+        assert_eq!(pool.in_use_bytes(), 0);
+        let again = pool.try_take(BUFFER_SLOT_BYTES).expect("free");
+        assert_eq!(again.slot_of(&pool), Some(0), "the same slot as before");
+    }
+
+    #[test]
+    fn a_slot_comes_back_with_its_last_part_and_is_made_anew_if_parts_were_lost() {
+        let pool = BufferPool::new(BUFFER_SLOT_BYTES);
+        let mut first = pool.try_take(BUFFER_SLOT_BYTES).expect("free");
+        let lost = first.split_off(4096);
+        drop(first);
+        assert!(pool.try_take(1).is_none(), "a part is in use");
+        drop(lost);
+        assert_eq!(pool.in_use_bytes(), 0);
+        let mut next = pool.try_take(BUFFER_SLOT_BYTES).expect("free");
+        assert_eq!(next.slot_of(&pool), Some(1), "no number stands for two");
+        assert!(next.whole_slot().is_some());
     }
 }

@@ -1,13 +1,16 @@
 //! One request in several pieces, a bounded number of them at once.
 
+use std::cell::RefCell;
 use std::pin::pin;
 
-use blockyard_storage::buffer::BUFFER_SLOT_BYTES;
-use blockyard_storage::{Buffer, ByteRange, LocalFuture};
+use blockyard_storage::buffer::{BUFFER_ALIGNMENT_BYTES, BUFFER_SLOT_BYTES};
+use blockyard_storage::error::EIO;
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError};
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::error::NodeError;
+use crate::node::NodeTransfer;
 use crate::node::qcow2::mover::Mover;
 
 /// Pieces of one request in flight at most.
@@ -69,6 +72,72 @@ pub(super) async fn in_pieces<'a, T>(
         take(done, &mut outcome);
     }
     outcome
+}
+
+/// A buffer in parts, one for each piece of a request.
+pub(super) struct Parts {
+    rest: RefCell<(u64, Buffer)>,
+    ended: RefCell<Vec<(u64, Buffer)>>,
+}
+
+impl Parts {
+    /// Nothing is taken yet from `buffer`, which is as long as `range`.
+    pub(super) fn of(range: ByteRange, buffer: Buffer) -> Self {
+        Self {
+            rest: RefCell::new((range.offset(), buffer)),
+            ended: RefCell::default(),
+        }
+    }
+
+    /// The part for `piece`, the front of what was not taken yet.
+    pub(super) fn take_front(&self, piece: ByteRange) -> Buffer {
+        let mut rest = self.rest.borrow_mut();
+        let (at, buffer) = &mut *rest;
+        debug_assert_eq!(*at, piece.offset(), "pieces come in order");
+        let behind = buffer.split_off(to_usize(piece.length()));
+        *at = piece.end();
+        std::mem::replace(buffer, behind)
+    }
+
+    /// `piece` has ended, this is its part.
+    pub(super) fn put_back(&self, piece: ByteRange, part: Buffer) {
+        self.ended.borrow_mut().push((piece.offset(), part));
+    }
+
+    /// The whole buffer, once every piece has ended; `None`: a part did not come back, as after a panic of a worker.
+    pub(super) fn into_whole(self) -> Option<Buffer> {
+        let mut parts = self.ended.into_inner();
+        parts.push(self.rest.into_inner());
+        parts.sort_by_key(|(at, _)| *at);
+        let mut parts = parts.into_iter().map(|(_, part)| part);
+        let mut whole = parts.next()?;
+        parts.all(|part| whole.join(part)).then_some(whole)
+    }
+
+    /// The end of a request in parts.
+    pub(super) fn transfer(
+        self,
+        name: &str,
+        (operation, range): (Operation, ByteRange),
+        outcome: Result<(), NodeError>,
+    ) -> NodeTransfer {
+        match self.into_whole() {
+            Some(buffer) => NodeTransfer { buffer, outcome },
+            None => NodeTransfer {
+                buffer: Buffer::zeroed(to_usize(range.length())),
+                outcome: outcome.and(Err(NodeError {
+                    node: name.to_owned(),
+                    source: StorageError::new(operation, range, EIO),
+                })),
+            },
+        }
+    }
+}
+
+/// Whether memory and length of `part` are what a disk with direct I/O takes.
+pub(super) fn is_in_blocks(part: &Buffer) -> bool {
+    let address = part.as_slice().as_ptr().addr();
+    (address | part.len()).is_multiple_of(BUFFER_ALIGNMENT_BYTES)
 }
 
 impl Mover {

@@ -8,11 +8,11 @@ use crate::node::NodeTransfer;
 use crate::node::child_storage::ChildStorage;
 use crate::node::fault_rules::DebugEvent;
 use crate::node::qcow2::mover::Mover;
-use crate::node::qcow2::pieces::{in_pieces, place_in, to_usize};
+use crate::node::qcow2::pieces::{Parts, in_pieces, is_in_blocks, to_usize};
 
 impl Mover {
     /// Fills the whole of `into`, which is as long as `range`.
-    pub(super) async fn read_range(&self, range: ByteRange, mut into: Buffer) -> NodeTransfer {
+    pub(super) async fn read_range(&self, range: ByteRange, into: Buffer) -> NodeTransfer {
         if range.is_empty() {
             return NodeTransfer {
                 buffer: into,
@@ -29,8 +29,8 @@ impl Mover {
                 };
             }
         };
-        let bytes = into.as_mut_slice();
         let first = std::cell::RefCell::new(Some(first));
+        let parts = Parts::of(range, into);
         let outcome = in_pieces(
             range,
             async |rest| {
@@ -40,21 +40,19 @@ impl Mover {
                     None => self.extent(rest).await?,
                 };
                 let covered = extent.range;
-                Ok((covered, Box::pin(self.read_piece(extent)) as _))
+                let part = parts.take_front(covered);
+                let parts = &parts;
+                let read = async move {
+                    let read = self.read_piece(extent, part).await;
+                    parts.put_back(covered, read.buffer);
+                    read.outcome
+                };
+                Ok((covered, Box::pin(read) as _))
             },
-            |(covered, piece): (ByteRange, Option<Buffer>)| {
-                let place = &mut bytes[place_in(range, covered)];
-                match piece {
-                    Some(buffer) => place.copy_from_slice(buffer.as_slice()),
-                    None => place.fill(0),
-                }
-            },
+            |()| {},
         )
         .await;
-        NodeTransfer {
-            buffer: into,
-            outcome,
-        }
+        parts.transfer(&self.name, (Operation::Read, range), outcome)
     }
 
     /// What is at the front of `range`.
@@ -66,20 +64,19 @@ impl Mover {
         mapped.map_err(|error| self.failed(error, Operation::Read, Some(range)))
     }
 
-    /// Reads an extent into a buffer of its own; `None`: zeroes.
-    async fn read_piece(&self, extent: Extent) -> Result<(ByteRange, Option<Buffer>), NodeError> {
-        let range = extent.range;
-        let zero = match extent.source {
-            Source::Zero { .. } => true,
-            Source::Unallocated => self.ends_before(range),
-            Source::Data { .. } | Source::Compressed(_) => false,
-        };
-        if zero {
-            return Ok((range, None));
+    /// Reads an extent into its part of a buffer: straight into place, unless that would make a disk's driver copy it.
+    async fn read_piece(&self, extent: Extent, mut part: Buffer) -> NodeTransfer {
+        if is_in_blocks(&part) || !matches!(extent.source, Source::Data { .. }) {
+            return self.read_extent(extent, part).await;
         }
-        let buffer = self.scratch(range.length());
-        let NodeTransfer { buffer, outcome } = self.read_extent(extent, buffer).await;
-        outcome.map(|()| (range, Some(buffer)))
+        let read = self
+            .read_extent(extent, self.scratch(part.len() as u64))
+            .await;
+        part.as_mut_slice().copy_from_slice(read.buffer.as_slice());
+        NodeTransfer {
+            buffer: part,
+            outcome: read.outcome,
+        }
     }
 
     /// Whether nothing of the backing, if there is one, shows in `range`.

@@ -13,7 +13,7 @@ use crate::error::NodeError;
 use crate::node::NodeTransfer;
 use crate::node::fault_rules::DebugEvent;
 use crate::node::qcow2::mover::Mover;
-use crate::node::qcow2::pieces::{in_pieces, place_in};
+use crate::node::qcow2::pieces::{Parts, in_pieces, is_in_blocks, place_in};
 use crate::node::qcow2::read::transferred;
 use crate::node::zeroes::is_zero;
 
@@ -94,7 +94,7 @@ impl Mover {
                 };
             }
         };
-        let bytes = from.as_slice();
+        let parts = Parts::of(range, from);
         let outcome = in_pieces(
             range,
             async |rest| {
@@ -104,19 +104,30 @@ impl Mover {
                     None => self.plan(rest).await?,
                 };
                 let covered = covered(&plan);
-                let mut piece = self.scratch(covered.length());
-                piece
-                    .as_mut_slice()
-                    .copy_from_slice(&bytes[place_in(range, covered)]);
-                let written = async move { self.carry_out(plan, piece).await.outcome };
+                let (part, parts) = (parts.take_front(covered), &parts);
+                let written = async move {
+                    let written = self.write_piece(plan, part).await;
+                    parts.put_back(covered, written.buffer);
+                    written.outcome
+                };
                 Ok((covered, Box::pin(written) as _))
             },
             |()| {},
         )
         .await;
+        parts.transfer(&self.name, (Operation::Write, range), outcome)
+    }
+
+    /// Writes a part of a buffer: from where it is, unless that would make a disk's driver copy it.
+    async fn write_piece(&self, plan: WritePlan, part: Buffer) -> NodeTransfer {
+        if is_in_blocks(&part) {
+            return self.carry_out(plan, part).await;
+        }
+        let mut copy = self.scratch(part.len() as u64);
+        copy.as_mut_slice().copy_from_slice(part.as_slice());
         NodeTransfer {
-            buffer: from,
-            outcome,
+            buffer: part,
+            outcome: self.carry_out(plan, copy).await.outcome,
         }
     }
 
