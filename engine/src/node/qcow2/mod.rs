@@ -16,6 +16,7 @@ mod mover;
 pub mod opening;
 mod pieces;
 mod read;
+mod room_ahead;
 mod status;
 mod upkeep;
 mod write;

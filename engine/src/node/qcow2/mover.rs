@@ -15,6 +15,7 @@ use crate::node::fault_rules::DebugEvent;
 use crate::node::news::News;
 use crate::node::qcow2::compressed::ClusterCache;
 use crate::node::qcow2::failures::Told;
+use crate::node::qcow2::room_ahead::RoomAhead;
 use crate::node::qcow2::{Qcow2Files, Qcow2Options};
 use crate::request::{DetectZeroes, Discard};
 
@@ -29,6 +30,7 @@ pub(super) struct Mover {
     pub(super) cpu: CpuPool,
     pub(super) news: News,
     pub(super) decompressed: ClusterCache,
+    pub(super) ahead: RoomAhead,
     pub(super) told: Cell<Told>,
     /// The image is being amended: what is known of it here may not be so any more.
     pub(super) away: Cell<bool>,
@@ -53,6 +55,7 @@ impl Mover {
             cpu: context.cpu().clone(),
             news: context.news().clone(),
             decompressed: ClusterCache::default(),
+            ahead: RoomAhead::default(),
             told: Cell::default(),
             away: Cell::new(false),
         }
@@ -70,6 +73,7 @@ impl Mover {
             cpu: self.cpu.clone(),
             news: self.news.clone(),
             decompressed: ClusterCache::default(),
+            ahead: RoomAhead::default(),
             told: self.told.clone(),
             away: Cell::new(false),
         }

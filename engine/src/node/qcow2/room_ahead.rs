@@ -1,0 +1,49 @@
+//! [`RoomAhead`]: disk blocks behind the last cluster, reserved for many small writes at once.
+//!
+//! A small write to a new cluster would have the host file system find blocks for these few bytes alone and move the end of the
+//! file each time, one write after the other. Reserved in one go, the writes that follow find both done. What is reserved and
+//! never used stays a tail of the file that no table knows, at most [`RESERVED_BYTES`] long.
+
+use std::cell::Cell;
+
+use blockyard_images::qcow2::reserve::Reservation;
+use blockyard_storage::{ByteRange, Preallocation, Storage};
+
+use crate::node::qcow2::mover::Mover;
+
+/// Bytes that are reserved at a time.
+const RESERVED_BYTES: u64 = 1 << 20;
+
+/// What was reserved of an image's file.
+#[derive(Default)]
+pub(super) struct RoomAhead {
+    /// First byte behind it.
+    end: Cell<u64>,
+    /// The file cannot reserve, or its disk is full: writes take what they need.
+    given_up: Cell<bool>,
+}
+
+impl Mover {
+    /// Reserves blocks for clusters that lie behind the end of the file and are written in part only. Whether that works or
+    /// not, the write can go on: bytes that others write there meanwhile stay.
+    pub(super) async fn reserve_ahead(&self, room: &Reservation) {
+        let whole = room.fill_before().is_empty() && room.fill_after().is_empty();
+        let ahead = &self.ahead;
+        if whole || !room.reads_zero() || ahead.given_up.get() || self.files.data_file.is_some() {
+            return;
+        }
+        let start = room.at_of(room.fill_before().offset()).0;
+        let end = room.at_of(room.fill_after().end()).0;
+        if end <= ahead.end.get() {
+            return;
+        }
+        let start = start.max(ahead.end.get());
+        let range = ByteRange::between(start, end.saturating_add(RESERVED_BYTES));
+        ahead.end.set(range.end());
+        let reserved = self.files.file.preallocate(range, Preallocation::Falloc);
+        if let Err(error) = reserved.await {
+            tracing::debug!(%error, node = self.name, "no blocks are reserved for new clusters");
+            ahead.given_up.set(true);
+        }
+    }
+}
