@@ -3,6 +3,7 @@
 //!
 //! Spec: qcow2, "Compressed Clusters Descriptor".
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use blockyard_storage::error::{EFBIG, EINVAL, EOPNOTSUPP};
@@ -19,15 +20,20 @@ use crate::qcow2::refcounts::Counted;
 use crate::qcow2::units::{ClusterCount, GuestCluster, HostCluster, HostOffset};
 use crate::qcow2::waiting::Turn;
 
-/// Room for one compressed cluster. Dropping it says that the write may still be under way: its room is not used again then
-/// while the image is open.
+/// Room for compressed clusters that follow each other on the disk. Dropping it says that the write may still be under way: its
+/// room is not used again then while the image is open.
 #[must_use = "a reservation is to be published, or given back"]
 pub struct CompressedReservation {
+    rooms: Vec<Room>,
+    _turn: Turn,
+    state: Rc<ImageState>,
+}
+
+/// Room for one compressed cluster.
+struct Room {
     cluster: GuestCluster,
     place: CompressedAt,
     references: References,
-    _turn: Turn,
-    state: Rc<ImageState>,
 }
 
 /// References on the host clusters that a compressed cluster touches.
@@ -36,9 +42,32 @@ struct References {
     count: ClusterCount,
 }
 
+/// Bytes of compressed clusters that stand one behind the other in the image file, and are written together.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CompressedRun {
+    /// Where its first byte goes.
+    pub at: HostOffset,
+    /// Its clusters, counted from the reservation's first.
+    pub clusters: Range<usize>,
+    /// Length in bytes.
+    pub length_bytes: u64,
+}
+
+/// Room that was taken so far; given back where it does not become a reservation.
+struct Taken {
+    rooms: Vec<Room>,
+    state: Rc<ImageState>,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.state.unlink_rooms(std::mem::take(&mut self.rooms));
+    }
+}
+
 impl Qcow2 {
-    /// Room for a cluster that has been compressed to `length_bytes`, in place of all that was there. Nothing of it is visible
-    /// before [`publish_compressed`](Self::publish_compressed). Waits for others who change the same cluster.
+    /// Room for clusters from `first` on that have been compressed to `lengths_bytes`, in place of all that was there. Nothing
+    /// of it is visible before [`publish_compressed`](Self::publish_compressed). Waits for others who change the same clusters.
     ///
     /// # Errors
     /// `EOPNOTSUPP` with an external data file, `EINVAL` for a length of 0 or more than a cluster, and as
@@ -48,29 +77,32 @@ impl Qcow2 {
     /// Dropping the future changes nothing that anybody can see.
     pub async fn prepare_compressed(
         &self,
-        cluster: GuestCluster,
-        length_bytes: u64,
+        first: GuestCluster,
+        lengths_bytes: &[u64],
     ) -> Result<CompressedReservation, ImageError> {
         let geometry = self.state.geometry;
-        let start = geometry.guest_offset(cluster).0;
-        let range = ByteRange::new(start, geometry.cluster_bytes());
+        let cluster_bytes = geometry.cluster_bytes();
+        let start = geometry.guest_offset(first).0;
+        let length = cluster_bytes.saturating_mul(lengths_bytes.len() as u64);
+        let range = ByteRange::new(start, length);
         self.state.check_change(Operation::Write, range)?;
+        let fits = |length: &u64| (1..=cluster_bytes).contains(length);
         let refusal = match () {
             () if self.state.has_data_file() => Some(EOPNOTSUPP),
-            () if length_bytes == 0 || length_bytes > geometry.cluster_bytes() => Some(EINVAL),
+            () if !lengths_bytes.iter().all(fits) => Some(EINVAL),
             () => None,
         };
         if let Some(errno) = refusal {
             return Err(StorageError::new(Operation::Write, range, errno).into());
         }
-        self.told(self.reserve_compressed(cluster, range, length_bytes))
+        self.told(self.reserve_compressed(first, range, lengths_bytes))
             .await
     }
 
     /// The compressed bytes have been written: readers see them from now on; durable with the next [`flush`](Self::flush).
     ///
     /// # Errors
-    /// As [`publish`](Self::publish).
+    /// As [`publish`](Self::publish); some of the clusters may have been published then.
     ///
     /// # Cancel safety
     /// As [`publish`](Self::publish).
@@ -78,15 +110,19 @@ impl Qcow2 {
         &self,
         mut written: CompressedReservation,
     ) -> Result<(), ImageError> {
-        let settled = written.take_references();
-        let published = self.told(self.link_compressed(&written)).await;
-        if published.is_err() {
-            self.state.unlink(settled.first, settled.count, Why::Other);
+        let rooms = std::mem::take(&mut written.rooms);
+        let mut rooms = rooms.into_iter();
+        while let Some(room) = rooms.next() {
+            if let Err(error) = self.told(self.link_compressed(&room)).await {
+                self.state.unlink_rooms([room]);
+                self.state.unlink_rooms(rooms);
+                return Err(error);
+            }
         }
-        published
+        Ok(())
     }
 
-    async fn link_compressed(&self, written: &CompressedReservation) -> Result<(), ImageError> {
+    async fn link_compressed(&self, written: &Room) -> Result<(), ImageError> {
         let _lease = self.state.leases.take();
         loop {
             self.state.check_sound()?;
@@ -99,33 +135,49 @@ impl Qcow2 {
 
     async fn reserve_compressed(
         &self,
-        cluster: GuestCluster,
+        first: GuestCluster,
         range: ByteRange,
-        length_bytes: u64,
+        lengths_bytes: &[u64],
     ) -> Result<CompressedReservation, ImageError> {
         self.before_change(DiskChange::Content).await?;
+        // One turn for all of them: whoever held one and waited for the next could wait for somebody who waits for him.
         let turn = self.state.turns.enter(range).await;
         self.state.check_change(Operation::Write, range)?;
-        self.own_table(cluster).await?;
-        let (at, references) = self.claim_bytes(length_bytes).await?;
-        let place = CompressedAt { at, length_bytes };
-        let reservation = CompressedReservation {
-            cluster,
-            place,
-            references,
-            _turn: turn,
+        let mut taken = Taken {
+            rooms: Vec::with_capacity(lengths_bytes.len()),
             state: Rc::clone(&self.state),
         };
-        let whole = ByteRange::new(at.0, length_bytes);
-        if place.encode(&self.state.geometry).is_none() {
-            reservation.give_back();
-            return Err(StorageError::new(Operation::Write, whole, EFBIG).into());
+        for (index, length_bytes) in (first.0..).zip(lengths_bytes) {
+            let room = self.take_room(GuestCluster(index), *length_bytes).await?;
+            let whole = ByteRange::new(room.place.at.0, *length_bytes);
+            let encoded = room.place.encode(&self.state.geometry);
+            taken.rooms.push(room);
+            if encoded.is_none() {
+                return Err(StorageError::new(Operation::Write, whole, EFBIG).into());
+            }
+            if let Err(corruption) = self.state.overlaps.check(&self.state, whole, None) {
+                return Err(ImageError::Corrupt(corruption));
+            }
         }
-        if let Err(corruption) = self.state.overlaps.check(&self.state, whole, None) {
-            reservation.give_back();
-            return Err(ImageError::Corrupt(corruption));
-        }
-        Ok(reservation)
+        Ok(CompressedReservation {
+            rooms: std::mem::take(&mut taken.rooms),
+            _turn: turn,
+            state: Rc::clone(&self.state),
+        })
+    }
+
+    async fn take_room(
+        &self,
+        cluster: GuestCluster,
+        length_bytes: u64,
+    ) -> Result<Room, ImageError> {
+        self.own_table(cluster).await?;
+        let (at, references) = self.claim_bytes(length_bytes).await?;
+        Ok(Room {
+            cluster,
+            place: CompressedAt { at, length_bytes },
+            references,
+        })
     }
 
     /// Takes `length_bytes` behind the last compressed cluster if that is possible, else at the start of a free one.
@@ -215,10 +267,14 @@ impl ImageState {
         self.compressed_end.set(room.then_some(end));
     }
 
-    fn publish_compressed_now(
-        &self,
-        written: &CompressedReservation,
-    ) -> Result<Look<()>, ImageError> {
+    /// Gives up what nothing leads to.
+    fn unlink_rooms(&self, rooms: impl IntoIterator<Item = Room>) {
+        for Room { references, .. } in rooms {
+            self.unlink(references.first, references.count, Why::Other);
+        }
+    }
+
+    fn publish_compressed_now(&self, written: &Room) -> Result<Look<()>, ImageError> {
         let place = match self.own_entry_place(written.cluster)? {
             Look::Is(place) => place,
             Look::Load(slice) => return Ok(Look::Load(slice)),
@@ -236,41 +292,37 @@ impl ImageState {
 }
 
 impl CompressedReservation {
-    /// The cluster that it is for.
-    pub const fn cluster(&self) -> GuestCluster {
-        self.cluster
-    }
-
-    /// Where its first byte goes, in the image file.
-    pub const fn at(&self) -> HostOffset {
-        self.place.at
+    /// Where its bytes go in the image file, as few runs as there are.
+    pub fn runs(&self) -> Vec<CompressedRun> {
+        let mut runs: Vec<CompressedRun> = Vec::new();
+        for (index, room) in self.rooms.iter().enumerate() {
+            let CompressedAt { at, length_bytes } = room.place;
+            match runs.last_mut() {
+                Some(last) if last.at.plus(last.length_bytes) == at => {
+                    last.length_bytes += length_bytes;
+                    last.clusters.end = index + 1;
+                }
+                _ => runs.push(CompressedRun {
+                    at,
+                    clusters: index..index + 1,
+                    length_bytes,
+                }),
+            }
+        }
+        runs
     }
 
     /// The write failed or was not begun, and nothing of it is under way.
     pub fn give_back(mut self) {
-        let references = self.take_references();
         // Nothing leads there, but it has neighbours: it goes the way of what is unlinked.
-        self.state
-            .unlink(references.first, references.count, Why::Other);
-    }
-
-    /// Dropping this leaves the references where they are from now on.
-    fn take_references(&mut self) -> References {
-        std::mem::replace(
-            &mut self.references,
-            References {
-                first: HostCluster(0),
-                count: ClusterCount(0),
-            },
-        )
+        self.state.unlink_rooms(std::mem::take(&mut self.rooms));
     }
 }
 
 impl std::fmt::Debug for CompressedReservation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("CompressedReservation")
-            .field("cluster", &self.cluster)
-            .field("place", &self.place)
+            .field("runs", &self.runs())
             .finish_non_exhaustive()
     }
 }

@@ -40,7 +40,7 @@ mod write_order;
 mod write_plan;
 pub mod zero;
 
-pub use compressed_room::CompressedReservation;
+pub use compressed_room::{CompressedReservation, CompressedRun};
 pub use image::Qcow2;
 pub use lookup::{Extent, Source};
 pub use options::Options;

@@ -149,35 +149,63 @@ impl Mover {
         Ok(())
     }
 
-    /// Writes a whole cluster compressed, or as it is where that does not make it shorter. What lies behind the end of the disk
+    /// Writes whole clusters compressed, those as they are that it does not make shorter. What lies behind the end of the disk
     /// is zeroes.
     pub(crate) async fn write_compressed(
         &self,
-        cluster: GuestCluster,
+        first: GuestCluster,
         bytes: &[u8],
     ) -> Result<(), ImageError> {
         let cluster_bytes = self.geometry().cluster_bytes() as usize;
-        let mut whole = bytes.to_vec();
-        whole.resize(cluster_bytes, 0);
-        let mut stream = vec![0; cluster_bytes - 1];
         let compression = self.image.header().compression;
-        let length = self
-            .codec
-            .borrow_mut()
-            .compress(compression, &whole, &mut stream);
-        let Some(length) = length else {
-            let offset = self.geometry().guest_offset(cluster).0;
-            return self.write(offset, bytes).await;
-        };
-        let reservation = self
-            .image
-            .prepare_compressed(cluster, length as u64)
-            .await?;
-        let from = Buffer::copy_of(&stream[..length]);
-        let written = self.image.file().write(reservation.at().0, from).await;
-        if let Err(error) = written.outcome {
-            reservation.give_back();
-            return Err(error.into());
+        let mut run: Vec<Vec<u8>> = Vec::new();
+        let mut next = first;
+        for cluster in bytes.chunks(cluster_bytes) {
+            let mut whole = cluster.to_vec();
+            whole.resize(cluster_bytes, 0);
+            let mut stream = vec![0; cluster_bytes - 1];
+            let length = self
+                .codec
+                .borrow_mut()
+                .compress(compression, &whole, &mut stream);
+            match length {
+                Some(length) => {
+                    stream.truncate(length);
+                    run.push(stream);
+                }
+                None => {
+                    self.write_streams(next, &run).await?;
+                    run.clear();
+                    let offset = self.geometry().guest_offset(next).0;
+                    self.write(offset, cluster).await?;
+                }
+            }
+            next = GuestCluster(next.0 + 1);
+        }
+        self.write_streams(next, &run).await
+    }
+
+    /// Writes compressed clusters, the last of which is before `end`.
+    async fn write_streams(
+        &self,
+        end: GuestCluster,
+        streams: &[Vec<u8>],
+    ) -> Result<(), ImageError> {
+        if streams.is_empty() {
+            return Ok(());
+        }
+        let first = GuestCluster(end.0 - streams.len() as u64);
+        let lengths: Vec<u64> = streams.iter().map(|stream| stream.len() as u64).collect();
+        let reservation = self.image.prepare_compressed(first, &lengths).await?;
+        for run in reservation.runs() {
+            let bytes = streams[run.clusters].concat();
+            assert_eq!(bytes.len() as u64, run.length_bytes);
+            let from = Buffer::copy_of(&bytes);
+            let written = self.image.file().write(run.at.0, from).await;
+            if let Err(error) = written.outcome {
+                reservation.give_back();
+                return Err(error.into());
+            }
         }
         self.image.publish_compressed(reservation).await
     }

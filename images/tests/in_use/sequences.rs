@@ -44,7 +44,7 @@ impl Step {
             6 | 7 if !setup.has_data_file() && length > 0 => {
                 let cluster = seed.below(length.div_ceil(cluster_bytes));
                 let start = cluster * cluster_bytes;
-                let count = cluster_bytes.min(length - start);
+                let count = (cluster_bytes * (1 + seed.below(3))).min(length - start);
                 Self::WriteCompressed(GuestCluster(cluster), patches(seed, count as usize))
             }
             6..9 => Self::Zero(range(), true),

@@ -378,7 +378,7 @@ impl Client {
                 let geometry = mover.image.geometry();
                 let whole = range
                     .align_outward(geometry.cluster_bytes())
-                    .split_at(geometry.cluster_bytes())
+                    .split_at(3 * geometry.cluster_bytes())
                     .0;
                 if self.part.contains(&whole) {
                     self.value.set(self.value.get().wrapping_add(7));

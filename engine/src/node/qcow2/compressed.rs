@@ -1,9 +1,10 @@
 //! Compressed clusters: decompressed and compressed by the threads for such work, many at once.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 
+use blockyard_images::qcow2::CompressedRun;
 use blockyard_images::qcow2::layout::entries::CompressedAt;
 use blockyard_images::qcow2::units::{GuestCluster, GuestOffset};
 use blockyard_storage::error::{EINVAL, EIO, EOPNOTSUPP};
@@ -17,6 +18,15 @@ use crate::node::qcow2::pieces::{in_pieces, place_in, to_usize};
 
 /// Decompressed clusters that one node keeps: sequential reads of less than a cluster come back for the rest of it.
 const KEPT_MAX: usize = 2;
+
+/// Bytes of clusters that one thread compresses at a time, where clusters are shorter.
+const COMPRESSED_BYTES: u64 = 64 << 10;
+
+/// Bytes that are compressed by several threads and then written together, where clusters are shorter.
+const WRITTEN_BYTES: u64 = 1 << 20;
+
+/// The guest bytes of a cluster, and what they were compressed to; `None`: that would not be shorter.
+type Made = (ByteRange, Option<Vec<u8>>);
 
 /// The clusters that were decompressed last.
 ///
@@ -153,50 +163,130 @@ impl Mover {
         in_pieces(
             range,
             async |rest| {
-                let (piece, _) = rest.split_at(cluster_bytes);
+                let (piece, _) = rest.split_at(cluster_bytes.max(WRITTEN_BYTES));
                 let bytes = &bytes[place_in(range, piece)];
-                Ok((piece, Box::pin(self.compress_cluster(piece, bytes)) as _))
+                Ok((piece, Box::pin(self.compress_run(piece, bytes)) as _))
             },
             |()| {},
         )
         .await
     }
 
-    /// Writes one cluster, of which the end of the disk may cut something off.
-    async fn compress_cluster(&self, piece: ByteRange, bytes: &[u8]) -> Result<(), NodeError> {
-        let geometry = self.image.geometry();
-        let cluster_bytes = to_usize(geometry.cluster_bytes());
+    /// Writes clusters that follow each other, of which the end of the disk may cut something off from the last.
+    async fn compress_run(&self, range: ByteRange, bytes: &[u8]) -> Result<(), NodeError> {
+        let cluster_bytes = self.image.geometry().cluster_bytes();
+        let made = RefCell::new(Vec::new());
+        in_pieces(
+            range,
+            async |rest| {
+                let (piece, _) = rest.split_at(cluster_bytes.max(COMPRESSED_BYTES));
+                let bytes = &bytes[place_in(range, piece)];
+                Ok((piece, Box::pin(self.compress_clusters(piece, bytes)) as _))
+            },
+            |clusters| made.borrow_mut().extend(clusters),
+        )
+        .await?;
+        let mut made = made.into_inner();
+        made.sort_by_key(|(cluster, _): &Made| cluster.offset());
+        // Neighbours that are stored in the same way are written together.
+        let runs: Vec<&[Made]> = made
+            .chunk_by(|(_, one), (_, next)| one.is_some() == next.is_some())
+            .collect();
+        let next = Cell::new(0);
+        in_pieces(
+            range,
+            async |_| {
+                let run = runs.get(next.get()).copied().unwrap_or_default();
+                next.set(next.get() + 1);
+                let covered = covered(run);
+                let bytes = &bytes[place_in(range, covered)];
+                Ok((covered, Box::pin(self.write_run(covered, run, bytes)) as _))
+            },
+            |()| {},
+        )
+        .await
+    }
+
+    /// Compresses clusters, all on one thread; `None` for one that does not get shorter.
+    async fn compress_clusters(
+        &self,
+        range: ByteRange,
+        bytes: &[u8],
+    ) -> Result<Vec<Made>, NodeError> {
+        let cluster_bytes = to_usize(self.image.geometry().cluster_bytes());
         let mut padded = bytes.to_vec();
-        padded.resize(cluster_bytes, 0);
+        padded.resize(bytes.len().next_multiple_of(cluster_bytes), 0);
         let compression = self.image.header().compression;
         let work = self.cpu.run(move |codec| {
-            let mut made = Buffer::zeroed(cluster_bytes.saturating_sub(1));
-            let length = codec.compress(compression, &padded, made.as_mut_slice())?;
-            made.set_length(length);
-            Some(made)
+            let mut room = vec![0; cluster_bytes.saturating_sub(1)];
+            let clusters = padded.chunks_exact(cluster_bytes);
+            let streams = clusters.map(|cluster| {
+                let length = codec.compress(compression, cluster, &mut room)?;
+                Some(room[..length].to_vec())
+            });
+            streams.collect::<Vec<_>>()
         });
-        let Some(made) = work.await else {
-            return Err(self.error(Operation::Write, Some(piece), EIO));
+        let Some(streams) = work.await else {
+            return Err(self.error(Operation::Write, Some(range), EIO));
         };
-        let Some(made) = made else {
+        let clusters = range.pieces(cluster_bytes as u64);
+        Ok(clusters.zip(streams).collect())
+    }
+
+    /// Writes clusters that are all compressed, or all as they are in `bytes`.
+    async fn write_run(
+        &self,
+        range: ByteRange,
+        run: &[Made],
+        bytes: &[u8],
+    ) -> Result<(), NodeError> {
+        let streams: Vec<&[u8]> = run.iter().filter_map(|(_, made)| made.as_deref()).collect();
+        if streams.is_empty() {
             let plain = Buffer::copy_of(bytes);
-            return self.write_range(piece, plain).await.outcome;
-        };
-        let cluster = geometry.guest_cluster(GuestOffset(piece.offset()));
-        let failed = |error| self.failed(error, Operation::Write, Some(piece));
-        let prepared = self.image.prepare_compressed(cluster, made.len() as u64);
-        let reservation = prepared.await.map_err(failed)?;
-        self.decompressed.forget(cluster);
-        self.announce(DebugEvent::WriteCompressed);
+            return self.write_range(range, plain).await.outcome;
+        }
+        let geometry = self.image.geometry();
+        let first = geometry.guest_cluster(GuestOffset(range.offset()));
+        let lengths: Vec<u64> = streams.iter().map(|stream| stream.len() as u64).collect();
+        let failed = |error| self.failed(error, Operation::Write, Some(range));
+        let prepared = self.image.prepare_compressed(first, &lengths).await;
+        let reservation = prepared.map_err(failed)?;
+        for (cluster, _) in run {
+            let cluster = geometry.guest_cluster(GuestOffset(cluster.offset()));
+            self.decompressed.forget(cluster);
+        }
         let file = &self.files.file;
-        let written = file.write(reservation.at().0, made).await;
-        if let Err(error) = written.outcome {
-            reservation.give_back();
-            return Err(file.node_error(&error));
+        for CompressedRun {
+            at,
+            clusters,
+            length_bytes,
+        } in reservation.runs()
+        {
+            let mut together = self.scratch(length_bytes);
+            let mut rest = together.as_mut_slice();
+            for stream in streams.get(clusters).unwrap_or_default() {
+                let (front, behind) = rest.split_at_mut(stream.len());
+                front.copy_from_slice(stream);
+                rest = behind;
+            }
+            self.announce(DebugEvent::WriteCompressed);
+            if let Err(error) = file.write(at.0, together).await.outcome {
+                reservation.give_back();
+                return Err(file.node_error(&error));
+            }
         }
         self.image
             .publish_compressed(reservation)
             .await
             .map_err(failed)
+    }
+}
+
+/// The guest bytes of clusters that follow each other.
+fn covered(run: &[Made]) -> ByteRange {
+    match run {
+        [(first, _), .., (last, _)] => ByteRange::between(first.offset(), last.end()),
+        [(only, _)] => *only,
+        [] => ByteRange::default(),
     }
 }
