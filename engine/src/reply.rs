@@ -24,6 +24,8 @@ pub enum Reply {
     Nodes(Vec<NodeView>),
     /// The graph with permissions.
     Graph(GraphView),
+    /// An internal snapshot that is gone.
+    Snapshot(SnapshotInfo),
     /// What work on an image came to.
     Image(ImageReply),
 }

@@ -75,6 +75,22 @@ pub enum Request {
     QueryJobs,
     /// All block jobs in the older form, newest first.
     QueryBlockJobs,
+    /// Make an internal snapshot of the image that a node shows.
+    CreateInternalSnapshot {
+        /// Name of the node.
+        device: String,
+        /// Name of the snapshot.
+        name: String,
+    },
+    /// Delete an internal snapshot.
+    DeleteInternalSnapshot {
+        /// Name of the node.
+        device: String,
+        /// Id of the snapshot.
+        id: Option<String>,
+        /// Name of the snapshot. If both are given, both have to be the snapshot's.
+        name: Option<String>,
+    },
     /// Do something with a whole image that is no job. Not on the wire.
     Image(ImageSpec),
     /// End all jobs, close all nodes, then end the daemon.

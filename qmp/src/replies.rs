@@ -16,6 +16,7 @@ pub fn value(reply: &Reply) -> Value {
         Reply::BlockJobs(jobs) => jobs.iter().map(block_job).collect(),
         Reply::Nodes(nodes) => nodes.iter().map(node).collect(),
         Reply::Graph(view) => graph(view),
+        Reply::Snapshot(gone) => snapshot(gone),
     }
 }
 

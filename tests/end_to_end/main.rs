@@ -36,6 +36,7 @@ mod place;
 mod python_client;
 mod schema;
 mod script;
+mod snapshots;
 mod tools;
 mod tour;
 mod verbs;

@@ -25,6 +25,7 @@ mod options;
 pub mod permissions;
 mod qcow2;
 mod records;
+mod snapshots;
 mod views;
 
 use std::cell::RefCell;
@@ -254,16 +255,15 @@ impl Graph {
         };
         // The edge keeps the node where it is. Nothing else is held: cutting a file may wait for its disk.
         let outcome = self.resize_pinned(id, size.unsigned_abs()).await;
-        self.release_resized(id).await;
+        self.release(id, &resizer(id)).await;
         outcome
     }
 
-    /// Takes back what kept a node where it is while its length changed.
-    async fn release_resized(&self, id: NodeId) {
+    /// Takes back what kept a node where it was while a command changed it.
+    async fn release(&self, id: NodeId, mine: &Edge) {
         let is_owned = {
             let mut records = self.records.borrow_mut();
-            let mine = resizer(id);
-            if let Some(place) = records.edges.iter().position(|edge| *edge == mine)
+            if let Some(place) = records.edges.iter().position(|edge| edge == mine)
                 && let Err(error) = records.change_edges(|edges| {
                     edges.remove(place);
                 })

@@ -110,6 +110,15 @@ impl Manager {
                     block_jobs.map(|job| job.block_view()).collect(),
                 ));
             }
+            Request::CreateInternalSnapshot { device, name } => {
+                self.graph.create_snapshot(&device, &name).await?;
+            }
+            Request::DeleteInternalSnapshot { device, id, name } => {
+                let gone = self
+                    .graph
+                    .delete_snapshot(&device, id.as_deref(), name.as_deref());
+                return Ok(Reply::Snapshot(gone.await?));
+            }
             Request::Image(spec) => {
                 return Ok(Reply::Image(self.graph.work_on_image(spec).await?));
             }

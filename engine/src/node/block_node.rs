@@ -13,6 +13,7 @@ use blockyard_images::Pace;
 use blockyard_images::qcow2::Options;
 use blockyard_images::qcow2::amend::AmendOptions;
 use blockyard_images::qcow2::info::ImageInfo;
+use blockyard_images::qcow2::snapshot::{NewSnapshot, SnapshotChoice};
 use blockyard_storage::error::{EBADF, EIO, ENOSPC, EOPNOTSUPP};
 use blockyard_storage::{
     Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
@@ -67,7 +68,16 @@ pub struct Reopened {
     pub options: Options,
 }
 
-/// Why an image was not amended.
+/// What is done to the internal snapshots of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SnapshotChange {
+    /// One more.
+    Create(NewSnapshot),
+    /// One less.
+    Delete(SnapshotChoice),
+}
+
+/// Why an image was not amended, or its snapshots are what they were.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AmendStop {
     /// On request.
@@ -268,7 +278,20 @@ pub trait Node {
         Box::pin(std::future::ready(Err(AmendStop::Refused(text))))
     }
 
-    /// What has changed by [`amend`](Self::amend), once.
+    /// Changes the internal snapshots of this node's image; what is read from the node stays. Requests wait meanwhile.
+    ///
+    /// # Errors
+    /// As [`AmendStop`] says. The node goes on with what the image is then.
+    ///
+    /// # Cancel safety
+    /// Dropping the future abandons the answer; it is done all the same.
+    fn change_snapshots(&self, change: SnapshotChange) -> LocalFuture<'_, Result<(), AmendStop>> {
+        let _ = change;
+        let text = "Operation not supported".to_owned();
+        Box::pin(std::future::ready(Err(AmendStop::Refused(text))))
+    }
+
+    /// What has changed by [`amend`](Self::amend) or [`change_snapshots`](Self::change_snapshots), once.
     fn take_reopened(&self) -> Option<Reopened> {
         None
     }

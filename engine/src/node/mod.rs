@@ -22,5 +22,6 @@ pub mod zeroes;
 
 use block_node::refused;
 pub use block_node::{
-    AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, StatusExtent,
+    AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, SnapshotChange,
+    StatusExtent,
 };

@@ -15,9 +15,10 @@ use crate::commands::{Command, call};
 use crate::error::QmpError;
 use crate::schema::check::{Spelling, check};
 use crate::schema::fields::Fields;
-use crate::schema::images::DEVICE_INFO;
+use crate::schema::images::{DEVICE_INFO, SNAPSHOT_INFO};
 use crate::schema::nodes::{
-    BY_NAME, GRAPH, OBJECT, OBJECT_BY_ID, OPTIONS, QUERY, RESIZE, SET_IOTHREAD,
+    BY_NAME, GRAPH, INTERNAL_SNAPSHOT, INTERNAL_SNAPSHOT_BY_NAME, OBJECT, OBJECT_BY_ID, OPTIONS,
+    QUERY, RESIZE, SET_IOTHREAD,
 };
 use crate::schema::{EMPTY, Type};
 use crate::wire::document::{Document, Json};
@@ -56,6 +57,28 @@ pub(super) static COMMANDS: &[Command] = &[
             size: a.int("size").unwrap_or(0),
         })
     }),
+    Command::act(
+        "blockdev-snapshot-internal-sync",
+        &INTERNAL_SNAPSHOT,
+        |mut a| {
+            call(Request::CreateInternalSnapshot {
+                device: a.required_text("device"),
+                name: a.required_text("name"),
+            })
+        },
+    ),
+    Command::new(
+        "blockdev-snapshot-delete-internal-sync",
+        &INTERNAL_SNAPSHOT_BY_NAME,
+        Type::Object(&SNAPSHOT_INFO),
+        |mut a| {
+            call(Request::DeleteInternalSnapshot {
+                device: a.required_text("device"),
+                id: a.text("id"),
+                name: a.text("name"),
+            })
+        },
+    ),
     Command::act("x-blockdev-set-iothread", &SET_IOTHREAD, |mut a| {
         call(Request::SetIothread {
             node_name: a.required_text("node-name"),

@@ -204,7 +204,8 @@ static FORMAT_SPECIFIC: Object = Object::union(
     "type",
     &[("qcow2", &QCOW2_SPECIFIC), ("file", &FILE_SPECIFIC)],
 );
-static SNAPSHOT_INFO: Object = Object::of(&[
+/// `SnapshotInfo`.
+pub static SNAPSHOT_INFO: Object = Object::of(&[
     required("id", Type::Text),
     required("name", Type::Text),
     required("vm-state-size", Type::Int),

@@ -225,6 +225,15 @@ pub static RESIZE: Object = Object::of(&[
     optional("node-name", Type::Text),
     required("size", Type::Int),
 ]);
+/// `BlockdevSnapshotInternal`.
+pub static INTERNAL_SNAPSHOT: Object =
+    Object::of(&[required("device", Type::Text), required("name", Type::Text)]);
+/// Arguments of `blockdev-snapshot-delete-internal-sync`.
+pub static INTERNAL_SNAPSHOT_BY_NAME: Object = Object::of(&[
+    required("device", Type::Text),
+    optional("id", Type::Text),
+    optional("name", Type::Text),
+]);
 /// Arguments of `query-named-block-nodes`.
 pub static QUERY: Object = Object::of(&[optional("flat", Type::Bool)]);
 

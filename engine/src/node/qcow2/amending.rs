@@ -1,5 +1,6 @@
 //! Amending the image of a node: it is closed, changed below the node, and opened again.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 
 use blockyard_images::qcow2::amend::{AmendError, AmendOptions, amend};
@@ -39,7 +40,7 @@ impl Qcow2Node {
         old.away.set(true);
         let file: Rc<dyn Storage> = old.files.file.clone();
         let amended = amend(&file, options, pace).await;
-        let reopened = self.reopen(&old).await;
+        let reopened = reopen(&self.mover, &self.amended, &old).await;
         match amended {
             Ok(()) => reopened?,
             Err(AmendError::Cancelled) => return Err(AmendStop::Cancelled),
@@ -58,21 +59,25 @@ impl Qcow2Node {
         let resized = mover.change_length(size_bytes).await;
         resized.map_err(AmendStop::Failed)
     }
+}
 
-    /// Goes on with what the image is now.
-    async fn reopen(&self, old: &Mover) -> Result<(), AmendStop> {
-        let opened = old.read_anew().await?;
-        let info = ImageInfo::of(&opened);
-        let options = options_for(old, &opened);
-        let file: Rc<dyn Storage> = old.files.file.clone();
-        let data_file = old.files.data_file.clone();
-        let data_file = data_file.map(|data_file| data_file as Rc<dyn Storage>);
-        let image = Qcow2::new(file, data_file, opened, options);
-        let image = image.map_err(|error| old.amend_stop(error))?;
-        self.mover.replace(Rc::new(old.reopened(image)));
-        self.amended.replace(Some(Reopened { info, options }));
-        Ok(())
-    }
+/// Goes on with what the image is now.
+pub(super) async fn reopen(
+    mover: &RefCell<Rc<Mover>>,
+    reopened: &RefCell<Option<Reopened>>,
+    old: &Mover,
+) -> Result<(), AmendStop> {
+    let opened = old.read_anew().await?;
+    let info = ImageInfo::of(&opened);
+    let options = options_for(old, &opened);
+    let file: Rc<dyn Storage> = old.files.file.clone();
+    let data_file = old.files.data_file.clone();
+    let data_file = data_file.map(|data_file| data_file as Rc<dyn Storage>);
+    let image = Qcow2::new(file, data_file, opened, options);
+    let image = image.map_err(|error| old.amend_stop(error))?;
+    mover.replace(Rc::new(old.reopened(image)));
+    reopened.replace(Some(Reopened { info, options }));
+    Ok(())
 }
 
 impl Mover {
@@ -81,7 +86,7 @@ impl Mover {
         opened.map_err(|error| self.amend_stop(error))
     }
 
-    fn amend_stop(&self, error: ImageError) -> AmendStop {
+    pub(super) fn amend_stop(&self, error: ImageError) -> AmendStop {
         match error {
             ImageError::Refused { text, detail } => {
                 let detail = detail.unwrap_or_default();

@@ -11,12 +11,14 @@
 mod amending;
 mod compressed;
 mod failures;
+mod gate;
 mod length;
 mod mover;
 pub mod opening;
 mod pieces;
 mod read;
 mod room_ahead;
+mod snapshots;
 mod status;
 mod upkeep;
 mod write;
@@ -35,9 +37,12 @@ use crate::data::{DataContext, Spawner};
 use crate::error::NodeError;
 use crate::node::announcing_node::AnnouncingNode;
 use crate::node::child_storage::ChildStorage;
+use crate::node::qcow2::gate::Gate;
 use crate::node::qcow2::mover::Mover;
+use crate::node::qcow2::snapshots::change_snapshots;
 use crate::node::{
-    AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, StatusExtent,
+    AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, SnapshotChange,
+    StatusExtent,
 };
 use crate::request::{DetectZeroes, Discard};
 
@@ -80,7 +85,9 @@ pub struct Qcow2Node {
     /// Another one once the image has been amended.
     mover: Rc<RefCell<Rc<Mover>>>,
     /// What the graph has not heard of yet.
-    amended: RefCell<Option<Reopened>>,
+    amended: Rc<RefCell<Option<Reopened>>>,
+    /// Closed while the image is another one for a moment.
+    gate: Rc<Gate>,
     spawner: Spawner,
 }
 
@@ -97,7 +104,8 @@ impl Qcow2Node {
         let mover = Mover::new(name, image, files, backing, options, context);
         Self {
             mover: Rc::new(RefCell::new(Rc::new(mover))),
-            amended: RefCell::default(),
+            amended: Rc::default(),
+            gate: Rc::default(),
             spawner: context.spawner().clone(),
         }
     }
@@ -114,9 +122,14 @@ impl Qcow2Node {
     /// A change that goes on to its end in any case.
     fn change<T: 'static, F: Future<Output = T> + 'static>(
         &self,
-        work: impl FnOnce(Rc<Mover>) -> F,
+        work: impl FnOnce(Rc<Mover>) -> F + 'static,
     ) -> LocalFuture<'static, T> {
-        Box::pin(self.spawner.to_the_end(work(self.mover())))
+        let (gate, mover) = (Rc::clone(&self.gate), Rc::clone(&self.mover));
+        Box::pin(self.spawner.to_the_end(async move {
+            let _inside = gate.enter().await;
+            let mover = Rc::clone(&mover.borrow());
+            work(mover).await
+        }))
     }
 }
 
@@ -144,8 +157,10 @@ impl Node for Qcow2Node {
         range: ByteRange,
         extents_max: usize,
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
-        let mover = self.mover();
-        Box::pin(async move { mover.status_of(range, extents_max).await })
+        Box::pin(async move {
+            let _inside = self.gate.enter().await;
+            self.mover().status_of(range, extents_max).await
+        })
     }
 
     fn place(
@@ -153,13 +168,16 @@ impl Node for Qcow2Node {
         range: ByteRange,
         finds_holes: bool,
     ) -> LocalFuture<'_, Result<Place, NodeError>> {
-        let mover = self.mover();
-        Box::pin(async move { mover.place_of(range, finds_holes).await })
+        Box::pin(async move {
+            let _inside = self.gate.enter().await;
+            self.mover().place_of(range, finds_holes).await
+        })
     }
 
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
-        let mover = self.mover();
         Box::pin(async move {
+            let _inside = self.gate.enter().await;
+            let mover = self.mover();
             let range = ByteRange::new(offset, into.len() as u64);
             match mover.refusal(Operation::Read, range) {
                 None => mover.read_range(range, into).await,
@@ -172,7 +190,7 @@ impl Node for Qcow2Node {
     }
 
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
-        self.change(|mover| async move { mover.write(offset, from).await })
+        self.change(move |mover| async move { mover.write(offset, from).await })
     }
 
     fn compresses(&self) -> bool {
@@ -180,19 +198,19 @@ impl Node for Qcow2Node {
     }
 
     fn write_compressed(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
-        self.change(|mover| async move { mover.compress_and_write(offset, from).await })
+        self.change(move |mover| async move { mover.compress_and_write(offset, from).await })
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
-        self.change(|mover| async move { mover.zero(range, mode).await })
+        self.change(move |mover| async move { mover.zero(range, mode).await })
     }
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
-        self.change(|mover| async move { mover.discard(range).await })
+        self.change(move |mover| async move { mover.discard(range).await })
     }
 
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
-        self.change(|mover| async move { mover.flush().await })
+        self.change(move |mover| async move { mover.flush().await })
     }
 
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
@@ -237,6 +255,12 @@ impl Node for Qcow2Node {
         Box::pin(self.amend_image(options, pace))
     }
 
+    fn change_snapshots(&self, change: SnapshotChange) -> LocalFuture<'_, Result<(), AmendStop>> {
+        let (gate, mover) = (Rc::clone(&self.gate), Rc::clone(&self.mover));
+        let changed = change_snapshots(gate, mover, Rc::clone(&self.amended), change);
+        Box::pin(self.spawner.to_the_end(changed))
+    }
+
     fn take_reopened(&self) -> Option<Reopened> {
         self.amended.take()
     }
@@ -246,7 +270,7 @@ impl Node for Qcow2Node {
     }
 
     fn close(&self) -> LocalFuture<'_, Result<(), NodeError>> {
-        self.change(|mover| async move {
+        self.change(move |mover| async move {
             match mover.away.get() {
                 // It was closed before, and is another one now.
                 true => Ok(()),

@@ -6,4 +6,5 @@ mod faults;
 pub(crate) mod model;
 mod oracle;
 mod random;
+mod snapshots;
 pub(crate) mod yard;

@@ -1,0 +1,184 @@
+//! Internal snapshots: over QMP, on both daemons, and by `blockyard snapshot`, beside `qemu-img snapshot`.
+
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::daemon::Daemon;
+use crate::images::{image, run};
+use crate::tools::have_oracle;
+
+const CREATE: &str = "blockdev-snapshot-internal-sync";
+const DELETE: &str = "blockdev-snapshot-delete-internal-sync";
+
+fn add(client: &mut Client, name: &str, driver: &str, read_only: bool) {
+    let file = json!({"driver": "file", "filename": format!("{name}.img")});
+    client.run(
+        "blockdev-add",
+        json!({"driver": driver, "node-name": name, "read-only": read_only, "file": file}),
+    );
+}
+
+/// Ids and names of the snapshots that a query shows.
+fn shown(client: &mut Client, node: &str) -> Vec<(Value, Value)> {
+    let nodes = client.run("query-named-block-nodes", json!({}));
+    let nodes = nodes.as_array().expect("a list").clone();
+    let node = nodes.into_iter().find(|one| one["node-name"] == node);
+    let snapshots = node.expect("it is there")["image"]["snapshots"].clone();
+    let snapshots = snapshots.as_array().cloned().unwrap_or_default();
+    snapshots
+        .iter()
+        .map(|one| (one["id"].clone(), one["name"].clone()))
+        .collect()
+}
+
+/// A reply without the times in it, which are those of the test.
+fn asked(client: &mut Client, command: &str, arguments: Value) -> Value {
+    let mut reply = client.command(command, arguments);
+    for name in ["date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"] {
+        let time = reply
+            .get_mut("return")
+            .and_then(|value| value.get_mut(name));
+        if let Some(time) = time {
+            assert!(time.is_u64());
+            *time = json!(0);
+        }
+    }
+    reply
+}
+
+/// What both daemons are asked, and what comes of it.
+fn script(daemon: &Daemon) -> Vec<Value> {
+    let folder = daemon.path("");
+    image(&folder, "n.img", &[]);
+    image(&folder, "t.img", &[]);
+    image(&folder, "ro.img", &[]);
+    image(&folder, "narrow.img", &["-o", "refcount_bits=1"]);
+    image(&folder, "outside.img", &["-o", "data_file=outside.data"]);
+    std::fs::write(folder.join("raw.img"), [0; 4096]).expect("written");
+    for name in ["n.img", "narrow.img"] {
+        run(
+            &folder,
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write -P 1 0 1M", name],
+        );
+    }
+    let mut client = daemon.client();
+    for name in ["n", "t", "narrow", "outside"] {
+        add(&mut client, name, "qcow2", false);
+    }
+    add(&mut client, "ro", "qcow2", true);
+    add(&mut client, "raw", "raw", false);
+    client.run(
+        "blockdev-add",
+        json!({"driver": "null-co", "node-name": "null"}),
+    );
+    let mut told = Vec::new();
+    let mut ask = |client: &mut Client, command: &str, arguments: Value| {
+        told.push(asked(client, command, arguments));
+    };
+    for device in ["n", "ro", "raw", "null", "narrow", "outside", "nope", ""] {
+        for name in ["one", "", "one"] {
+            ask(&mut client, CREATE, json!({"device": device, "name": name}));
+        }
+    }
+    ask(&mut client, CREATE, json!({"device": "n"}));
+    ask(&mut client, CREATE, json!({"device": "n", "name": "two"}));
+    ask(&mut client, CREATE, json!({"device": "n", "name": "1"}));
+    told.push(json!(shown(&mut client, "n")));
+    let mut ask = |client: &mut Client, arguments: Value| {
+        told.push(asked(client, DELETE, arguments));
+    };
+    for device in ["n", "ro", "raw", "null", "outside", "nope"] {
+        ask(&mut client, json!({"device": device}));
+        ask(&mut client, json!({"device": device, "name": "nope"}));
+        ask(&mut client, json!({"device": device, "id": "9"}));
+        ask(
+            &mut client,
+            json!({"device": device, "id": "2", "name": "one"}),
+        );
+    }
+    ask(
+        &mut client,
+        json!({"device": "n", "id": "2", "name": "two"}),
+    );
+    ask(&mut client, json!({"device": "n", "name": "1"}));
+    client.run(
+        "blockdev-backup",
+        json!({"job-id": "j", "device": "n", "target": "t", "sync": "full", "speed": 1}),
+    );
+    for device in ["n", "t"] {
+        ask(&mut client, json!({"device": device, "name": "one"}));
+    }
+    client.run("job-cancel", json!({"id": "j"}));
+    client.wait_for("j", "null");
+    ask(&mut client, json!({"device": "n", "id": "1"}));
+    told.push(json!(shown(&mut client, "n")));
+    told
+}
+
+#[test]
+fn both_daemons_make_and_delete_the_same_snapshots() {
+    if !have_oracle() {
+        return;
+    }
+    let ours = Daemon::start();
+    let theirs = Daemon::start_oracle_with(&[]);
+    let (our_replies, their_replies) = (script(&ours), script(&theirs));
+    for (one, other) in our_replies.iter().zip(&their_replies) {
+        assert_eq!(one, other);
+    }
+    assert_eq!(our_replies.len(), their_replies.len());
+    theirs.quit();
+    // What was promised is durable. The kernel may close the files of a process later than it ends.
+    let folder = ours.kill();
+    run(
+        folder.path(),
+        "qemu-img",
+        &["check", "-U", "-f", "qcow2", "n.img"],
+    );
+}
+
+#[test]
+fn a_snapshot_holds_what_the_disk_held() {
+    if !have_oracle() {
+        return;
+    }
+    let daemon = Daemon::start();
+    let folder = daemon.path("");
+    for name in ["n.img", "later.img"] {
+        image(&folder, name, &[]);
+    }
+    run(
+        &folder,
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write -P 1 0 3M", "n.img"],
+    );
+    run(
+        &folder,
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write -P 2 1M 2M", "later.img"],
+    );
+    std::fs::copy(folder.join("n.img"), folder.join("before.img")).expect("copied");
+    let mut client = daemon.client();
+    add(&mut client, "n", "qcow2", false);
+    add(&mut client, "later", "qcow2", true);
+    client.run(CREATE, json!({"device": "n", "name": "before"}));
+    client.run(
+        "blockdev-backup",
+        json!({"job-id": "j", "device": "later", "target": "n", "sync": "full"}),
+    );
+    client.wait_for("j", "null");
+    client.run("blockdev-del", json!({"node-name": "n"}));
+    let compare = |one: &str, other: &str| {
+        run(
+            &folder,
+            "qemu-img",
+            &["compare", "-f", "qcow2", "-F", "qcow2", one, other],
+        );
+    };
+    compare("n.img", "later.img");
+    run(&folder, "qemu-img", &["check", "-f", "qcow2", "n.img"]);
+    run(&folder, "qemu-img", &["snapshot", "-a", "before", "n.img"]);
+    compare("n.img", "before.img");
+    daemon.quit();
+}
