@@ -476,10 +476,13 @@ fn nodes_in_use_are_told_by_the_job_and_kept_from_others() {
         "Permission conflict on node 'f': permissions 'resize' are both required by create job 'c' (uses node 'f' as 'file' child) and unshared by create job 'c' (uses node 'f' as 'data-file' child)."
     );
     let long = json!({"driver": "qcow2", "file": "f", "data-file": "d", "size": 8192 * MIB, "preallocation": "full"});
-    client.run(
-        "blockdev-create",
-        json!({"job-id": "long", "options": long}),
-    );
+    // The job has its nodes when it is answered for: the next command, in the same breath, finds them in use.
+    let long =
+        json!({"execute": "blockdev-create", "arguments": {"job-id": "long", "options": long}});
+    let delete = json!({"execute": "blockdev-del", "arguments": {"node-name": "f"}});
+    client.send(format!("{long}\n{delete}\n").as_bytes());
+    assert_eq!(client.reply(), json!({"return": {}}));
+    assert_eq!(client.reply()["error"]["desc"], "Node f is in use");
     client.run("job-pause", json!({"id": "long"}));
     client.wait_for("long", "paused");
     for (node, text) in [
@@ -506,6 +509,10 @@ fn nodes_in_use_are_told_by_the_job_and_kept_from_others() {
             .find(|job| job["id"] == "c");
         assert_eq!(job.expect("listed")["error"], text);
         client.run("job-dismiss", json!({"id": "c"}));
+        assert_eq!(
+            client.refusal("blockdev-del", json!({"node-name": node})),
+            format!("Node {node} is in use")
+        );
         let busy = format!("Node '{node}' is busy: block device is in use by block job: create");
         let resize = json!({"node-name": node, "size": 512});
         assert_eq!(client.refusal("block_resize", resize), busy);

@@ -114,10 +114,10 @@ impl Graph {
                 let text = format!("Failed to find node with node-name='{name}'");
                 return Err(EngineError::generic(text));
             };
-            if records
-                .users(node.id)
-                .any(|edge| matches!(edge.user, User::Backend(_) | User::Command))
-            {
+            let mut users = records.users(node.id);
+            let is_device = |edge: &Edge| matches!(edge.user, User::Backend(_) | User::Command);
+            // Whoever creates an image has its nodes like a device.
+            if users.any(is_device) || records.is_being_created(node.id) {
                 return Err(EngineError::generic(format!("Node {name} is in use")));
             }
             records.check_free(node.id)?;

@@ -279,6 +279,12 @@ impl Records {
         )))
     }
 
+    /// Whether a job creates an image there.
+    pub(super) fn is_being_created(&self, id: NodeId) -> bool {
+        let mut blockers = self.blockers.iter().filter(|blocker| blocker.node == id);
+        blockers.any(|blocker| blocker.job_type == JobType::Create)
+    }
+
     /// What a new length of a node comes to.
     ///
     /// # Errors
