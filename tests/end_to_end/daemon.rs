@@ -44,10 +44,13 @@ impl Daemon {
         Self::launch(command, folder, &[])
     }
 
-    /// Starts QEMU's in a new folder in the same way.
+    /// Starts QEMU's in a new folder in the same way, logging there.
     pub(crate) fn start_oracle_with(options: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        Self::launch(Command::new("qemu-storage-daemon"), folder, options)
+        let log = File::create(folder.path().join("log")).expect("created");
+        let mut command = Command::new("qemu-storage-daemon");
+        command.stderr(log);
+        Self::launch(command, folder, options)
     }
 
     fn launch(mut command: Command, folder: TempDir, options: &[&str]) -> Self {
