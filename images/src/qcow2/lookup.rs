@@ -136,7 +136,7 @@ impl Qcow2 {
         self.told(self.find(range)).await
     }
 
-    async fn find(&self, range: ByteRange) -> Result<Extent, ImageError> {
+    pub(super) async fn find(&self, range: ByteRange) -> Result<Extent, ImageError> {
         let _lease = self.state.leases.take();
         loop {
             match self.state.look(range)? {

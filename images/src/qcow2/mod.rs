@@ -9,6 +9,7 @@ mod claims;
 pub mod compressed;
 pub mod compressed_room;
 pub mod create;
+pub mod fill;
 mod frees;
 mod fresh;
 mod growth;

@@ -25,7 +25,7 @@ use crate::qcow2::waiting::Turn;
 use crate::qcow2::write_plan::{Plan, Wanted};
 
 /// Most bytes that one reservation takes.
-const RESERVATION_BYTES_MAX: u64 = 64 << 20;
+pub(super) const RESERVATION_BYTES_MAX: u64 = 64 << 20;
 
 /// What the front of a write has to do.
 #[derive(Debug)]
@@ -120,9 +120,18 @@ impl Qcow2 {
     }
 
     async fn reserve(&self, range: ByteRange) -> Result<WritePlan, ImageError> {
-        let _lease = self.state.leases.take();
         let range = range.split_at(RESERVATION_BYTES_MAX).0;
         let turn = self.state.turns.enter(self.state.slice_span(range)).await;
+        self.reserve_in_turn(range, turn).await
+    }
+
+    /// The same for a range that is no longer than a reservation, by whoever has the turn on its clusters.
+    pub(super) async fn reserve_in_turn(
+        &self,
+        range: ByteRange,
+        turn: Turn,
+    ) -> Result<WritePlan, ImageError> {
+        let _lease = self.state.leases.take();
         let mut claim: Option<Claim> = None;
         loop {
             // It may have become shorter, or unusable.

@@ -10,6 +10,8 @@
 //! | discard | a cluster | zeroes, the cluster freed |
 //! | discard | nothing | zeroes if there is a backing file, else nothing |
 //! | either | compressed | zeroes, freed |
+//! | filled with zeroes | nothing | zeroes |
+//! | filled with zeroes | anything else | the same |
 //!
 //! With `discard-no-unref` a cluster is kept where it would be freed, and is discarded in the file. In version 2 nothing
 //! reads as zeroes by itself: there what nothing is below is given up, whether it may be or not, as QEMU does, and the rest
@@ -61,6 +63,8 @@ pub(super) enum Change {
     },
     /// They are not there any more: nothing is behind them, whatever is below.
     Forget,
+    /// They read as zeroes as far as nothing is there.
+    Fill,
 }
 
 impl Qcow2 {
@@ -136,7 +140,7 @@ impl Qcow2 {
         Ok(Zeroing::Done(done))
     }
 
-    async fn change_front(
+    pub(super) async fn change_front(
         &self,
         range: ByteRange,
         change: Change,
@@ -145,7 +149,7 @@ impl Qcow2 {
         let _turn = self.state.turns.enter(span).await;
         let _lease = self.state.leases.take();
         self.state.check_change(Operation::Discard, range)?;
-        let hides = change == Change::Discard { has_backing: true };
+        let hides = matches!(change, Change::Discard { has_backing: true } | Change::Fill);
         if !hides && self.state.is_without_table(range.offset())? {
             // Nothing is there, as far as there are no tables.
             return Ok(range.clamp_end(self.state.end_without_tables(range)));
@@ -159,7 +163,7 @@ impl Qcow2 {
     pub(super) async fn change(&self, range: ByteRange, change: Change) -> Result<(), ImageError> {
         let state = &self.state;
         let leaves_nothing = match change {
-            Change::Zero { .. } | Change::Discard { has_backing: true } => false,
+            Change::Zero { .. } | Change::Discard { has_backing: true } | Change::Fill => false,
             Change::Discard { has_backing: false } | Change::Forget => true,
         };
         if leaves_nothing && state.is_without_table(range.offset())? {
@@ -352,8 +356,9 @@ impl ImageState {
         let is_there = self.change_entry(place, cluster, step, |old| {
             let new = self.changed_entry(old, part, change);
             let before = self.host_of(old);
-            let frees =
-                old.word & COMPRESSED != 0 || before.is_some() && self.gives_up(old, part, change);
+            let frees = change != Change::Fill
+                && (old.word & COMPRESSED != 0
+                    || before.is_some() && self.gives_up(old, part, change));
             if !frees {
                 return new;
             }
@@ -380,6 +385,7 @@ impl ImageState {
         match change {
             Change::Zero { may_unmap } => may_unmap && self.is_all_of_it(old, part),
             Change::Discard { .. } | Change::Forget => true,
+            Change::Fill => false,
         }
     }
 
@@ -410,6 +416,9 @@ impl ImageState {
     }
 
     fn changed_entry(&self, old: &L2Entry, part: ByteRange, change: Change) -> L2Entry {
+        if change == Change::Fill {
+            return self.filled_entry(old, part);
+        }
         let is_compressed = old.word & COMPRESSED != 0;
         let allocated = is_compressed || self.host_of(old).is_some();
         let is_kept =
@@ -418,7 +427,7 @@ impl ImageState {
         let reads_zero = match change {
             Change::Zero { .. } => true,
             Change::Discard { has_backing } => allocated || has_backing,
-            Change::Forget => false,
+            Change::Forget | Change::Fill => false,
         };
         if change == Change::Forget {
             return L2Entry::default();
@@ -443,6 +452,28 @@ impl ImageState {
         L2Entry {
             word,
             bitmap: (before | mask << 32) & !mask,
+        }
+    }
+
+    /// An entry that reads as zeroes in `part` as far as nothing is there.
+    fn filled_entry(&self, old: &L2Entry, part: ByteRange) -> L2Entry {
+        if old.word & COMPRESSED != 0 {
+            return *old;
+        }
+        if self.geometry.extended_l2() {
+            let held = old.bitmap | old.bitmap >> 32;
+            let mask = self.part_mask(part) & !held;
+            return L2Entry {
+                word: old.word,
+                bitmap: old.bitmap | mask << 32,
+            };
+        }
+        match self.source_at(old, 0) {
+            Source::Unallocated => L2Entry {
+                word: old.word | ZERO,
+                bitmap: 0,
+            },
+            _ => *old,
         }
     }
 }

@@ -57,6 +57,7 @@ async fn step(mover: &Mover, step: &Step) -> Result<(), ImageError> {
         Step::WriteCompressed(cluster, bytes) => mover.write_compressed(*cluster, bytes).await,
         Step::Zero(range, may_unmap) => mover.zero(*range, *may_unmap).await,
         Step::Discard(range) => mover.discard(*range).await,
+        Step::Fill(range, by_zeroes) => mover.fill(*range, *by_zeroes).await,
         Step::Read(range) => mover.read(*range).await.map(drop),
         Step::Flush | Step::Reopen => mover.image.flush().await,
         Step::Clean => {

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use blockyard_images::ImageError;
 use blockyard_images::qcow2::compressed::ClusterCodec;
+use blockyard_images::qcow2::fill::Filling;
 use blockyard_images::qcow2::units::{Geometry, GuestCluster};
 use blockyard_images::qcow2::{Qcow2, Source, WritePlan, ZeroRequest, Zeroing};
 use blockyard_storage::error::EIO;
@@ -233,6 +234,68 @@ impl Mover {
             rest = rest.split_at(done.length()).1;
         }
         Ok(())
+    }
+
+    /// Puts what is below into the image where that holds nothing; runs of zeroes without data, if `by_zeroes`.
+    pub(crate) async fn fill(&self, range: ByteRange, by_zeroes: bool) -> Result<(), ImageError> {
+        let unit = self.geometry().subcluster_bytes();
+        let mut rest = range
+            .align_outward(unit)
+            .clamp_end(self.image.length_bytes());
+        while !rest.is_empty() {
+            let front = if by_zeroes {
+                rest.split_at(unit).0
+            } else {
+                rest
+            };
+            if by_zeroes
+                && self.below_at(front).iter().all(|byte| *byte == 0)
+                && let Zeroing::Done(done) = self.image.fill_zeroes(front).await?
+            {
+                assert!(!done.is_empty() && done.offset() == rest.offset());
+                rest = rest.split_at(done.length()).1;
+                continue;
+            }
+            let filled = match self.image.prepare_fill(front).await? {
+                Filling::Held(held) => held,
+                Filling::Room(room) => {
+                    // A cluster that others have too is left as a whole.
+                    let (before, after) = (room.fill_before(), room.fill_after());
+                    let whole = async {
+                        let mut bytes = self.read(before).await?;
+                        bytes.extend(self.below_at(room.range()));
+                        bytes.extend(self.read(after).await?);
+                        let at = room.at_of(before.offset()).0;
+                        let storage = self.image.data_storage();
+                        storage.write(at, Buffer::copy_of(&bytes)).await.outcome?;
+                        Ok(())
+                    };
+                    if let Err(error) = whole.await {
+                        room.give_back();
+                        return Err(error);
+                    }
+                    let range = room.range();
+                    self.image.publish(room).await?;
+                    range
+                }
+            };
+            assert!(!filled.is_empty() && filled.offset() == rest.offset());
+            rest = rest.split_at(filled.length()).1;
+        }
+        Ok(())
+    }
+
+    /// Whether the image itself says what `range` reads as.
+    pub(crate) async fn holds(&self, range: ByteRange) -> Result<bool, ImageError> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let extent = self.image.map(rest).await?;
+            if extent.source == Source::Unallocated {
+                return Ok(false);
+            }
+            rest = rest.split_at(extent.range.length()).1;
+        }
+        Ok(true)
     }
 
     pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), ImageError> {

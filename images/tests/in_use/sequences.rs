@@ -24,6 +24,7 @@ pub(crate) enum Step {
     WriteCompressed(GuestCluster, Vec<u8>),
     Zero(ByteRange, bool),
     Discard(ByteRange),
+    Fill(ByteRange, bool),
     Read(ByteRange),
     Flush,
     Clean,
@@ -49,7 +50,8 @@ impl Step {
             }
             6..9 => Self::Zero(range(), true),
             9 | 10 => Self::Zero(range(), false),
-            11..14 => Self::Discard(range()),
+            11..13 => Self::Discard(range()),
+            13 => Self::Fill(range(), seed.below(2) == 0),
             14..16 => Self::Read(range()),
             16 => Self::Flush,
             17 => Self::Clean,
@@ -129,7 +131,7 @@ impl Model {
             Step::Zero(range, _) => self.zero(*range),
             Step::Discard(range) => self.zero(self.discarded(*range)),
             Step::Resize(length) => self.disk.resize(*length as usize, 0),
-            Step::Read(_) | Step::Flush | Step::Clean | Step::Reopen => {}
+            Step::Fill(..) | Step::Read(_) | Step::Flush | Step::Clean | Step::Reopen => {}
         }
     }
 }
@@ -167,6 +169,10 @@ impl Run {
             }
             Step::Zero(range, may_unmap) => now(mover.zero(*range, *may_unmap)).expect("zeroed"),
             Step::Discard(range) => now(mover.discard(*range)).expect("discarded"),
+            Step::Fill(range, by_zeroes) => {
+                now(mover.fill(*range, *by_zeroes)).expect("filled");
+                assert!(now(mover.holds(*range)).expect("mapped"), "not filled");
+            }
             Step::Read(range) => {
                 let read = now(mover.read(*range)).expect("read");
                 let wanted = &self.model.disk[range.offset() as usize..range.end() as usize];
@@ -302,6 +308,27 @@ fn an_image_is_an_array_of_bytes() {
         2000,
         |number| {
             random_run(number);
+        },
+    );
+}
+
+#[test]
+fn what_is_below_can_go_when_everything_is_filled() {
+    each_seed(
+        "blockyard-images",
+        "what_is_below_can_go_when_everything_is_filled",
+        300,
+        |number| {
+            let mut run = random_run(2_000_000 + number);
+            let whole = ByteRange::new(0, run.model.disk.len() as u64);
+            if whole.is_empty() || !run.snapshots.is_empty() {
+                return;
+            }
+            run.step(&Step::Fill(whole, number.is_multiple_of(2)));
+            let rubbish = vec![0xee; run.model.disk.len() + 5000];
+            run.setup.below = Some(Rc::new(rubbish));
+            run.step(&Step::Reopen);
+            run.step(&Step::Read(whole));
         },
     );
 }

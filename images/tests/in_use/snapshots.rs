@@ -71,7 +71,8 @@ impl Run {
         let text = error.to_string();
         let refused = match text.as_str() {
             "Operation not supported" => self.setup.has_data_file(),
-            "Invalid argument" => self.setup.create.refcount_bits <= 2,
+            // Several compressed clusters in one have counted up already.
+            "Invalid argument" => self.setup.create.refcount_bits <= 4,
             "No space left on device" => self.setup.device.is_some(),
             _ => false,
         };

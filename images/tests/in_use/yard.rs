@@ -404,6 +404,17 @@ impl Client {
                 }
             }
             13 => mover.image.clean_caches(),
+            14 => {
+                // Also where others write.
+                let length = mover.image.length_bytes();
+                let start = self.seed.below(length.max(1));
+                let filled = ByteRange::new(start, range.length()).clamp_end(length);
+                let outcome = mover.fill(filled, self.seed.one_in(2)).await;
+                // The disk may have become shorter meanwhile.
+                if filled.end() <= mover.image.length_bytes() {
+                    self.ended(outcome);
+                }
+            }
             _ => match mover.read(range).await {
                 Ok(bytes) => {
                     if let Err(text) = self.cells.may_read(range, &bytes) {
