@@ -1,10 +1,13 @@
 //! Internal snapshots: over QMP, on both daemons, and by `blockyard snapshot`, beside `qemu-img snapshot`.
 
+use std::process::Command;
+
 use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::daemon::Daemon;
 use crate::images::{image, run};
+use crate::place::{Place, code, complaint};
 use crate::tools::have_oracle;
 
 const CREATE: &str = "blockdev-snapshot-internal-sync";
@@ -181,4 +184,108 @@ fn a_snapshot_holds_what_the_disk_held() {
     run(&folder, "qemu-img", &["snapshot", "-a", "before", "n.img"]);
     compare("n.img", "before.img");
     daemon.quit();
+}
+
+/// What `qemu-img snapshot` prints, what it complains of, and its exit code.
+fn qemu_img(place: &Place, arguments: &[&str]) -> (String, String, i32) {
+    let mut command = Command::new("qemu-img");
+    command
+        .arg("snapshot")
+        .args(arguments)
+        .env("TZ", "UTC")
+        .current_dir(place.folder.path());
+    told(&command.output().expect("it runs"))
+}
+
+fn told(output: &std::process::Output) -> (String, String, i32) {
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    // The first line, without the name of the program and what ours says in brackets.
+    let complaint = complaint(output);
+    let line = complaint.lines().next().unwrap_or_default();
+    let line = line.split_once(": ").map_or(line, |(_, rest)| rest);
+    let line = line.split(" (").next().unwrap_or_default();
+    (printed, line.to_owned(), code(output))
+}
+
+#[test]
+fn the_command_does_what_qemu_img_does() {
+    if !have_oracle() {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.folder.path();
+    for name in ["ours", "theirs"] {
+        image(folder, name, &["-o", "cluster_size=4k"]);
+    }
+    image(folder, "narrow", &["-o", "refcount_bits=1"]);
+    std::fs::write(folder.join("raw"), [0; 4096]).expect("written");
+    run(
+        folder,
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write 0 1M", "narrow"],
+    );
+    let both = |arguments: &[&str], ours: &str, theirs: &str| {
+        let with = |file| [&["snapshot"], arguments, &[file]].concat();
+        let one = told(&place.run(&with(ours)));
+        let other = qemu_img(&place, &[arguments, &[theirs]].concat());
+        assert_eq!(one, other, "{arguments:?} {ours}");
+    };
+    let write = |what: &str| {
+        for name in ["ours", "theirs"] {
+            run(folder, "qemu-io", &["-f", "qcow2", "-c", what, name]);
+        }
+    };
+    let same_disks = || {
+        let arguments = ["compare", "-f", "qcow2", "-F", "qcow2", "ours", "theirs"];
+        run(folder, "qemu-img", &arguments);
+        run(folder, "qemu-img", &["check", "-f", "qcow2", "ours"]);
+    };
+    both(&["-l"], "ours", "theirs");
+    write("write -P 1 0 1M");
+    both(&["-c", "one"], "ours", "theirs");
+    write("write -P 2 512k 1M");
+    both(&["-c", "two"], "ours", "theirs");
+    both(&["-c", "one"], "ours", "theirs");
+    write("write -z 0 64k");
+    both(&["-a", "one"], "ours", "theirs");
+    same_disks();
+    both(&["-a", "2"], "ours", "theirs");
+    same_disks();
+    for wrong in [["-a", "nope"], ["-d", "nope"], ["-d", "2"]] {
+        both(&wrong, "ours", "theirs");
+    }
+    both(&["-d", "one"], "ours", "theirs");
+    same_disks();
+    for name in ["ours", "theirs"] {
+        for arguments in [&["-l"][..], &[], &["-U", "-l"]] {
+            both(arguments, name, name);
+        }
+    }
+    both(&["-c", "x"], "narrow", "narrow");
+    for deed in [
+        &["-f", "raw", "-l"][..],
+        &["-f", "raw", "-c", "x"],
+        &["-f", "raw", "-a", "x"],
+        &["-f", "raw", "-d", "x"],
+    ] {
+        both(deed, "raw", "raw");
+    }
+    for wrong in [
+        &["-c", "x", "-d", "x", "ours"][..],
+        &["-c", "x"],
+        &["-U", "-c", "x", "ours"],
+        &["-l", "nowhere"],
+    ] {
+        let output = place.run(&[&["snapshot"], wrong].concat());
+        assert_eq!(code(&output), 1, "{wrong:?}");
+    }
+    let listed = place.succeed(&["snapshot", "--json", "ours"]);
+    let listed: Value = serde_json::from_slice(&listed.stdout).expect("JSON");
+    let names: Vec<&Value> = listed
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|snapshot| &snapshot["name"])
+        .collect();
+    assert_eq!(names, ["two", "one"]);
 }

@@ -10,6 +10,7 @@ pub mod info;
 pub mod map;
 pub mod measure;
 pub mod resize;
+pub mod snapshot;
 pub mod watcher;
 
 use std::rc::Rc;
@@ -26,6 +27,7 @@ pub use info::{InfoSpec, InfoView};
 pub use map::{MapExtent, MapSpec};
 pub use measure::{MeasureSpec, MeasureTarget, MeasureView};
 pub use resize::{NewLength, ResizeSpec, ResizeView};
+pub use snapshot::SnapshotSpec;
 pub use watcher::{ImageEvent, ImageWatch, ImageWatcher};
 
 /// What to do, and with which node.
@@ -63,6 +65,8 @@ pub enum ImageWork {
     Measure(MeasureSpec),
     /// Gives the disk another length.
     Resize(ResizeSpec),
+    /// Makes, applies or deletes an internal snapshot of a qcow2 image.
+    Snapshot(SnapshotSpec),
 }
 
 impl ImageWork {
@@ -70,7 +74,7 @@ impl ImageWork {
     pub(crate) const fn writes(&self) -> bool {
         match self {
             ImageWork::Check(spec) => spec.repair.is_some(),
-            ImageWork::Resize(_) => true,
+            ImageWork::Resize(_) | ImageWork::Snapshot(_) => true,
             ImageWork::Compare(_)
             | ImageWork::Info(_)
             | ImageWork::Map(_)
@@ -102,6 +106,8 @@ pub enum ImageReply {
     Measured(MeasureView),
     /// Of [`ImageWork::Resize`].
     Resized(ResizeView),
+    /// Of [`ImageWork::Snapshot`].
+    SnapshotsChanged,
 }
 
 /// Carries the work out on the nodes' thread.
@@ -134,6 +140,9 @@ pub(crate) async fn run(
         ImageWork::Measure(spec) => measure::run(node, spec, &watcher)
             .await
             .map(ImageReply::Measured),
+        ImageWork::Snapshot(spec) => snapshot::run(node, spec, &watcher)
+            .await
+            .map(|()| ImageReply::SnapshotsChanged),
         ImageWork::Resize(spec) => resize::run(node, spec, &watcher)
             .await
             .map(ImageReply::Resized),

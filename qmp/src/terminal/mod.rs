@@ -26,6 +26,7 @@ use crate::terminal::images::info::InfoArguments;
 use crate::terminal::images::map::MapArguments;
 use crate::terminal::images::measure::MeasureArguments;
 use crate::terminal::images::resize::ResizeArguments;
+use crate::terminal::images::snapshot::SnapshotArguments;
 use crate::tour::guide::TourArguments;
 
 /// What `--version` prints behind the program's name.
@@ -71,6 +72,12 @@ const RESIZE_EXAMPLES: &str = "  \
   blockyard resize disk.raw +10G
   blockyard resize -f qcow2 --shrink image.qcow2 5G";
 
+const SNAPSHOT_EXAMPLES: &str = "  \
+  blockyard snapshot -c before-upgrade image.qcow2
+  blockyard snapshot -l image.qcow2
+  blockyard snapshot -a before-upgrade image.qcow2
+  blockyard snapshot -d before-upgrade image.qcow2";
+
 const MAP_EXAMPLES: &str = "  \
   blockyard map disk.raw
   blockyard map -f qcow2 --output json image.qcow2";
@@ -94,8 +101,8 @@ const MIRROR_EXAMPLES: &str = "  \
 
 /// Commands whose exit codes are those of qemu-img: some say more than failure with 2, so that all end with 1 after a wrong
 /// command line.
-const IMAGE_COMMANDS: [&str; 7] = [
-    "check", "compare", "create", "info", "map", "measure", "resize",
+const IMAGE_COMMANDS: [&str; 8] = [
+    "check", "compare", "create", "info", "map", "measure", "resize", "snapshot",
 ];
 
 /// Runs backup, mirror and other block jobs on disk images
@@ -176,6 +183,13 @@ pub enum Command {
     /// on the disk stay as they are: make them shorter before the disk, and longer after it.
     #[command(after_help = image_help(RESIZE_EXAMPLES))]
     Resize(ResizeArguments),
+    /// List, make, apply or delete internal snapshots of a qcow2 image
+    ///
+    /// A snapshot in the image keeps what the disk holds now; what is written later takes new room. The image is the old one or
+    /// the new one whenever the power goes, sound and without leaks. Output and messages are those of qemu-img snapshot (dates
+    /// are in UTC). FILE must not be in use. It takes the time of a check twice, and memory as a check does.
+    #[command(after_help = image_help(SNAPSHOT_EXAMPLES))]
+    Snapshot(SnapshotArguments),
     /// Show where the bytes of a disk are kept
     ///
     /// Prints each run of the disk that is kept in one way, in the form of qemu-img map: with --output json all of them, with

@@ -180,21 +180,7 @@ fn add_image(lines: &mut Vec<String>, image: &ImageInfo, path: &Path) {
         }
     }
     if !image.snapshots.is_empty() {
-        lines.push("Snapshot list:".to_owned());
-        let titles = ["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"];
-        lines.push(snapshot_line(titles));
-        lines.extend(image.snapshots.iter().map(|snapshot| {
-            snapshot_line([
-                &snapshot.id,
-                &snapshot.name,
-                &rounded(snapshot.vm_state_bytes),
-                &date(snapshot.date_seconds),
-                &clock(snapshot.vm_clock_nanoseconds),
-                &snapshot
-                    .icount
-                    .map_or("--".to_owned(), |count| count.to_string()),
-            ])
-        }));
+        lines.push(snapshots_human(&image.snapshots));
     }
     lines.push("Format specific information:".to_owned());
     let mut fact = |text: String| lines.push(format!("    {text}"));
@@ -226,6 +212,33 @@ fn add_image(lines: &mut Vec<String>, image: &ImageInfo, path: &Path) {
         fact(format!("corrupt: {}", info.corrupt));
         fact(format!("extended l2: {}", info.extended_l2));
     }
+}
+
+/// The list of snapshots for people; empty if there are none.
+pub(crate) fn snapshots_human(snapshots: &[SnapshotInfo]) -> String {
+    if snapshots.is_empty() {
+        return String::new();
+    }
+    let titles = ["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"];
+    let mut lines = vec!["Snapshot list:".to_owned(), snapshot_line(titles)];
+    lines.extend(snapshots.iter().map(|snapshot| {
+        snapshot_line([
+            &snapshot.id,
+            &snapshot.name,
+            &rounded(snapshot.vm_state_bytes),
+            &date(snapshot.date_seconds),
+            &clock(snapshot.vm_clock_nanoseconds),
+            &snapshot
+                .icount
+                .map_or("--".to_owned(), |count| count.to_string()),
+        ])
+    }));
+    lines.join("\n")
+}
+
+/// The same for programs: the member `snapshots` of what `info` prints.
+pub(crate) fn snapshots_json(snapshots: &[SnapshotInfo]) -> String {
+    indented(&snapshots.iter().map(snapshot).collect())
 }
 
 fn add_file(lines: &mut Vec<String>, file: &ImageView) {

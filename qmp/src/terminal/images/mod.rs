@@ -1,4 +1,4 @@
-//! The commands that look at or change one image: `info`, `map`, `measure`, `compare`, `create`, `resize`, with the output and exit
+//! The commands that look at or change one image: `info`, `map`, `measure`, `compare`, `create`, `resize`, `snapshot`, with the output and exit
 //! codes of qemu-img's commands of these names.
 //!
 //! No format is guessed where it decides how bytes are read or written. Without a format an image is raw, unless it begins
@@ -12,6 +12,7 @@ pub(crate) mod info_report;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod resize;
+pub(crate) mod snapshot;
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;

@@ -1,0 +1,227 @@
+//! `blockyard snapshot`: internal snapshots of a qcow2 image, with the output and exit codes of `qemu-img snapshot`.
+
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use blockyard_engine::images::info::SnapshotInfo;
+use blockyard_engine::images::{ImageFormat, ImageReply, ImageWork, InfoSpec, SnapshotSpec};
+use blockyard_engine::request::NamedBy;
+use clap::Args;
+
+use crate::terminal::check::arguments::{Format, Output};
+use crate::terminal::display::{Display, DisplayArguments};
+use crate::terminal::embedded::{
+    Cache, Embedded, EngineArguments, IoBackend, Sharing, with_engine,
+};
+use crate::terminal::exit::Exit;
+use crate::terminal::images::info_report::{snapshots_human, snapshots_json};
+use crate::terminal::images::{Disk, could_not_open, sharing};
+
+const NODE: &str = "image";
+
+/// Arguments of `snapshot`.
+#[derive(Args, Debug)]
+pub struct SnapshotArguments {
+    /// Image whose snapshots they are
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    #[command(flatten)]
+    deed: DeedArguments,
+    /// Format of FILE; it is never guessed. Images of other formats than qcow2 have no snapshots
+    #[arg(long, short, value_enum, value_name = "FORMAT", default_value_t = Format::Qcow2)]
+    format: Format,
+    /// Form of the list
+    #[arg(long, value_enum, value_name = "FORM", default_value_t = Output::Human)]
+    output: Output,
+    /// The same as --output json
+    #[arg(long)]
+    json: bool,
+    /// List the snapshots of FILE although somebody may be writing to it
+    #[arg(long, short = 'U', conflicts_with_all = ["apply", "create", "delete"])]
+    force_share: bool,
+    /// Print errors only
+    #[arg(long, short)]
+    quiet: bool,
+    /// What carries requests to the kernel; auto: io_uring where it is allowed
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = IoBackend::Auto)]
+    io_backend: IoBackend,
+}
+
+/// What is to be done.
+#[derive(Args, Debug)]
+#[group(multiple = false)]
+struct DeedArguments {
+    /// List all snapshots, which is also what is done if nothing is said
+    #[arg(long, short)]
+    list: bool,
+    /// Give the disk content and length of this snapshot. What it holds is lost, unless another snapshot has it
+    #[arg(long, short, value_name = "ID|NAME")]
+    apply: Option<String>,
+    /// Make a snapshot of the disk
+    #[arg(long, short, value_name = "NAME")]
+    create: Option<String>,
+    /// Delete this snapshot, the first of that name
+    #[arg(long, short, value_name = "NAME")]
+    delete: Option<String>,
+}
+
+/// What is done, and why it could not be.
+struct Deed {
+    spec: SnapshotSpec,
+    /// As messages begin.
+    told: String,
+    /// Why images without snapshots refuse it, in the words of qemu-img.
+    unsupported: &'static str,
+}
+
+impl DeedArguments {
+    fn deed(&self) -> Option<Deed> {
+        let told = |verb: &str, name: &str| format!("Could not {verb} snapshot '{name}'");
+        if let Some(name) = &self.create {
+            let now = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default();
+            return Some(Deed {
+                told: told("create", name),
+                unsupported: "Operation not supported",
+                spec: SnapshotSpec::Create {
+                    name: name.clone(),
+                    date_seconds: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+                    date_nanoseconds: now.subsec_nanos(),
+                },
+            });
+        }
+        if let Some(name) = &self.apply {
+            return Some(Deed {
+                told: told("apply", name),
+                unsupported: "Block driver does not support snapshots",
+                spec: SnapshotSpec::Apply {
+                    id_or_name: name.clone(),
+                },
+            });
+        }
+        let name = self.delete.as_ref()?;
+        Some(Deed {
+            told: told("delete", name),
+            unsupported: "snapshot not found",
+            spec: SnapshotSpec::Delete { name: name.clone() },
+        })
+    }
+}
+
+/// Runs `snapshot`.
+pub(crate) fn run(arguments: &SnapshotArguments) -> Exit {
+    let display = Display::new(DisplayArguments {
+        json: false,
+        quiet: arguments.quiet || arguments.deed.deed().is_none(),
+    });
+    let engine = EngineArguments {
+        // Tables are read twice.
+        cache: Cache::Writeback,
+        io_backend: arguments.io_backend,
+    };
+    let done = with_engine(engine, display, async |mut embedded| {
+        let done = match arguments.deed.deed() {
+            Some(deed) => change(&mut embedded, arguments, deed)
+                .await
+                .map(|()| String::new()),
+            None => list(&mut embedded, arguments).await,
+        };
+        let cancelled = embedded.interrupt.is_asked();
+        (done.map_err(|text| (text, cancelled)), embedded.display)
+    });
+    let (done, display) = done.unwrap_or_else(|(text, display)| (Err((text, false)), display));
+    match done {
+        Ok(list) => {
+            if !list.is_empty() {
+                display.result(&list);
+            }
+            Exit::Success
+        }
+        Err((text, cancelled)) => {
+            display.error(&text);
+            match cancelled {
+                true => Exit::Cancelled,
+                false => Exit::Failed,
+            }
+        }
+    }
+}
+
+async fn open(
+    embedded: &Embedded,
+    arguments: &SnapshotArguments,
+    read_only: bool,
+) -> Result<(), String> {
+    let disk = Disk {
+        node: NODE,
+        path: &arguments.file,
+        format: Some(arguments.format),
+        option: "-f",
+        read_only,
+        sharing: match read_only {
+            true => sharing(arguments.force_share),
+            false => Sharing::Readers,
+        },
+        named_by: NamedBy::Client,
+    };
+    disk.open_file(embedded).await
+}
+
+async fn change(
+    embedded: &mut Embedded,
+    arguments: &SnapshotArguments,
+    deed: Deed,
+) -> Result<(), String> {
+    open(embedded, arguments, false).await?;
+    let Deed {
+        spec,
+        told,
+        unsupported,
+    } = deed;
+    if arguments.format != Format::Qcow2 {
+        return Err(format!("{told}: {unsupported}"));
+    }
+    let work = ImageWork::Snapshot(spec);
+    let changed = embedded
+        .work_on_image("snapshot", NODE, work, |_, _| ())
+        .await;
+    match changed {
+        Ok(ImageReply::SnapshotsChanged) => Ok(()),
+        Ok(_) => Err(format!("{told}: another reply (bug)")),
+        Err(error) => Err(format!("{told}: {error}")),
+    }
+}
+
+async fn list(embedded: &mut Embedded, arguments: &SnapshotArguments) -> Result<String, String> {
+    open(embedded, arguments, true).await?;
+    let snapshots = match arguments.format {
+        Format::Raw => Vec::new(),
+        Format::Qcow2 => snapshots_of(embedded, arguments).await?,
+    };
+    let is_json = arguments.json || arguments.output == Output::Json;
+    Ok(match is_json {
+        true => snapshots_json(&snapshots),
+        false => snapshots_human(&snapshots),
+    })
+}
+
+async fn snapshots_of(
+    embedded: &mut Embedded,
+    arguments: &SnapshotArguments,
+) -> Result<Vec<SnapshotInfo>, String> {
+    let work = ImageWork::Info(InfoSpec {
+        format: Some(ImageFormat::Qcow2),
+    });
+    let told = embedded
+        .work_on_image("snapshot", NODE, work, |_, _| ())
+        .await;
+    let cannot = |why: &str| could_not_open(&arguments.file, why);
+    match told {
+        Ok(ImageReply::Described(view)) => {
+            Ok(view.qcow2.map(|image| image.snapshots).unwrap_or_default())
+        }
+        Ok(_) => Err(cannot("another reply (bug)")),
+        Err(error) => Err(cannot(&error.text)),
+    }
+}
