@@ -33,6 +33,8 @@ impl Amend {
             size_bytes: spec.size,
             backing_name: spec.backing_file.clone().map(String::into_bytes),
             backing_format: spec.backing_fmt.clone().map(String::into_bytes),
+            // The node knows.
+            is_overlay: false,
             data_file_raw: spec.data_file_raw,
             lazy_refcounts: spec.lazy_refcounts,
             // A negative width is as wrong as none.

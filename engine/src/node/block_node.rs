@@ -64,6 +64,8 @@ pub struct ImageMarks {
 pub struct Reopened {
     /// What it says of itself.
     pub info: ImageInfo,
+    /// Name of the backing file as it stands in the header, and its format.
+    pub backing: Option<(Vec<u8>, Option<Vec<u8>>)>,
     /// How it is used.
     pub options: Options,
 }
@@ -260,8 +262,8 @@ pub trait Node {
         None
     }
 
-    /// Gives the image of this node other options, and goes on with it. Nobody else uses the node meanwhile: requests are
-    /// refused with `EBUSY`.
+    /// Gives the image of this node other options, and goes on with it. Who reads from the node goes on meanwhile, who changes
+    /// something waits; during a pause the work makes way for them and begins anew. Nobody uses it where the length changes.
     ///
     /// # Errors
     /// As [`AmendStop`] says. The node goes on with what the image is then.

@@ -7,6 +7,8 @@ use blockyard_storage::error::EOPNOTSUPP;
 use blockyard_storage::{ByteRange, Operation, StorageError};
 
 use crate::error::ImageError;
+use crate::pace::{Cancelled, Pace, Unwatched};
+use crate::qcow2::amend::AmendError;
 use crate::qcow2::frees::Why;
 use crate::qcow2::growth::l1_entries;
 use crate::qcow2::header_updates::interrupted;
@@ -15,7 +17,7 @@ use crate::qcow2::layout::entries::L1Entry;
 use crate::qcow2::lookup::Look;
 use crate::qcow2::open::DiskChange;
 use crate::qcow2::units::{ClusterCount, HostCluster, Version};
-use crate::qcow2::waiting::give_way;
+use crate::qcow2::waiting::{Turn, give_way};
 use crate::qcow2::zero::Change;
 
 impl Qcow2 {
@@ -52,41 +54,131 @@ impl Qcow2 {
         self.state.check_resize(length_bytes)
     }
 
+    /// Everything that a disk of `length_bytes` needs which is longer than this one, apart from its length, which
+    /// [`amend`](crate::qcow2::amend::amend) puts into the header: room in the L1 table, zero clusters where what is below
+    /// would show up to `below_bytes`, a longer data file. Durable afterwards. Nothing else may change the length meanwhile.
+    ///
+    /// # Errors
+    /// [`AmendError::Failed`] as [`resize`](Self::resize), [`AmendError::Cancelled`] when `pace` says so. The disk is what it
+    /// was; some of what it would need may be there.
+    ///
+    /// # Cancel safety
+    /// As an error.
+    pub async fn prepare_growth(
+        &self,
+        length_bytes: u64,
+        below_bytes: u64,
+        pace: &dyn Pace,
+    ) -> Result<(), AmendError> {
+        self.state.check_resize(length_bytes)?;
+        let prepared = self.told(async {
+            self.before_change(DiskChange::Length).await?;
+            let _turn = self.turn_of_growing().await;
+            self.make_longer(length_bytes, below_bytes, pace).await
+        });
+        match prepared.await? {
+            Ok(()) => Ok(()),
+            Err(Cancelled) => Err(AmendError::Cancelled),
+        }
+    }
+
+    /// What a disk that was made shorter by [`amend`](crate::qcow2::amend::amend) has left over goes, in both files.
+    ///
+    /// # Errors
+    /// What the storage says.
+    ///
+    /// # Cancel safety
+    /// What is left over may stay.
+    pub async fn give_back_the_end(&self) -> Result<(), ImageError> {
+        let length_bytes = self.length_bytes();
+        self.told(async {
+            self.resize_data_file(move |length| length > length_bytes, length_bytes)
+                .await?;
+            self.cut_off_the_end().await
+        })
+        .await
+    }
+
     async fn grow(&self, length_bytes: u64, below_bytes: u64) -> Result<(), ImageError> {
+        let _turn = self.turn_of_growing().await;
+        // Nobody watches who could cancel it.
+        if self
+            .make_longer(length_bytes, below_bytes, &Unwatched)
+            .await?
+            .is_ok()
+        {
+            self.write_header(move |header| header.size_bytes = length_bytes)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// One after the other: two tables cannot move at once.
+    async fn turn_of_growing(&self) -> Turn {
+        self.state
+            .turns
+            .enter(ByteRange::new(u64::MAX - 1, 1))
+            .await
+    }
+
+    /// All that comes before another length stands in the header.
+    async fn make_longer(
+        &self,
+        length_bytes: u64,
+        below_bytes: u64,
+        pace: &dyn Pace,
+    ) -> Result<Result<(), Cancelled>, ImageError> {
         let state = &self.state;
-        // One after the other: two tables cannot move at once.
-        let _turn = state.turns.enter(ByteRange::new(u64::MAX - 1, 1)).await;
         let entries = state.geometry.l1_entries_for(length_bytes);
         if entries > state.l1.borrow().len() {
             self.grow_l1_table(entries).await?;
         }
-        self.hide_below(length_bytes.min(below_bytes)).await?;
-        self.resize_data_file(move |length| length < length_bytes, length_bytes)
-            .await?;
-        self.write_header(move |header| header.size_bytes = length_bytes)
-            .await
+        let hidden = self.hide_below(length_bytes.min(below_bytes), pace).await?;
+        if hidden.is_ok() {
+            self.resize_data_file(move |length| length < length_bytes, length_bytes)
+                .await?;
+        }
+        Ok(hidden)
     }
 
     /// Zero clusters behind the end of the disk, up to `end`; durable afterwards.
-    async fn hide_below(&self, end: u64) -> Result<(), ImageError> {
-        let cluster_bytes = self.state.geometry.cluster_bytes();
+    async fn hide_below(
+        &self,
+        end: u64,
+        pace: &dyn Pace,
+    ) -> Result<Result<(), Cancelled>, ImageError> {
+        let geometry = self.state.geometry;
+        let cluster_bytes = geometry.cluster_bytes();
         let old = ByteRange::new(0, self.length_bytes()).align_outward(cluster_bytes);
         let hidden = ByteRange::between(old.end(), end).align_outward(cluster_bytes);
         if hidden.is_empty() {
-            return Ok(());
+            return Ok(Ok(()));
         }
-        if self.state.geometry.version() == Version::V2 {
+        if geometry.version() == Version::V2 {
             return Err(StorageError::new(Operation::Zero, hidden, EOPNOTSUPP).into());
         }
+        // As much as is written.
+        let entry_bytes = |range: &ByteRange| {
+            geometry
+                .clusters_for(range.length())
+                .0
+                .saturating_mul(geometry.l2_entry_bytes())
+        };
+        pace.expect(entry_bytes(&hidden));
         let mut rest = hidden;
         while !rest.is_empty() {
+            if let Err(cancelled) = pace.checkpoint().await {
+                return Ok(Err(cancelled));
+            }
             let front = rest.intersection(&self.state.slice_span(rest));
             self.change(front, Change::Zero { may_unmap: false })
                 .await?;
+            pace.done(entry_bytes(&front));
             rest = rest.split_at(front.length().max(1)).1;
             give_way().await;
         }
-        self.commit().await
+        self.commit().await?;
+        Ok(Ok(()))
     }
 
     async fn shrink(&self, length_bytes: u64) -> Result<(), ImageError> {

@@ -13,6 +13,7 @@ pub(super) struct Watching<'a> {
     expected_bytes: Cell<u64>,
     done_bytes: Cell<u64>,
     cancelled: Cell<bool>,
+    must_finish: Cell<bool>,
 }
 
 impl<'a> Watching<'a> {
@@ -22,6 +23,7 @@ impl<'a> Watching<'a> {
             expected_bytes: Cell::new(0),
             done_bytes: Cell::new(0),
             cancelled: Cell::new(false),
+            must_finish: Cell::new(false),
         }
     }
 }
@@ -44,7 +46,14 @@ impl Watching<'_> {
             .get()
             .saturating_sub(self.done_bytes.get());
         self.pace.done(left);
-        self.done_bytes.set(self.expected_bytes.get());
+        // Another one begins at its beginning.
+        self.expected_bytes.set(0);
+        self.done_bytes.set(0);
+    }
+
+    /// What is left to do is done in any case.
+    pub(super) fn must_finish(&self) {
+        self.must_finish.set(true);
     }
 
     /// Between two steps.
@@ -66,6 +75,9 @@ impl Observer for Watching<'_> {
     }
 
     fn progress(&self, done_bytes: u64, total_bytes: u64) {
+        if done_bytes < self.done_bytes.get() {
+            self.end_of_scan();
+        }
         let total_bytes = total_bytes.max(done_bytes);
         let expected = self.expected_bytes.get();
         if total_bytes > expected {
@@ -80,7 +92,7 @@ impl Observer for Watching<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.cancelled.get()
+        self.cancelled.get() && !self.must_finish.get()
     }
 
     fn pause(&self) -> Option<LocalFuture<'_, ()>> {

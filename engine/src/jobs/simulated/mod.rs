@@ -1,5 +1,6 @@
 //! Jobs on simulated disks: the real works over real nodes, with faults, orders and power cuts at every step.
 
+mod amend;
 mod create;
 mod create_qcow2;
 mod create_raw;

@@ -23,7 +23,8 @@ pub(super) enum Told {
 impl Mover {
     /// Why a request is refused before it is tried.
     pub(super) fn refusal(&self, operation: Operation, range: ByteRange) -> Option<NodeError> {
-        let errno = match self.away.get() {
+        // Who reads may go on: nothing that is known of the image here leads to something else.
+        let errno = match self.away.get() && operation != Operation::Read {
             true => EBUSY,
             false => refused(operation, range, self.read_only(), self.length())?,
         };

@@ -1,130 +1,195 @@
-//! [`Gate`]: requests wait while the image behind a node is another one for a moment.
+//! [`Gate`]: who may go on while the image behind a node becomes another one. While it is amended readers do, but for the
+//! moment when the node changes over; writers wait until it has. While its snapshots change all wait.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
-/// Where requests come in.
-#[derive(Default)]
-pub(super) struct Gate {
-    inside: Cell<usize>,
-    closed: Cell<bool>,
-    waiting: RefCell<Vec<Waker>>,
+/// What somebody wants of the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    Read,
+    Write,
 }
 
-/// A request that has come in.
-pub(super) struct Inside(Rc<Gate>);
+/// Counts those who use an image, and keeps others waiting.
+#[derive(Default)]
+pub(super) struct Gate {
+    reads: Lane,
+    writes: Lane,
+    wakers: RefCell<Vec<Waker>>,
+}
 
-/// Nobody is inside, and nobody comes in as long as this is there.
-pub(super) struct Closed(Rc<Gate>);
+#[derive(Default)]
+struct Lane {
+    inside: Cell<usize>,
+    waiting: Cell<usize>,
+    closed: Cell<bool>,
+}
+
+/// Whoever has it is using the image.
+#[must_use = "the image may change over without it"]
+pub(super) struct Pass {
+    gate: Rc<Gate>,
+    way: Way,
+}
+
+/// As long as it is there, nobody is inside and others wait.
+#[must_use = "opens again when dropped"]
+pub(super) struct Closed {
+    gate: Rc<Gate>,
+    way: Way,
+}
 
 impl Gate {
-    /// Comes in, once the gate is open.
+    /// Waits until the way is open.
     ///
     /// # Cancel safety
-    /// Dropping the future, nothing has happened.
-    pub(super) async fn enter(self: &Rc<Self>) -> Inside {
-        self.until(|| !self.closed.get()).await;
-        self.inside.set(self.inside.get() + 1);
-        Inside(Rc::clone(self))
+    /// Nobody is inside then.
+    pub(super) async fn enter(self: &Rc<Self>, way: Way) -> Pass {
+        let lane = self.lane(way);
+        if lane.closed.get() {
+            let _waiting = Waiting::in_front_of(self, way);
+            poll_fn(|cx| self.poll_when(cx, || !lane.closed.get())).await;
+        }
+        lane.inside.set(lane.inside.get() + 1);
+        Pass {
+            gate: Rc::clone(self),
+            way,
+        }
     }
 
-    /// Lets nobody in any more, and waits until those who are inside have gone. One after the other.
+    /// Closes a way, and waits until nobody is inside. One at a time.
     ///
     /// # Cancel safety
-    /// Dropping the future opens the gate again.
-    pub(super) async fn close(self: &Rc<Self>) -> Closed {
-        self.until(|| !self.closed.get()).await;
-        self.closed.set(true);
-        let closed = Closed(Rc::clone(self));
-        self.until(|| self.inside.get() == 0).await;
+    /// It is open again then.
+    pub(super) async fn close(self: &Rc<Self>, way: Way) -> Closed {
+        let lane = self.lane(way);
+        poll_fn(|cx| self.poll_when(cx, || !lane.closed.get())).await;
+        lane.closed.set(true);
+        let closed = Closed {
+            gate: Rc::clone(self),
+            way,
+        };
+        poll_fn(|cx| self.poll_when(cx, || lane.inside.get() == 0)).await;
         closed
     }
 
-    async fn until(&self, is_so: impl Fn() -> bool) {
-        poll_fn(|cx| match is_so() {
-            true => Poll::Ready(()),
-            false => self.wait(cx),
-        })
-        .await;
+    /// Waits until somebody waits in front of a way.
+    pub(super) async fn wanted(&self, way: Way) {
+        let lane = self.lane(way);
+        poll_fn(|cx| self.poll_when(cx, || lane.waiting.get() > 0)).await;
     }
 
-    fn wait(&self, cx: &Context<'_>) -> Poll<()> {
-        let mut waiting = self.waiting.borrow_mut();
-        if !waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
-            waiting.push(cx.waker().clone());
+    fn lane(&self, way: Way) -> &Lane {
+        match way {
+            Way::Read => &self.reads,
+            Way::Write => &self.writes,
+        }
+    }
+
+    fn poll_when(&self, cx: &Context<'_>, is_so: impl Fn() -> bool) -> Poll<()> {
+        if is_so() {
+            return Poll::Ready(());
+        }
+        let mut wakers = self.wakers.borrow_mut();
+        if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
+            wakers.push(cx.waker().clone());
         }
         Poll::Pending
     }
 
-    fn wake_all(&self) {
-        let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
-        waiting.into_iter().for_each(Waker::wake);
+    fn changed(&self) {
+        let wakers = self.wakers.take();
+        wakers.into_iter().for_each(Waker::wake);
     }
 }
 
-impl Drop for Inside {
+impl Drop for Pass {
     fn drop(&mut self) {
-        self.0.inside.set(self.0.inside.get().saturating_sub(1));
-        if self.0.closed.get() {
-            self.0.wake_all();
+        let lane = self.gate.lane(self.way);
+        lane.inside.set(lane.inside.get() - 1);
+        if lane.closed.get() {
+            self.gate.changed();
         }
     }
 }
 
 impl Drop for Closed {
     fn drop(&mut self) {
-        self.0.closed.set(false);
-        self.0.wake_all();
+        self.gate.lane(self.way).closed.set(false);
+        self.gate.changed();
+    }
+}
+
+struct Waiting<'a> {
+    gate: &'a Gate,
+    way: Way,
+}
+
+impl<'a> Waiting<'a> {
+    fn in_front_of(gate: &'a Gate, way: Way) -> Self {
+        let lane = gate.lane(way);
+        lane.waiting.set(lane.waiting.get() + 1);
+        gate.changed();
+        Self { gate, way }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let lane = self.gate.lane(self.way);
+        lane.waiting.set(lane.waiting.get() - 1);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::task::Waker;
+    use std::pin::pin;
 
     use super::*;
 
-    fn poll<T>(future: &mut std::pin::Pin<Box<impl Future<Output = T>>>) -> Option<T> {
-        match future
-            .as_mut()
-            .poll(&mut Context::from_waker(Waker::noop()))
+    fn poll<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+        future.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    #[test]
+    fn a_closed_way_is_empty_and_the_other_stays_open() {
+        let gate = Rc::new(Gate::default());
+        let Poll::Ready(inside) = poll(pin!(gate.enter(Way::Write))) else {
+            panic!("nobody has closed it");
+        };
+        let mut closing = pin!(gate.close(Way::Write));
+        assert!(poll(closing.as_mut()).is_pending(), "somebody is inside");
+        let mut wanted = pin!(gate.wanted(Way::Write));
+        assert!(poll(wanted.as_mut()).is_pending());
         {
-            Poll::Ready(output) => Some(output),
-            Poll::Pending => None,
+            let mut late = pin!(gate.enter(Way::Write));
+            assert!(poll(late.as_mut()).is_pending());
+            assert!(poll(wanted.as_mut()).is_ready());
         }
-    }
-
-    #[test]
-    fn nobody_is_inside_while_it_is_closed() {
-        let gate = Rc::new(Gate::default());
-        let first = poll(&mut Box::pin(gate.enter())).expect("it is open");
-        let second = poll(&mut Box::pin(gate.enter())).expect("for many");
-        let mut closing = Box::pin(gate.close());
-        assert!(poll(&mut closing).is_none());
-        let mut late = Box::pin(gate.enter());
-        assert!(poll(&mut late).is_none());
-        drop(first);
-        assert!(poll(&mut closing).is_none());
-        drop(second);
-        let closed = poll(&mut closing).expect("all have gone");
-        assert!(poll(&mut late).is_none());
-        let mut next = Box::pin(gate.close());
-        assert!(poll(&mut next).is_none());
-        drop(closed);
-        assert!(poll(&mut late).is_some());
-        assert!(poll(&mut next).is_some());
-    }
-
-    #[test]
-    fn who_gives_up_closing_lets_others_in() {
-        let gate = Rc::new(Gate::default());
-        let inside = poll(&mut Box::pin(gate.enter())).expect("it is open");
-        let mut closing = Box::pin(gate.close());
-        assert!(poll(&mut closing).is_none());
-        drop(closing);
-        assert!(poll(&mut Box::pin(gate.enter())).is_some());
+        assert!(poll(pin!(gate.wanted(Way::Write))).is_pending(), "gave up");
         drop(inside);
+        let Poll::Ready(closed) = poll(closing.as_mut()) else {
+            panic!("nobody is inside");
+        };
+        assert!(poll(pin!(gate.enter(Way::Read))).is_ready());
+        let mut late = pin!(gate.enter(Way::Write));
+        assert!(poll(late.as_mut()).is_pending());
+        drop(closed);
+        assert!(poll(late.as_mut()).is_ready());
+    }
+
+    #[test]
+    fn giving_up_to_close_opens_it() {
+        let gate = Rc::new(Gate::default());
+        let Poll::Ready(_inside) = poll(pin!(gate.enter(Way::Read))) else {
+            panic!("nobody has closed it");
+        };
+        {
+            assert!(poll(pin!(gate.close(Way::Read))).is_pending());
+        }
+        assert!(poll(pin!(gate.enter(Way::Read))).is_ready());
     }
 }

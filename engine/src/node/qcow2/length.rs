@@ -19,7 +19,18 @@ impl Mover {
         if self.read_only() {
             return Err(self.error(Operation::Resize, Some(all), EBADF));
         }
-        let below = self.backing().map_or(0, |node| node.facts().length_bytes);
+        self.zero_behind_end(length_bytes).await?;
+        let resized = self.image.resize(length_bytes, self.below_bytes()).await;
+        resized.map_err(|error| self.failed(error, Operation::Resize, Some(all)))
+    }
+
+    /// Length of what is below, in bytes.
+    pub(super) fn below_bytes(&self) -> u64 {
+        self.backing().map_or(0, |node| node.facts().length_bytes)
+    }
+
+    /// Makes what a longer disk adds to its last cluster read as zeroes, durably.
+    pub(super) async fn zero_behind_end(&self, length_bytes: u64) -> Result<(), NodeError> {
         let added = ByteRange::between(self.image.length_bytes(), length_bytes);
         let cluster_bytes = self.image.geometry().cluster_bytes();
         let to_boundary = added.offset().next_multiple_of(cluster_bytes) - added.offset();
@@ -29,8 +40,7 @@ impl Mover {
             // The length is durable at once.
             self.flush().await?;
         }
-        let resized = self.image.resize(length_bytes, below).await;
-        resized.map_err(|error| self.failed(error, Operation::Resize, Some(all)))
+        Ok(())
     }
 
     /// See [`Node::preallocate`](crate::node::Node::preallocate).

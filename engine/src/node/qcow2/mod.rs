@@ -37,7 +37,7 @@ use crate::data::{DataContext, Spawner};
 use crate::error::NodeError;
 use crate::node::announcing_node::AnnouncingNode;
 use crate::node::child_storage::ChildStorage;
-use crate::node::qcow2::gate::Gate;
+use crate::node::qcow2::gate::{Gate, Way};
 use crate::node::qcow2::mover::Mover;
 use crate::node::qcow2::snapshots::change_snapshots;
 use crate::node::{
@@ -119,17 +119,23 @@ impl Qcow2Node {
         Rc::clone(&self.mover.borrow())
     }
 
-    /// A change that goes on to its end in any case.
+    /// A change that goes on to its end in any case, once it has begun.
     fn change<T: 'static, F: Future<Output = T> + 'static>(
         &self,
         work: impl FnOnce(Rc<Mover>) -> F + 'static,
     ) -> LocalFuture<'static, T> {
         let (gate, mover) = (Rc::clone(&self.gate), Rc::clone(&self.mover));
-        Box::pin(self.spawner.to_the_end(async move {
-            let _inside = gate.enter().await;
-            let mover = Rc::clone(&mover.borrow());
-            work(mover).await
-        }))
+        let spawner = self.spawner.clone();
+        Box::pin(async move {
+            let pass = gate.enter(Way::Write).await;
+            let work = work(Rc::clone(&mover.borrow()));
+            let work = async move {
+                let done = work.await;
+                drop(pass);
+                done
+            };
+            spawner.to_the_end(work).await
+        })
     }
 }
 
@@ -158,7 +164,7 @@ impl Node for Qcow2Node {
         extents_max: usize,
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
         Box::pin(async move {
-            let _inside = self.gate.enter().await;
+            let _pass = self.gate.enter(Way::Read).await;
             self.mover().status_of(range, extents_max).await
         })
     }
@@ -169,14 +175,14 @@ impl Node for Qcow2Node {
         finds_holes: bool,
     ) -> LocalFuture<'_, Result<Place, NodeError>> {
         Box::pin(async move {
-            let _inside = self.gate.enter().await;
+            let _pass = self.gate.enter(Way::Read).await;
             self.mover().place_of(range, finds_holes).await
         })
     }
 
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
         Box::pin(async move {
-            let _inside = self.gate.enter().await;
+            let _pass = self.gate.enter(Way::Read).await;
             let mover = self.mover();
             let range = ByteRange::new(offset, into.len() as u64);
             match mover.refusal(Operation::Read, range) {

@@ -9,7 +9,7 @@ use blockyard_images::qcow2::snapshot::{self, SnapshotError};
 use blockyard_storage::Storage;
 
 use crate::node::qcow2::amending::reopen;
-use crate::node::qcow2::gate::Gate;
+use crate::node::qcow2::gate::{Gate, Way};
 use crate::node::qcow2::mover::Mover;
 use crate::node::{AmendStop, Reopened, SnapshotChange};
 
@@ -20,7 +20,9 @@ pub(super) async fn change_snapshots(
     reopened: Rc<RefCell<Option<Reopened>>>,
     change: SnapshotChange,
 ) -> Result<(), AmendStop> {
-    let _closed = gate.close().await;
+    // Tables that readers know of may be gone before the node changes over.
+    let _writers = gate.close(Way::Write).await;
+    let _readers = gate.close(Way::Read).await;
     let old = Rc::clone(&mover.borrow());
     old.close().await.map_err(AmendStop::Failed)?;
     old.away.set(true);
@@ -34,7 +36,7 @@ pub(super) async fn change_snapshots(
             .await
             .map(drop),
     };
-    reopen(&mover, &reopened, &old).await?;
+    reopen(None, &mover, &reopened, &old).await?;
     match changed {
         Ok(()) => Ok(()),
         Err(SnapshotError::Cancelled) => Err(AmendStop::Cancelled),

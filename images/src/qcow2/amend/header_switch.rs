@@ -38,13 +38,13 @@ impl HeaderSwitch {
         old: &Header,
         new: &Header,
     ) -> Result<Self, ImageError> {
-        let mut way = Self {
-            now: now.clone(),
-            steps: Vec::new(),
-        };
-        if new.geometry.version() == old.geometry.version() {
-            way.steps.push(with_fields(&now, new)?);
-            return Ok(way);
+        let same_version = new.geometry.version() == old.geometry.version();
+        let stays = same_version
+            && new.backing_name == old.backing_name
+            && new.extensions == old.extensions;
+        if stays {
+            let steps = vec![with_fields(&now, new)?];
+            return Ok(Self { now, steps });
         }
         let mut reduced = new.clone();
         if old.extensions.feature_names.is_none() {
@@ -52,21 +52,13 @@ impl HeaderSwitch {
             reduced.extensions.feature_names = None;
         }
         for new in [new, &reduced] {
-            if let Some(step) = direct(&now, old, new)? {
-                way.steps.push(step);
-                return Ok(way);
-            }
-            let Some(moved) = with_name_moved(&now, old, new)? else {
-                continue;
-            };
-            if let Some(step) = direct(&moved, old, new)? {
-                way.steps = vec![moved, step];
-                return Ok(way);
+            if let Some(steps) = steps_to(&now, old, new)? {
+                return Ok(Self { now, steps });
             }
         }
         Err(ImageError::refused_because(
-            "The header has no room to change its version safely",
-            "its extensions, or the backing file name, lie where those of the new version go",
+            "The header has no room to be changed safely",
+            "its extensions, or the backing file name, lie where the new ones go",
         ))
     }
 
@@ -103,6 +95,29 @@ async fn write(
 ) -> Result<(), StorageError> {
     let bytes = Buffer::copy_of(bytes.unwrap_or(&[]));
     file.write(offset as u64, bytes).await.outcome
+}
+
+/// The way, if there is one.
+fn steps_to(now: &[u8], old: &Header, new: &Header) -> Result<Option<Vec<Vec<u8>>>, ImageError> {
+    if let Some(step) = direct(now, old, new)? {
+        return Ok(Some(vec![step]));
+    }
+    if let Some(moved) = with_name_moved(now, old, new)?
+        && let Some(step) = direct(&moved, old, new)?
+    {
+        return Ok(Some(vec![moved, step]));
+    }
+    if old.extensions.feature_names.is_none() {
+        return Ok(None);
+    }
+    // Most of what stands in the way may be the names of features, which nobody needs meanwhile.
+    let mut lean = old.clone();
+    lean.extensions.feature_names = None;
+    let Some(first) = direct(now, old, &lean)? else {
+        return Ok(None);
+    };
+    let rest = steps_to(&first, &lean, new)?;
+    Ok(rest.map(|rest| std::iter::once(first).chain(rest).collect()))
 }
 
 /// The first cluster with other fields of the header, but for the place of the name; the extensions stay.

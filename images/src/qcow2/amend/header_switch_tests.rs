@@ -157,3 +157,60 @@ fn a_header_of_the_same_version_stays_where_it_is() {
     assert_eq!(step[8..20], now[8..20]);
     assert_eq!(parsed(step), new);
 }
+
+fn without_names(mut header: Header) -> Header {
+    header.extensions.feature_names = None;
+    header
+}
+
+#[test]
+fn another_backing_file_is_named_by_the_old_header_or_the_new() {
+    let (mut ways, mut refused) = (0, 0);
+    for bits in [9, 10, 12, 13, 16] {
+        for version in [Version::V2, Version::V3] {
+            for (name, place) in [
+                (0, 0),
+                (1, 0),
+                (200, 480),
+                (500, 600),
+                (1023, 1500),
+                (1023, 3000),
+            ] {
+                for new_name in [0, 1, 250, 1023] {
+                    for format in [&b"raw"[..], b"qcow2", b"host_device"] {
+                        for (unknown, fields) in [(0, 7), (0, 23), (300, 23), (900, 7)] {
+                            let told = format!(
+                                "{bits} {version:?} {name} {place} {new_name} {format:?} {unknown} {fields}"
+                            );
+                            let old = header(version, bits, name, unknown, fields);
+                            let Ok(mut now) = old.encode_with_name_at(place) else {
+                                continue;
+                            };
+                            now.resize(1 << bits, 0xa5);
+                            let old = parsed(&now);
+                            let mut new = old.clone();
+                            new.backing_name = (new_name > 0).then(|| vec![b'n'; new_name]);
+                            let format = (new_name > 0).then(|| format.to_vec());
+                            new.extensions.backing_format = format;
+                            let Ok(way) = HeaderSwitch::plan(now.clone(), &old, &new) else {
+                                // Two names, or long extensions, have no room beside each other.
+                                let crowded = bits < 12 || unknown + fields > 300;
+                                assert!(crowded || new.encode().is_err(), "{told}");
+                                refused += 1;
+                                continue;
+                            };
+                            ways += 1;
+                            for step in &way.steps {
+                                let step = without_names(parsed(step));
+                                let is_old = step == without_names(old.clone());
+                                assert!(is_old || step == without_names(new.clone()), "{told}");
+                            }
+                            assert!(walk(now, way, &told) == new, "{told}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(ways > 500 && refused < ways / 2, "{ways} {refused}");
+}

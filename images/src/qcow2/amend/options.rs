@@ -2,10 +2,11 @@
 //! QEMU's texts and in QEMU's order.
 
 use crate::error::ImageError;
-use crate::qcow2::layout::extensions::FeatureNames;
+use crate::qcow2::growth::l1_entries;
+use crate::qcow2::layout::extensions::{BACKING_FORMAT_BYTES_MAX, FeatureNames};
 use crate::qcow2::layout::header::{
-    Header, REFCOUNT_BITS_MAX, V3_HEADER_BYTES, V3_HEADER_BYTES_MIN, autoclear, compatible,
-    incompatible,
+    BACKING_NAME_BYTES_MAX, Header, REFCOUNT_BITS_MAX, V3_HEADER_BYTES, V3_HEADER_BYTES_MIN,
+    autoclear, compatible, incompatible,
 };
 use crate::qcow2::open::OpenedImage;
 use crate::qcow2::units::{Compression, Geometry, Version};
@@ -15,13 +16,17 @@ use crate::qcow2::units::{Compression, Geometry, Version};
 pub struct AmendOptions {
     /// Version of the format.
     pub version: Option<Version>,
-    /// Length of the guest's disk in bytes. It is checked here and changed by whoever has the image open: before the rest,
-    /// or after it where the version rises.
+    /// Length of the guest's disk in bytes. What is cut off is lost. A longer disk has to be prepared by whoever has the
+    /// image open: [`Qcow2::prepare_growth`](crate::qcow2::Qcow2::prepare_growth).
     pub size_bytes: Option<u64>,
-    /// Name of the backing file: as it is. Only a rebase changes it.
+    /// Name of the backing file, in the header only: what is seen through the image may be something else afterwards, which
+    /// is the caller's business. An empty one takes name and format away.
     pub backing_name: Option<Vec<u8>>,
-    /// Name of the backing file's format: as it is.
+    /// Name of the backing file's format.
     pub backing_format: Option<Vec<u8>>,
+    /// Something is below the image as it is used, whatever its header says: what reads as zeroes must not become
+    /// unallocated.
+    pub is_overlay: bool,
     /// The external data file reads as the guest's disk does: that can only be given up.
     pub data_file_raw: Option<bool>,
     /// Let reference counts be written late.
@@ -43,7 +48,7 @@ impl AmendOptions {
             return Err(ImageError::refused(text));
         }
         let geometry = self.geometry(old, version)?;
-        self.check_backing(old)?;
+        let backing = self.backing(old)?;
         if version == Version::V2 && self.lazy_refcounts == Some(true) && !old.lazy_refcounts() {
             return Err(ImageError::refused(
                 "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)",
@@ -53,7 +58,23 @@ impl AmendOptions {
         if version < old.geometry.version() {
             self.check_downgrade(image, geometry)?;
         }
-        Ok(self.header(old, geometry))
+        let header = self.header(old, geometry, &backing);
+        if backing.differs_from(old) && header.encode().is_err() {
+            return Err(backing.refused("No space left in the file header"));
+        }
+        Ok(header)
+    }
+
+    /// Whether a longer disk can be prepared only once the image has its new version. Version 2 cannot say "zeroes" where
+    /// what is below would show, and has no place for the length of the disk in its snapshots.
+    pub fn grows_behind(&self, old: &Header, below_bytes: u64) -> bool {
+        let rises = self
+            .version
+            .is_some_and(|version| version > old.geometry.version());
+        let cluster_bytes = old.geometry.cluster_bytes();
+        let seen_bytes = below_bytes.min(self.size_bytes.unwrap_or(0));
+        let shows = seen_bytes > old.guest_bytes().next_multiple_of(cluster_bytes);
+        rises && (shows || old.snapshots > 0)
     }
 
     fn geometry(&self, old: &Header, version: Version) -> Result<Geometry, ImageError> {
@@ -76,19 +97,30 @@ impl AmendOptions {
             .ok_or_else(|| ImageError::refused("Refcount width and cluster size do not fit"))
     }
 
-    fn check_backing(&self, old: &Header) -> Result<(), ImageError> {
-        if self.backing_name.is_none() && self.backing_format.is_none() {
-            return Ok(());
+    fn backing(&self, old: &Header) -> Result<Backing, ImageError> {
+        let old_format = &old.extensions.backing_format;
+        let name = match &self.backing_name {
+            None => old.backing_name.clone(),
+            Some(name) => Some(name.clone()).filter(|name| !name.is_empty()),
+        };
+        if name.is_none() {
+            if self.backing_name.is_none() && self.backing_format.is_some() {
+                let text = "Backing format cannot be used without backing file";
+                return Err(ImageError::refused(text));
+            }
+            let format = old_format.clone().filter(|_| self.backing_name.is_none());
+            return Ok(Backing { name, format });
         }
-        if self.backing_name != old.backing_name
-            || self.backing_format != old.extensions.backing_format
-        {
-            return Err(ImageError::refused_because(
-                "Cannot amend the backing file",
-                "a rebase changes it",
-            ));
+        let kept = || old_format.clone().filter(|_| old.backing_name.is_some());
+        let backing = Backing {
+            name,
+            format: self.backing_format.clone().or_else(kept),
+        };
+        if backing.differs_from(old) {
+            let keeps_raw = old.is_data_file_raw() && self.data_file_raw != Some(false);
+            backing.check(keeps_raw)?;
         }
-        Ok(())
+        Ok(backing)
     }
 
     fn check_size(&self, old: &Header, version: Version) -> Result<(), ImageError> {
@@ -103,6 +135,7 @@ impl AmendOptions {
             let text = "Can't resize a v2 image which has snapshots";
             return Err(ImageError::refused(text));
         }
+        l1_entries(old.geometry.l1_entries_for(size_bytes))?;
         Ok(())
     }
 
@@ -144,13 +177,18 @@ impl AmendOptions {
         Ok(())
     }
 
-    fn header(&self, old: &Header, geometry: Geometry) -> Header {
+    fn header(&self, old: &Header, geometry: Geometry, backing: &Backing) -> Header {
         let mut header = Header {
             geometry,
+            backing_name: backing.name.clone(),
             incompatible: old.incompatible & !incompatible::DIRTY,
             autoclear: old.autoclear & autoclear::KNOWN,
             ..old.clone()
         };
+        header.extensions.backing_format = backing.format.clone();
+        if let Some(size_bytes) = self.size_bytes.filter(|size| *size != old.guest_bytes()) {
+            header.size_bytes = size_bytes;
+        }
         if let Some(lazy) = self.lazy_refcounts {
             header.compatible &= !compatible::LAZY_REFCOUNTS;
             if lazy {
@@ -176,5 +214,41 @@ impl AmendOptions {
             _ => {}
         }
         header
+    }
+}
+
+/// What an image is going to say of its backing file.
+struct Backing {
+    name: Option<Vec<u8>>,
+    format: Option<Vec<u8>>,
+}
+
+impl Backing {
+    fn differs_from(&self, old: &Header) -> bool {
+        self.name != old.backing_name || self.format != old.extensions.backing_format
+    }
+
+    fn check(&self, data_file_is_raw: bool) -> Result<(), ImageError> {
+        let name = self.name.as_deref().unwrap_or(&[]);
+        let Some(format) = self.format.as_deref().filter(|format| !format.is_empty()) else {
+            // What is in it must not decide how it is read.
+            return Err(self.refused("backing format must be specified"));
+        };
+        let is_invalid = data_file_is_raw
+            || name.len() > BACKING_NAME_BYTES_MAX
+            || name.contains(&0)
+            || format.len() > BACKING_FORMAT_BYTES_MAX
+            || format.contains(&0);
+        match is_invalid {
+            true => Err(self.refused("Invalid argument")),
+            false => Ok(()),
+        }
+    }
+
+    fn refused(&self, reason: &str) -> ImageError {
+        let name = String::from_utf8_lossy(self.name.as_deref().unwrap_or(&[]));
+        ImageError::refused(format!(
+            "Could not change the backing file to '{name}': {reason}"
+        ))
     }
 }

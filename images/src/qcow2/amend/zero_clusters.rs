@@ -28,6 +28,8 @@ const ZERO_BYTES_MAX: u64 = 64 << 20;
 /// What all L2 tables hold, as far as it matters, and the clusters that were found for their zeroes.
 #[derive(Default)]
 pub(super) struct ZeroClusters {
+    /// What is unallocated does not read as zeroes.
+    shows_below: bool,
     /// Entries that read as zeroes.
     pub(super) entries: u64,
     /// Some entry is compressed.
@@ -51,7 +53,12 @@ enum Becomes {
     New,
 }
 
-fn becomes(scan: &Scan<'_>, entry: &L2Entry, times: u64) -> Option<(Becomes, bool)> {
+fn becomes(
+    scan: &Scan<'_>,
+    entry: &L2Entry,
+    times: u64,
+    shows_below: bool,
+) -> Option<(Becomes, bool)> {
     let Cluster::Zero { at } = entry.cluster(&scan.geometry) else {
         return None;
     };
@@ -62,7 +69,7 @@ fn becomes(scan: &Scan<'_>, entry: &L2Entry, times: u64) -> Option<(Becomes, boo
     Some(match references {
         Some((at, references)) if references == times => (Becomes::Kept(at), false),
         _ => {
-            let new = match scan.header.backing_name.is_some() {
+            let new = match shows_below {
                 true => Becomes::New,
                 false => Becomes::Nothing,
             };
@@ -76,8 +83,15 @@ impl ZeroClusters {
     ///
     /// # Errors
     /// When a table cannot be read, there is no room, or the observer cancels. Nothing has been written.
-    pub(super) async fn find(scan: &mut Scan<'_>, room: &mut Room) -> Result<Self, CheckStop> {
-        let mut found = Self::default();
+    pub(super) async fn find(
+        scan: &mut Scan<'_>,
+        room: &mut Room,
+        shows_below: bool,
+    ) -> Result<Self, CheckStop> {
+        let mut found = Self {
+            shows_below,
+            ..Self::default()
+        };
         let file = scan.file.clone();
         let geometry = scan.geometry;
         let tables = std::mem::replace(&mut scan.tables, Tables::new(geometry, 0));
@@ -88,7 +102,8 @@ impl ZeroClusters {
             while let Some(entry) = l2_entry_at(&geometry, buffer.as_slice(), index) {
                 index += 1;
                 found.has_compressed |= matches!(entry.cluster(&geometry), Cluster::Compressed(_));
-                let Some((becomes, gives_up)) = becomes(scan, &entry, links.times) else {
+                let Some((becomes, gives_up)) = becomes(scan, &entry, links.times, shows_below)
+                else {
                     continue;
                 };
                 found.entries += 1;
@@ -132,7 +147,8 @@ impl ZeroClusters {
             while let Some(entry) = l2_entry_at(&geometry, buffer.as_slice(), index) {
                 let place = index;
                 index += 1;
-                let Some((becomes, _)) = becomes(scan, &entry, links.times) else {
+                let Some((becomes, _)) = becomes(scan, &entry, links.times, self.shows_below)
+                else {
                     continue;
                 };
                 let at = match becomes {

@@ -14,35 +14,35 @@ use crate::node::Node;
 use crate::node::qcow2::Qcow2Node;
 
 /// What each byte may be: more than one where a request failed, was given up or is not durable yet.
-struct Possible {
+pub(crate) struct Possible {
     models: Vec<Model>,
 }
 
 impl Possible {
-    fn new(model: Model) -> Self {
+    pub(crate) fn new(model: Model) -> Self {
         Self {
             models: vec![model],
         }
     }
 
     /// The state of now, if everything that was asked has happened.
-    fn newest(&self) -> &Model {
+    pub(crate) fn newest(&self) -> &Model {
         self.models.last().expect("at least one")
     }
 
     /// An operation may have had its effect, as a whole or in part.
-    fn may(&mut self, operation: &Operation, setup: &Setup) {
+    pub(crate) fn may(&mut self, operation: &Operation, setup: &Setup) {
         let mut next = self.newest().clone();
         next.apply(operation, setup);
         self.models.push(next);
     }
 
     /// Nothing else is possible any more than what is there.
-    fn settle(&mut self, bytes: Vec<u8>) {
+    pub(crate) fn settle(&mut self, bytes: Vec<u8>) {
         self.models = vec![Model { bytes }];
     }
 
-    fn assert_allows(&self, bytes: &[u8], setup: &Setup) {
+    pub(crate) fn assert_allows(&self, bytes: &[u8], setup: &Setup) {
         for (place, byte) in bytes.iter().enumerate() {
             let allowed = self.models.iter().any(|model| model.bytes[place] == *byte);
             assert!(allowed, "byte {place} is {byte} in {setup:?}");

@@ -2,7 +2,7 @@
 //! the same time, and whatever fails.
 
 mod behaviour;
-mod faults;
+pub(crate) mod faults;
 pub(crate) mod model;
 mod oracle;
 mod random;

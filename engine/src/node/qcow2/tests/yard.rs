@@ -260,6 +260,15 @@ impl Yard {
         future: impl Future<Output = T>,
         goes_on: impl Fn() -> bool,
     ) -> Option<T> {
+        self.drive_with(future, || goes_on() && self.world.step())
+    }
+
+    /// The same as long as `idle` makes something happen.
+    pub(crate) fn drive_with<T>(
+        &self,
+        future: impl Future<Output = T>,
+        idle: impl FnMut() -> bool,
+    ) -> Option<T> {
         let mut future = pin!(future);
         let with_what_is_left = poll_fn(|cx| {
             let mut left = std::mem::take(&mut *self.left.borrow_mut());
@@ -267,7 +276,7 @@ impl Yard {
             self.left.borrow_mut().append(&mut left);
             future.as_mut().poll(cx)
         });
-        run(with_what_is_left, || goes_on() && self.world.step())
+        run(with_what_is_left, idle)
     }
 
     /// Brings what was left to its end.
