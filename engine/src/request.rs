@@ -30,6 +30,15 @@ pub enum Request {
         /// New length in bytes.
         size: i64,
     },
+    /// Rewrite what an image says of its backing file.
+    ChangeBackingFile {
+        /// Name of the node at the top of the image's chain.
+        device: String,
+        /// Name of the image's node.
+        image_node_name: String,
+        /// Name of the backing file; an empty one: none.
+        backing_file: String,
+    },
     /// Move a node to the data thread of an `iothread` object, or back to one of the engine's own.
     SetIothread {
         /// Name of the node.
@@ -503,9 +512,9 @@ pub struct AmendSpec {
     pub version_2: Option<bool>,
     /// Length of the guest's disk in bytes.
     pub size: Option<u64>,
-    /// Name of the backing file, which cannot be changed.
+    /// Name of the backing file; an empty one: none.
     pub backing_file: Option<String>,
-    /// Name of its format, which cannot be changed.
+    /// Name of its format.
     pub backing_fmt: Option<String>,
     /// The data file reads as the guest's disk does.
     pub data_file_raw: Option<bool>,
@@ -515,6 +524,18 @@ pub struct AmendSpec {
     pub refcount_bits: Option<i64>,
     /// Encryption is to be changed.
     pub encrypt: bool,
+}
+
+impl AmendSpec {
+    /// Whether anything is to be changed. Without, it is a success for any image.
+    pub fn changes_something(&self) -> bool {
+        let nothing = Self {
+            node: self.node.clone(),
+            driver: self.driver.clone(),
+            ..Self::default()
+        };
+        *self != nothing
+    }
 }
 
 /// Arguments of `blockdev-create`.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::daemon::Daemon;
+use crate::oracle::compare;
 use crate::tools::have_oracle;
 
 fn qemu_img(folder: &Path, arguments: &[&str]) -> String {
@@ -101,7 +102,11 @@ fn options_of_a_node_change_in_place() {
         ),
         (
             json!({"backing-file": "x"}),
-            "Cannot amend the backing file",
+            "Could not change the backing file to 'x': backing format must be specified",
+        ),
+        (
+            json!({"backing-fmt": "raw"}),
+            "Backing format cannot be used without backing file",
         ),
         (
             json!({"data-file-raw": true}),
@@ -118,6 +123,18 @@ fn options_of_a_node_change_in_place() {
     ] {
         assert_eq!(amend(&mut client, options)["error"], error);
     }
+    // The header only: nobody looks for the file.
+    let named = json!({"backing-file": "../not/there.raw", "backing-fmt": "raw"});
+    assert_eq!(amend(&mut client, named)["error"], Value::Null);
+    let nodes = client.run("query-named-block-nodes", json!({"flat": true}));
+    let node = nodes
+        .as_array()
+        .and_then(|nodes| nodes.iter().find(|node| node["node-name"] == "n"));
+    let image = &node.expect("it is there")["image"];
+    assert_eq!(image["backing-filename"], "../not/there.raw");
+    assert_eq!(image["backing-filename-format"], "raw");
+    let none = amend(&mut client, json!({"backing-file": ""}));
+    assert_eq!(none["error"], Value::Null);
     let job = amend(
         &mut client,
         json!({"version": "v2", "refcount-bits": 16, "size": 8 << 20}),
@@ -169,4 +186,183 @@ fn what_cannot_be_amended_is_told() {
     assert_eq!(script(&ours), script(&theirs));
     ours.quit();
     theirs.quit();
+}
+
+/// `base.qcow2` with data, `mid.qcow2` and `top.qcow2` over it.
+fn chain(folder: &Path) {
+    let create = ["create", "-q", "-f", "qcow2"];
+    qemu_img(folder, &[&create[..], &["base.qcow2", "4M"]].concat());
+    for (name, backing) in [("mid.qcow2", "base.qcow2"), ("top.qcow2", "mid.qcow2")] {
+        let over = ["-b", backing, "-F", "qcow2", name];
+        qemu_img(folder, &[&create[..], &over].concat());
+    }
+    let write = ["-f", "qcow2", "-c", "write -P 7 1M 300k", "base.qcow2"];
+    let wrote = Command::new("qemu-io")
+        .args(write)
+        .current_dir(folder)
+        .output();
+    assert!(wrote.expect("it starts").status.success());
+}
+
+const CHAIN: [&str; 3] = [
+    r#"{"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "base", "file": {"driver": "file", "filename": "base.qcow2"}}}"#,
+    r#"{"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "mid", "file": {"driver": "file", "filename": "mid.qcow2"}, "backing": "base"}}"#,
+    r#"{"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "top", "file": {"driver": "file", "filename": "top.qcow2"}, "backing": "mid"}}"#,
+];
+
+#[test]
+fn a_backing_file_gets_another_name_as_with_qemu() {
+    let change = |device: &str, image: &str, name: &str| {
+        let arguments = json!({"device": device, "image-node-name": image, "backing-file": name});
+        json!({"execute": "change-backing-file", "arguments": arguments}).to_string() + "\n"
+    };
+    let mut script = CHAIN.join("\n") + "\n";
+    script += r#"{"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "plain", "file": {"driver": "file", "filename": "plain.qcow2"}}}"#;
+    script += "\n";
+    for (device, image) in [
+        ("nope", "top"),
+        ("top", "nope"),
+        ("mid", "mid"),
+        ("plain", "plain"),
+        ("top", "plain"),
+        ("top", "base"),
+        ("plain", "top"),
+    ] {
+        script += &change(device, image, "x");
+    }
+    let names = ["./mid.qcow2", "/abs/olute", "json:{}", "", "mid.qcow2"];
+    let (fits, too_long) = ("n".repeat(1023), "n".repeat(1024));
+    for name in names.into_iter().chain([&*fits, &*too_long, "mid.qcow2"]) {
+        script += &change("top", "top", name);
+        script += "{\"execute\": \"query-named-block-nodes\", \"arguments\": {\"flat\": true}}\n";
+        script += "$ qemu-img info -U -f qcow2 top.qcow2 | grep -v disk.size\n";
+    }
+    script += &change("top", "mid", "./base.qcow2");
+    script += "{\"execute\": \"query-named-block-nodes\"}\n";
+    script += "$ qemu-img info -U -f qcow2 mid.qcow2 | grep -v disk.size\n";
+    script += "{\"execute\": \"x-debug-query-block-graph\"}\n";
+    for name in ["top", "mid", "base", "plain"] {
+        let arguments = json!({"node-name": name});
+        let line = json!({"execute": "blockdev-del", "arguments": arguments});
+        script += &format!("{line}\n");
+    }
+    script += "$ qemu-img check -q top.qcow2\n$ qemu-io -r -f qcow2 -c 'read -P 7 1M 300k' top.qcow2 | head -1\n";
+    compare(&script, |folder| {
+        chain(folder);
+        let create = ["create", "-q", "-f", "qcow2", "plain.qcow2", "1M"];
+        qemu_img(folder, &create);
+    });
+}
+
+#[test]
+fn nothing_to_amend_is_a_success_wherever_the_node_is() {
+    let mut script = CHAIN.join("\n") + "\n";
+    script += r##"
+        {"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "ro", "read-only": true, "file": {"driver": "file", "filename": "ro.qcow2"}}}
+        {"execute": "x-blockdev-amend", "arguments": {"job-id": "a", "node-name": "mid", "options": {"driver": "qcow2"}}}
+        wait a concluded
+        {"execute": "x-debug-query-block-graph"}
+        {"execute": "job-dismiss", "arguments": {"id": "a"}}
+        {"execute": "x-blockdev-amend", "arguments": {"job-id": "b", "node-name": "ro", "options": {"driver": "qcow2"}}}
+        wait b concluded
+        {"execute": "x-blockdev-amend", "arguments": {"job-id": "c", "node-name": "ro", "options": {"driver": "qcow2", "encrypt": {"format": "luks", "state": "inactive"}}}}
+        wait c concluded
+        {"execute": "query-jobs"}
+        "##;
+    compare(&script, |folder| {
+        chain(folder);
+        let create = ["create", "-q", "-f", "qcow2", "ro.qcow2", "1M"];
+        qemu_img(folder, &create);
+    });
+}
+
+#[test]
+fn what_stands_below_an_overlay_changes_its_form_and_not_its_length() {
+    if !have_oracle() {
+        return;
+    }
+    let daemon = Daemon::start();
+    let folder = daemon.path("");
+    chain(&folder);
+    for name in ["t.qcow2", "plain.qcow2"] {
+        qemu_img(&folder, &["create", "-q", "-f", "qcow2", name, "4M"]);
+    }
+    let mut client = daemon.client();
+    for line in CHAIN {
+        let command: Value = serde_json::from_str(line).expect("JSON");
+        client.run("blockdev-add", command["arguments"].clone());
+    }
+    let options = |more: Value| {
+        let mut options = more;
+        options["driver"] = json!("qcow2");
+        json!({"job-id": "a", "node-name": "base", "options": options})
+    };
+    let longer = options(json!({"size": 8 << 20, "lazy-refcounts": true}));
+    assert_eq!(
+        client.refusal("x-blockdev-amend", longer),
+        "Node 'base' is busy: node is used as backing hd of 'mid'"
+    );
+    let form = options(json!({"lazy-refcounts": true, "refcount-bits": 64}));
+    client.run("x-blockdev-amend", form);
+    client.wait_for("a", "concluded");
+    let jobs = client.run("query-jobs", json!({}));
+    assert_eq!(jobs[0]["error"], Value::Null, "{jobs}");
+    client.run("job-dismiss", json!({"id": "a"}));
+    client.run(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "t", "file": {"driver": "file", "filename": "t.qcow2"}}),
+    );
+    // A backing that is read only stays as it is.
+    client.run(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "ro", "read-only": true, "file": {"driver": "file", "filename": "plain.qcow2"}}),
+    );
+    let arguments = json!({"job-id": "r", "node-name": "ro", "options": {"driver": "qcow2", "lazy-refcounts": true}});
+    let refused = client.refusal("x-blockdev-amend", arguments);
+    assert_eq!(refused, "Block node is read-only");
+    client.run(
+        "blockdev-backup",
+        json!({"job-id": "b", "device": "top", "target": "t", "sync": "full"}),
+    );
+    client.wait_for("b", "null");
+    for node in ["t", "top", "mid", "base", "ro"] {
+        client.run("blockdev-del", json!({"node-name": node}));
+    }
+    let info = qemu_img(&folder, &["info", "-f", "qcow2", "base.qcow2"]);
+    assert!(info.contains("refcount bits: 64"), "{info}");
+    assert!(info.contains("lazy refcounts: true"), "{info}");
+    let formats = ["-f", "qcow2", "-F", "qcow2", "top.qcow2", "t.qcow2"];
+    qemu_img(&folder, &[&["compare"][..], &formats].concat());
+    qemu_img(&folder, &["check", "-q", "-f", "qcow2", "base.qcow2"]);
+    daemon.quit();
+}
+
+#[test]
+fn what_is_below_gives_its_format_to_the_header() {
+    if !have_oracle() {
+        return;
+    }
+    let daemon = Daemon::start();
+    let folder = daemon.path("");
+    qemu_img(&folder, &["create", "-q", "-f", "raw", "base.raw", "1M"]);
+    let over = ["-b", "base.raw", "-F", "raw", "top.qcow2"];
+    qemu_img(
+        &folder,
+        &[&["create", "-q", "-f", "qcow2"][..], &over].concat(),
+    );
+    let mut client = daemon.client();
+    client.run(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "top", "file": {"driver": "file", "filename": "top.qcow2"}}),
+    );
+    client.run(
+        "change-backing-file",
+        json!({"device": "top", "image-node-name": "top", "backing-file": "./base.raw"}),
+    );
+    client.run("blockdev-del", json!({"node-name": "top"}));
+    // QEMU writes the format of the image itself.
+    let info = qemu_img(&folder, &["info", "-f", "qcow2", "top.qcow2"]);
+    assert!(info.contains("backing file: ./base.raw"), "{info}");
+    assert!(info.contains("backing file format: raw"), "{info}");
+    daemon.quit();
 }

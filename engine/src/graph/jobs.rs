@@ -4,6 +4,7 @@ use tokio::sync::MutexGuard;
 
 use crate::data::NodeId;
 use crate::error::{EngineError, JobError};
+use crate::graph::amending::AmendEffect;
 use crate::graph::creating::{Opened, image_edges};
 use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{
@@ -36,8 +37,8 @@ pub struct JobNodes {
     pub data_file_name: Option<String>,
     /// The target becomes an image.
     pub makes_image: bool,
-    /// The target's image becomes another.
-    pub amends: bool,
+    /// What becomes of the target's image, if it is amended.
+    pub amends: Option<AmendEffect>,
     /// What was opened for it, and goes with it.
     pub opened: Opened,
 }
@@ -477,8 +478,9 @@ impl Graph {
                 job(target, TARGET_ROLE, none, every),
             ],
             JobType::Amend => {
-                let all = read.union(write).with(Permission::Resize);
-                vec![edge(User::Backend(key), target, "root", all, none)]
+                let effect = nodes.amends.unwrap_or(AmendEffect::Length);
+                let (taken, shared) = effect.permissions();
+                vec![edge(User::Backend(key), target, "root", taken, shared)]
             }
             JobType::Create if nodes.makes_image => {
                 match image_edges(&mut records, key, nodes, target) {
@@ -523,6 +525,7 @@ impl Graph {
         }
         let blocked = match job_type {
             JobType::Create => vec![target],
+            JobType::Amend if nodes.amends == Some(AmendEffect::None) => Vec::new(),
             JobType::Backup => vec![above, target],
             _ => vec![above, source, target],
         };
@@ -579,7 +582,7 @@ impl Graph {
                 tracing::error!(%error, "a job could not be detached");
             }
         }
-        if nodes.amends
+        if nodes.amends.is_some()
             && let Some(target) = nodes.target
         {
             self.take_in_amended(target).await;

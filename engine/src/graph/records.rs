@@ -363,7 +363,7 @@ impl Records {
         jobs
     }
 
-    /// Fails if a command is changing the length of one of these nodes, or opening one, which must stay on its thread
+    /// Fails if a command is changing the length or the header of one of these nodes, or opening one, which must stay on its thread
     /// meanwhile. What `batch` opens may move.
     pub(super) fn check_unpinned(
         &self,
@@ -373,7 +373,7 @@ impl Records {
         let resized = |edge: &&Edge| edge.user == User::Command && nodes.contains(&edge.child);
         if let Some(edge) = self.edges.iter().find(resized) {
             let name = self.name_of(edge.child);
-            let text = format!("Node '{name}' is busy: its length is being changed");
+            let text = format!("Node '{name}' is busy: a command is changing it");
             return Err(EngineError::generic(text));
         }
         let mut records = nodes.iter().filter_map(|id| self.node(*id));

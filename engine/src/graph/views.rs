@@ -129,7 +129,9 @@ impl Graph {
                 name,
             });
         }
-        for job in &records.jobs {
+        // Others stand in no graph.
+        let block_jobs = records.jobs.iter();
+        for job in block_jobs.filter(|job| job.job_type.is_block_job()) {
             let (kind, name) = (GraphNodeKind::BlockJob, job.id.clone());
             view.nodes.push(GraphNodeView {
                 id: JOB_NUMBERS + job.key.0,

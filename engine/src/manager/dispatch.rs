@@ -81,6 +81,15 @@ impl Manager {
                     .resize(device.as_deref(), node_name.as_deref(), size)
                     .await?;
             }
+            Request::ChangeBackingFile {
+                device,
+                image_node_name,
+                backing_file,
+            } => {
+                self.graph
+                    .change_backing_file(&device, &image_node_name, &backing_file)
+                    .await?;
+            }
             Request::SetIothread {
                 node_name,
                 iothread,

@@ -17,8 +17,8 @@ use crate::schema::check::{Spelling, check};
 use crate::schema::fields::Fields;
 use crate::schema::images::{DEVICE_INFO, SNAPSHOT_INFO};
 use crate::schema::nodes::{
-    BY_NAME, GRAPH, INTERNAL_SNAPSHOT, INTERNAL_SNAPSHOT_BY_NAME, OBJECT, OBJECT_BY_ID, OPTIONS,
-    QUERY, RESIZE, SET_IOTHREAD,
+    BY_NAME, CHANGE_BACKING_FILE, GRAPH, INTERNAL_SNAPSHOT, INTERNAL_SNAPSHOT_BY_NAME, OBJECT,
+    OBJECT_BY_ID, OPTIONS, QUERY, RESIZE, SET_IOTHREAD,
 };
 use crate::schema::{EMPTY, Type};
 use crate::wire::document::{Document, Json};
@@ -79,6 +79,13 @@ pub(super) static COMMANDS: &[Command] = &[
             })
         },
     ),
+    Command::act("change-backing-file", &CHANGE_BACKING_FILE, |mut a| {
+        call(Request::ChangeBackingFile {
+            device: a.required_text("device"),
+            image_node_name: a.required_text("image-node-name"),
+            backing_file: a.required_text("backing-file"),
+        })
+    }),
     Command::act("x-blockdev-set-iothread", &SET_IOTHREAD, |mut a| {
         call(Request::SetIothread {
             node_name: a.required_text("node-name"),

@@ -234,6 +234,12 @@ pub static INTERNAL_SNAPSHOT_BY_NAME: Object = Object::of(&[
     optional("id", Type::Text),
     optional("name", Type::Text),
 ]);
+/// Arguments of `change-backing-file`.
+pub static CHANGE_BACKING_FILE: Object = Object::of(&[
+    required("device", Type::Text),
+    required("image-node-name", Type::Text),
+    required("backing-file", Type::Text),
+]);
 /// Arguments of `query-named-block-nodes`.
 pub static QUERY: Object = Object::of(&[optional("flat", Type::Bool)]);
 
