@@ -9,7 +9,7 @@ use blockyard_storage::{Buffer, ByteRange, LocalFuture, Preallocation, ZeroMode}
 use crate::error::NodeError;
 use crate::node::fault_rules::DebugEvent;
 use crate::node::pieces::{read_in_pieces, write_in_pieces};
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::node::{Fill, Node, NodeFacts, NodeTransfer, StatusExtent};
 
 /// Tells the node below what the node above does.
 pub(super) struct AnnouncingNode {
@@ -150,6 +150,11 @@ impl Node for AnnouncingNode {
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
         self.changed();
         self.child.discard(range)
+    }
+
+    fn fill(&self, range: ByteRange, with: Fill) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.changed();
+        self.child.fill(range, with)
     }
 
     fn backing(&self) -> Option<Rc<dyn Node>> {

@@ -118,6 +118,15 @@ pub struct Place {
     pub host_offset: Option<u64>,
 }
 
+/// What a layer is filled with where it holds nothing itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fill {
+    /// What is below, read for it.
+    Bytes,
+    /// Zeroes: all that is below is known to be.
+    Zeroes,
+}
+
 /// Why a request for `range` of a node this long is refused before it is tried: an error number.
 pub(super) fn refused(
     operation: Operation,
@@ -202,6 +211,25 @@ pub trait Node {
         mode: ZeroMode,
     ) -> LocalFuture<'_, Result<(), NodeError>> {
         self.zero(range, mode)
+    }
+
+    /// Lets this layer hold all of `range` itself, which reads as before: what it holds nothing of comes from below, in whole
+    /// units of its format. What others write meanwhile stays. Durable with the next [`flush`](Self::flush). A layer that
+    /// nothing is below of holds everything already.
+    ///
+    /// # Errors
+    /// [`EOPNOTSUPP`] by a filter of what has something below, else as [`read`](Self::read) of that and
+    /// [`write`](Self::write); a part may have been filled.
+    fn fill(&self, range: ByteRange, with: Fill) -> LocalFuture<'_, Result<(), NodeError>> {
+        let _ = with;
+        let filled = match self.backing() {
+            None => Ok(()),
+            Some(_) => Err(NodeError {
+                node: self.name(),
+                source: StorageError::new(Operation::Write, range, EOPNOTSUPP),
+            }),
+        };
+        Box::pin(std::future::ready(filled))
     }
 
     /// Gives room back where that is possible; content afterwards is zeroes or unchanged.

@@ -22,6 +22,6 @@ pub mod zeroes;
 
 use block_node::refused;
 pub use block_node::{
-    AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, SnapshotChange,
+    AmendStop, Fill, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, SnapshotChange,
     StatusExtent,
 };

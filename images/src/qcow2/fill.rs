@@ -75,15 +75,18 @@ impl Qcow2 {
     pub async fn fill_zeroes(&self, range: ByteRange) -> Result<Zeroing, ImageError> {
         self.state.check_change(Operation::Zero, range)?;
         let range = self.widened(range);
-        // Who reads a raw data file as it is would miss the zeroes.
-        let as_data = self.state.geometry.version() == Version::V2
-            || self.state.header.borrow().is_data_file_raw();
-        if as_data {
+        if !self.has_zeroes() {
             return Ok(Zeroing::Write(range));
         }
         self.before_change(DiskChange::Content).await?;
         let filled = self.change_front(range, Change::Fill);
         self.told(filled).await.map(Zeroing::Done)
+    }
+
+    /// Whether [`fill_zeroes`](Self::fill_zeroes) can be done without data. Who reads a raw data file as it is would miss them.
+    pub fn has_zeroes(&self) -> bool {
+        self.state.geometry.version() == Version::V3
+            && !self.state.header.borrow().is_data_file_raw()
     }
 
     fn widened(&self, range: ByteRange) -> ByteRange {

@@ -11,6 +11,7 @@
 mod amending;
 mod compressed;
 mod failures;
+mod filling;
 mod gate;
 mod length;
 mod mover;
@@ -41,7 +42,7 @@ use crate::node::qcow2::gate::{Gate, Way};
 use crate::node::qcow2::mover::Mover;
 use crate::node::qcow2::snapshots::change_snapshots;
 use crate::node::{
-    AmendStop, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, SnapshotChange,
+    AmendStop, Fill, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, SnapshotChange,
     StatusExtent,
 };
 use crate::request::{DetectZeroes, Discard};
@@ -205,6 +206,10 @@ impl Node for Qcow2Node {
 
     fn write_compressed(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
         self.change(move |mover| async move { mover.compress_and_write(offset, from).await })
+    }
+
+    fn fill(&self, range: ByteRange, with: Fill) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.change(move |mover| async move { mover.fill_range(range, with).await })
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {

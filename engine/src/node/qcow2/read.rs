@@ -113,7 +113,7 @@ impl Mover {
     }
 
     /// Reads from the backing; behind its end, and without one, are zeroes.
-    async fn read_below(&self, range: ByteRange, mut into: Buffer) -> NodeTransfer {
+    pub(super) async fn read_below(&self, range: ByteRange, mut into: Buffer) -> NodeTransfer {
         let backing = self.backing.borrow().clone();
         let length = into.len();
         let (mut outcome, mut held) = (Ok(()), 0);

@@ -171,7 +171,7 @@ impl Mover {
     }
 
     /// Writes `from` and the edges of its new room, together where that costs little.
-    async fn fill(&self, room: &Reservation, from: Buffer) -> NodeTransfer {
+    pub(super) async fn fill(&self, room: &Reservation, from: Buffer) -> NodeTransfer {
         self.reserve_ahead(room).await;
         let edges = async {
             let before = self.edge(room.fill_before(), room.reads_zero()).await?;

@@ -8,8 +8,8 @@ use blockyard_storage::{Buffer, ByteRange, ZeroMode};
 
 use super::yard::{DataFile, Setup, Yard};
 use crate::error::NodeError;
-use crate::node::Node;
 use crate::node::qcow2::Qcow2Node;
+use crate::node::{Fill, Node};
 use crate::request::Discard;
 
 /// One request.
@@ -20,6 +20,7 @@ pub(crate) enum Operation {
     Zero(ByteRange, bool),
     Discard(ByteRange),
     Compress(ByteRange, u8),
+    Fill(ByteRange, Fill),
     Flush,
 }
 
@@ -31,6 +32,7 @@ impl Operation {
             | Operation::Write(range, _)
             | Operation::Zero(range, _)
             | Operation::Discard(range)
+            | Operation::Fill(range, _)
             | Operation::Compress(range, _) => *range,
             Operation::Flush => ByteRange::default(),
         }
@@ -46,7 +48,7 @@ impl Operation {
         let length = (1 + dice.below(longest)).next_multiple_of(unit);
         let range = ByteRange::new(start, length).clamp_end(size);
         let value = 1 + dice.below(250) as u8;
-        match dice.below(12) {
+        match dice.below(13) {
             0 | 1 => Operation::Read(range),
             2 | 3 => Operation::Zero(range, dice.one_in(2)),
             4 => Operation::Discard(range),
@@ -56,6 +58,7 @@ impl Operation {
             }
             7 => Operation::Write(range, 0),
             8 => Operation::Flush,
+            9 => Operation::Fill(range, Fill::Bytes),
             _ => Operation::Write(range, value),
         }
     }
@@ -88,6 +91,7 @@ impl Operation {
                 node.zero(*range, mode).await?;
             }
             Operation::Discard(range) => node.discard(*range).await?,
+            Operation::Fill(range, with) => node.fill(*range, *with).await?,
             Operation::Flush => node.flush().await?,
         }
         Ok(None)
@@ -134,7 +138,7 @@ impl Model {
     /// What is there after an operation has ended well.
     pub(crate) fn apply(&mut self, operation: &Operation, setup: &Setup) {
         match operation {
-            Operation::Read(_) | Operation::Flush => {}
+            Operation::Read(_) | Operation::Fill(..) | Operation::Flush => {}
             Operation::Write(range, value) | Operation::Compress(range, value) => {
                 self.fill(*range, &content(*range, *value));
             }

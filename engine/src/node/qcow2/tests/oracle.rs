@@ -93,7 +93,7 @@ fn commands(operation: &Operation, folder: &Path, number: usize) -> Vec<String> 
     };
     let command = match operation {
         _ if range.is_empty() => return Vec::new(),
-        Operation::Read(_) | Operation::Flush => return Vec::new(),
+        Operation::Read(_) | Operation::Fill(..) | Operation::Flush => return Vec::new(),
         Operation::Write(_, value) => format!("write -s {} {offset} {length}", pattern(*value)),
         Operation::Compress(_, value) => {
             format!("write -c -s {} {offset} {length}", pattern(*value))

@@ -4,13 +4,14 @@ use std::rc::Rc;
 
 use blockyard_images::qcow2::units::Version;
 use blockyard_simulator::{Seed, each_seed};
+use blockyard_storage::ByteRange;
 use blockyard_storage::error::EOPNOTSUPP;
 use futures_util::future::join_all;
 
 use super::model::{Model, Operation, assert_holds, assert_status};
-use super::yard::{Setup, Yard};
-use crate::node::Node;
+use super::yard::{DataFile, Setup, Yard};
 use crate::node::qcow2::Qcow2Node;
+use crate::node::{Fill, Node};
 
 /// Operations whose ranges do not overlap.
 pub(super) fn round(dice: &Seed, setup: &Setup) -> Vec<Operation> {
@@ -88,4 +89,44 @@ fn images_of_every_kind_hold_what_was_written() {
         assert_status(&yard, &node, &model, &dice);
         assert_eq!(yard.news(), []);
     });
+}
+
+#[test]
+fn what_is_filled_needs_nothing_below() {
+    each_seed(
+        "blockyard-engine",
+        "what_is_filled_needs_nothing",
+        100,
+        |seed| {
+            let mut setup = Setup::random(seed);
+            if setup.data_file != DataFile::Raw {
+                setup.backing_bytes.get_or_insert(setup.size_bytes);
+            }
+            let yard = Yard::new(setup.clone());
+            let dice = Seed::new(seed);
+            let mut model = Model::of(&yard);
+            let node = yard.open();
+            let whole = ByteRange::new(0, setup.size_bytes);
+            for _ in 0..4 {
+                // Filled while others write, then once more for what they discarded.
+                let filled = Operation::Fill(whole, Fill::Bytes);
+                let mut operations = round(&dice, &setup);
+                operations.retain(|one| !matches!(one, Operation::Fill(..)));
+                let asked = operations.iter().chain([&filled]);
+                let asked = asked.map(|one| one.carry_out(&node));
+                for answer in yard.drive(join_all(asked)) {
+                    answer.unwrap_or_else(|error| panic!("{operations:?} {setup:?}: {error}"));
+                }
+                for operation in &operations {
+                    model.apply(operation, &setup);
+                }
+            }
+            yard.drive(node.fill(whole, Fill::Bytes)).expect("filled");
+            node.set_backing(None);
+            assert_holds(&yard, &node, &model, &dice);
+            let extents = yard.drive(node.status(whole, usize::MAX)).expect("told");
+            assert!(extents.iter().all(|extent| extent.allocated), "{extents:?}");
+            yard.drive(node.close()).expect("closed");
+        },
+    );
 }
