@@ -1,5 +1,6 @@
 //! Internal snapshots: over QMP, on both daemons, and by `blockyard snapshot`, beside `qemu-img snapshot`.
 
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use serde_json::{Value, json};
@@ -254,8 +255,16 @@ fn the_command_does_what_qemu_img_does() {
     for wrong in [["-a", "nope"], ["-d", "nope"], ["-d", "2"]] {
         both(&wrong, "ours", "theirs");
     }
+    let blocks = || {
+        std::fs::metadata(place.path("ours"))
+            .expect("there")
+            .blocks()
+    };
+    let before = blocks();
     both(&["-d", "one"], "ours", "theirs");
     same_disks();
+    // What only that snapshot had, 512 KiB, went back to the file system.
+    assert!(blocks() + 800 < before, "{} of {before}", blocks());
     for name in ["ours", "theirs"] {
         for arguments in [&["-l"][..], &[], &["-U", "-l"]] {
             both(arguments, name, name);

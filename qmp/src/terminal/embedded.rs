@@ -77,6 +77,8 @@ pub(crate) struct ImageFile {
     pub(crate) is_device: bool,
     pub(crate) read_only: bool,
     pub(crate) sharing: Sharing,
+    /// Whether room that is given up goes back to the file system.
+    pub(crate) discard: Discard,
     pub(crate) named_by: NamedBy,
 }
 
@@ -286,6 +288,7 @@ impl Embedded {
             node_name,
             common: CommonOptions {
                 read_only: Some(file.read_only),
+                discard: Some(file.discard),
                 force_share: Some(file.sharing == Sharing::Everything),
                 cache_direct: Some(self.cache == Cache::None),
                 ..CommonOptions::default()

@@ -11,7 +11,7 @@ use blockyard_engine::error::EngineError;
 use blockyard_engine::images::{
     CheckSpec, CheckView, FindingView, ImageEvent, ImageReply, ImageWork,
 };
-use blockyard_engine::request::NamedBy;
+use blockyard_engine::request::{Discard, NamedBy};
 
 use crate::terminal::check::arguments::{CheckArguments, Format};
 use crate::terminal::check::report::{human, json, repaired};
@@ -97,6 +97,7 @@ async fn check(embedded: &mut Embedded, arguments: &CheckArguments) -> Checked {
             true => Sharing::Everything,
             false => Sharing::Readers,
         },
+        discard: Discard::Ignore,
         named_by: NamedBy::Client,
     };
     if let Err(error) = embedded.add_image_file(&file).await {

@@ -19,7 +19,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use blockyard_engine::images::ImageFormat;
-use blockyard_engine::request::NamedBy;
+use blockyard_engine::request::{Discard, NamedBy};
 
 use crate::terminal::check::arguments::Format;
 use crate::terminal::copy::ends::{Source, shown};
@@ -95,6 +95,7 @@ impl Disk<'_> {
                 .is_ok_and(|facts| facts.file_type().is_block_device()),
             read_only: self.read_only,
             sharing: self.sharing,
+            discard: Discard::Ignore,
             named_by: self.named_by.clone(),
         }
     }

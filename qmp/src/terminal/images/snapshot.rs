@@ -5,13 +5,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use blockyard_engine::images::info::SnapshotInfo;
 use blockyard_engine::images::{ImageFormat, ImageReply, ImageWork, InfoSpec, SnapshotSpec};
-use blockyard_engine::request::NamedBy;
+use blockyard_engine::request::{Discard, NamedBy};
 use clap::Args;
 
 use crate::terminal::check::arguments::{Format, Output};
 use crate::terminal::display::{Display, DisplayArguments};
 use crate::terminal::embedded::{
-    Cache, Embedded, EngineArguments, IoBackend, Sharing, with_engine,
+    Cache, Embedded, EngineArguments, ImageFile, IoBackend, Sharing, with_engine,
 };
 use crate::terminal::exit::Exit;
 use crate::terminal::images::info_report::{snapshots_human, snapshots_json};
@@ -165,7 +165,12 @@ async fn open(
         },
         named_by: NamedBy::Client,
     };
-    disk.open_file(embedded).await
+    let file = ImageFile {
+        discard: Discard::Unmap,
+        ..disk.file()
+    };
+    let opened = embedded.add_image_file(&file).await;
+    opened.map_err(|error| could_not_open(disk.path, &error))
 }
 
 async fn change(
