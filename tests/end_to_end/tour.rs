@@ -41,7 +41,9 @@ fn everything_is_shown_verified_and_goes_on_from_there() {
     for expected in [
         "blockdev-create  128.0 MiB",
         "blockdev-backup  128.0 MiB",
+        "qcow2            128.0 MiB",
         "blockdev-mirror  128.0 MiB",
+        "check finds nothing",
         "paused at ",
         "128.0 MiB equal",
         "refused, as it should be: GenericError: Source and target image have different sizes",

@@ -169,7 +169,10 @@ fn remove_copies(folder: &Path) -> Result<(), String> {
     let told = |error: std::io::Error| format!("{}: {error}", folder.display());
     for entry in std::fs::read_dir(folder).map_err(told)? {
         let path = entry.map_err(told)?.path();
-        let is_image = path.extension() == Some(OsStr::new("raw"));
+        let formats = ["raw", "qcow2"].map(OsStr::new);
+        let is_image = path
+            .extension()
+            .is_some_and(|extension| formats.contains(&extension));
         if is_image && path.file_name() != Some(OsStr::new(IMAGE)) {
             std::fs::remove_file(&path).map_err(told)?;
         }

@@ -145,21 +145,27 @@ impl<'a> Stage<'a> {
     /// The daemon's refusal, the job's failure, or the daemon's end.
     pub async fn target(&mut self, name: &str, bytes: u64) -> Result<PathBuf, Trouble> {
         let file = format!("{name}.raw");
-        let options = json!({"driver": "file", "filename": file, "size": bytes});
-        self.run(
-            "blockdev-create",
-            json!({"job-id": "create", "options": options}),
-        )
-        .await?;
-        self.until("create", Job::has_ended).await?;
-        self.display.forget("create");
-        self.run("job-dismiss", json!({"id": "create"})).await?;
+        self.create(json!({"driver": "file", "filename": file, "size": bytes}))
+            .await?;
         self.run(
             "blockdev-add",
             json!({"driver": "file", "node-name": name, "filename": file}),
         )
         .await?;
         Ok(self.scratch.path(&file))
+    }
+
+    /// Creates a file or an image by a job.
+    ///
+    /// # Errors
+    /// The daemon's refusal, the job's failure, or the daemon's end.
+    pub async fn create(&mut self, options: Value) -> Result<(), Trouble> {
+        let arguments = json!({"job-id": "create", "options": options});
+        self.run("blockdev-create", arguments).await?;
+        self.until("create", Job::has_ended).await?;
+        self.display.forget("create");
+        self.run("job-dismiss", json!({"id": "create"})).await?;
+        Ok(())
     }
 
     /// Closes a copy and compares it with the sample.

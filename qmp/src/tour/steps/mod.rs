@@ -4,6 +4,7 @@ mod backup;
 mod create;
 mod failure;
 mod mirror;
+mod qcow2;
 
 use std::pin::Pin;
 
@@ -23,4 +24,10 @@ pub struct Step {
 pub type Running<'s> = Pin<Box<dyn Future<Output = Result<Shown, Trouble>> + 's>>;
 
 /// All steps, in order.
-pub static STEPS: &[Step] = &[create::STEP, backup::STEP, mirror::STEP, failure::STEP];
+pub static STEPS: &[Step] = &[
+    create::STEP,
+    backup::STEP,
+    qcow2::STEP,
+    mirror::STEP,
+    failure::STEP,
+];
