@@ -19,6 +19,7 @@ mod recount;
 mod second_reader;
 mod sequences;
 mod setup;
+mod shared;
 mod snapshot;
 mod snapshots;
 mod yard;
