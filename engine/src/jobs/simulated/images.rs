@@ -6,7 +6,7 @@ use std::rc::Rc;
 use blockyard_images::qcow2::units::Version;
 use blockyard_simulator::{Fault, Seed, each_seed};
 use blockyard_storage::ByteRange;
-use blockyard_storage::error::EIO;
+use blockyard_storage::error::{EIO, ENOSPC};
 use futures_util::future::join_all;
 
 use crate::job::context::ErrorPolicies;
@@ -137,6 +137,19 @@ impl Copy {
 
     /// Copies, and says how it ended.
     fn run_on(&self, source: &Rc<dyn Node>, target: &Rc<dyn Node>) -> Result<(), Stop> {
+        let ended = self.run_for(source, target, u64::MAX);
+        ended.expect("waits for something that can happen")
+    }
+
+    /// The same, for so many steps of the disks; `None`: it goes on yet.
+    fn run_for(
+        &self,
+        source: &Rc<dyn Node>,
+        target: &Rc<dyn Node>,
+        steps: u64,
+    ) -> Option<Result<(), Stop>> {
+        let steps_of = || self.source.world.steps() + self.target.world.steps();
+        let last = steps_of().saturating_add(steps);
         let clock = VirtualClock::default();
         let mut work = self.work(source.clone(), target.clone());
         let running = Running::new(&clock, 0, ErrorPolicies::default());
@@ -145,12 +158,14 @@ impl Copy {
             &mut *work,
             |_| {},
             |_| {
+                if steps_of() >= last {
+                    return false;
+                }
                 let here = self.source.world.step();
                 self.target.world.step() || here || clock.advance()
             },
         );
-        let ended = ended.expect("waits for something that can happen");
-        if ended.is_ok() {
+        if ended == Some(Ok(())) {
             let progress = &orders.progress;
             assert_eq!(progress.current_bytes(), progress.total_bytes());
         }
@@ -237,7 +252,8 @@ fn whichever_request_fails_success_means_that_everything_is_there() {
                     true => &copy.source.world,
                     false => &copy.target.world,
                 };
-                world.add_fault(Fault::fails(EIO).nth(nth));
+                let errno = if nth % 2 == 0 { EIO } else { ENOSPC };
+                world.add_fault(Fault::fails(errno).nth(nth));
                 let ended = copy.run_on(&source, &target);
                 if world.failures() == 0 {
                     assert_eq!(ended, Ok(()));
@@ -252,7 +268,7 @@ fn whichever_request_fails_success_means_that_everything_is_there() {
                         let node = copy.target.open();
                         assert_holds(&copy.target, &node, &copy.model, &dice);
                     }
-                    Err(Stop::Failed(error)) => assert_eq!(error.errno, Some(EIO), "{error:?}"),
+                    Err(Stop::Failed(error)) => assert_eq!(error.errno, Some(errno), "{error:?}"),
                     Err(stop) => panic!("{stop:?}"),
                 }
                 // Whatever happened, the source is what it was.
@@ -260,6 +276,36 @@ fn whichever_request_fails_success_means_that_everything_is_there() {
                 let node = copy.source.open();
                 assert_holds(&copy.source, &node, &copy.model, &dice);
             }
+        }
+    });
+}
+
+#[test]
+fn after_a_cut_at_any_step_the_next_copy_of_an_image_ends_well() {
+    each_seed("blockyard-engine", "after_a_cut_at_any_step", 10, |seed| {
+        for steps in 0.. {
+            let dice = Seed::new(seed);
+            let mut copy = Copy::random(seed);
+            copy.fill_source(&dice);
+            let (source, target) = copy.nodes();
+            let ended = copy.run_for(&source, &target, steps);
+            drop((source, target));
+            copy.source.cut_power();
+            copy.target.cut_power();
+            let node = copy.source.open();
+            assert_holds(&copy.source, &node, &copy.model, &dice);
+            if ended.is_some() {
+                let node = copy.target.open();
+                assert_holds(&copy.target, &node, &copy.model, &dice);
+                assert!(steps > 1, "{steps} steps");
+                return;
+            }
+            // Whatever is left of the target, it is an image that can be written.
+            let (source, target) = copy.nodes();
+            assert_eq!(copy.run_on(&source, &target), Ok(()), "cut after {steps}");
+            copy.target.drive(target.close()).expect("closed");
+            let node = copy.target.open();
+            assert_holds(&copy.target, &node, &copy.model, &dice);
         }
     });
 }

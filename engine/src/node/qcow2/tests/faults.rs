@@ -51,7 +51,7 @@ impl Possible {
 }
 
 /// Everything the node shows.
-fn read_all(yard: &Yard, node: &Rc<Qcow2Node>) -> Vec<u8> {
+pub(crate) fn read_all(yard: &Yard, node: &Rc<Qcow2Node>) -> Vec<u8> {
     let all = Operation::Read(ByteRange::new(0, yard.setup.size_bytes));
     // A fault may be left that strikes once.
     let mut tries = (0..20).map(|_| yard.drive(all.carry_out(node)));

@@ -7,4 +7,5 @@ pub(crate) mod model;
 mod oracle;
 mod random;
 mod snapshots;
+mod sweeps;
 pub(crate) mod yard;

@@ -53,6 +53,9 @@ pub(crate) struct Setup {
     pub(crate) lazy_refcounts: bool,
     pub(crate) discard_no_unref: bool,
     pub(crate) l2_cache_bytes: u64,
+    pub(crate) refcount_cache_bytes: u64,
+    /// What is given up for other reasons than a request is discarded in the file.
+    pub(crate) pass_discard_other: bool,
 }
 
 impl Setup {
@@ -74,6 +77,8 @@ impl Setup {
             lazy_refcounts: false,
             discard_no_unref: false,
             l2_cache_bytes: 1 << 20,
+            refcount_cache_bytes: 256 << 10,
+            pass_discard_other: false,
         }
     }
 
@@ -123,7 +128,9 @@ impl Setup {
             detect_zeroes: *dice.pick(&[DetectZeroes::Off, DetectZeroes::On, DetectZeroes::Unmap]),
             lazy_refcounts: v3 && dice.one_in(4),
             discard_no_unref: v3 && dice.one_in(4),
-            l2_cache_bytes: *dice.pick(&[1024, 1 << 20]),
+            l2_cache_bytes: *dice.pick(&[0, 1024, 1 << 20]),
+            refcount_cache_bytes: *dice.pick(&[0, 256 << 10]),
+            pass_discard_other: dice.one_in(3),
             ..Self::new(seed, cluster_bits)
         }
     }
@@ -309,15 +316,17 @@ impl Yard {
         Some(self.file("base", base, true))
     }
 
-    /// The image as a node, newly opened.
+    /// The image as a node, newly opened. Files whose sync has failed are opened anew.
     pub(crate) fn open(&self) -> Rc<Qcow2Node> {
-        self.open_over(self.file("file", &self.image, false), self.backing())
+        let file = || self.file("file", &self.image, false);
+        let mut tries = (0..2).map(|_| self.open_as(file(), self.backing(), false));
+        tries.find_map(|node| node).expect("an image")
     }
 
     /// The same for reading.
     pub(crate) fn open_read_only(&self) -> Rc<Qcow2Node> {
         let file = self.file("file", &self.image, true);
-        self.open_as(file, self.backing(), true)
+        self.open_as(file, self.backing(), true).expect("an image")
     }
 
     /// For reading and writing, on another node for its file.
@@ -326,7 +335,7 @@ impl Yard {
         file: Rc<dyn Node>,
         backing: Option<Rc<dyn Node>>,
     ) -> Rc<Qcow2Node> {
-        self.open_as(file, backing, false)
+        self.open_as(file, backing, false).expect("an image")
     }
 
     fn open_as(
@@ -334,7 +343,7 @@ impl Yard {
         file: Rc<dyn Node>,
         backing: Option<Rc<dyn Node>>,
         read_only: bool,
-    ) -> Rc<Qcow2Node> {
+    ) -> Option<Rc<Qcow2Node>> {
         let setup = &self.setup;
         let data = self.data.as_ref();
         let data = data.map(|data| self.file("data", data, false));
@@ -346,27 +355,29 @@ impl Yard {
             lazy_refcounts: setup.lazy_refcounts,
             discard_no_unref: setup.discard_no_unref,
             pass_discard_request: setup.discard == Discard::Unmap,
+            pass_discard_other: setup.pass_discard_other,
             l2_cache_bytes: setup.l2_cache_bytes,
             l2_cache_entry_bytes: 512,
+            refcount_cache_bytes: setup.refcount_cache_bytes,
             ..Options::default()
         };
         // A fault may be left that strikes once.
         let mut tries = (0..20)
             .map(|_| self.drive(Qcow2::open(storage.clone(), data_storage.clone(), options)));
-        let image = tries.find_map(Result::ok).expect("an image");
+        let image = tries.find_map(Result::ok)?;
         let options = Qcow2Options {
             discard: setup.discard,
             detect_zeroes: setup.detect_zeroes,
             cache_clean_interval: None,
         };
-        Rc::new(Qcow2Node::new(
+        Some(Rc::new(Qcow2Node::new(
             "image".to_owned(),
             image,
             files,
             backing,
             options,
             &self.context,
-        ))
+        )))
     }
 
     /// What the nodes have told since the last call.
