@@ -14,5 +14,7 @@
 mod any_bytes;
 #[path = "../../tests/in_use/mover.rs"]
 mod mover;
+#[path = "../../tests/in_use/recount.rs"]
+mod recount;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| any_bytes::try_everything(bytes));

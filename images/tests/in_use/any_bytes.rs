@@ -22,6 +22,7 @@ use blockyard_storage::{
 };
 
 use crate::mover::Mover;
+use crate::recount::recount;
 
 /// Requests to an image that was opened.
 const STEPS: u64 = 14;
@@ -160,8 +161,9 @@ fn use_it(bytes: &[u8], found: Option<Report>) {
             Err(_) => return,
         }
     }
-    // A check does not look at where data is in an external file, as that of QEMU does not.
-    is_sound &= !header.has_data_file();
+    // A check does not look at where data is in an external file, nor at what a cluster is to those who refer to it, as that
+    // of QEMU does not.
+    is_sound = is_sound && !header.has_data_file() && recount(bytes).corruptions.is_empty();
     file.allow_use();
     let Ok(image) = now(open(&file, options(&seed))) else {
         return;

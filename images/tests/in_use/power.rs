@@ -228,3 +228,43 @@ fn an_l1_table_of_many_blocks_finds_its_place_while_the_power_goes() {
     assert_eq!(findings.corruptions, Vec::<String>::new());
     assert_eq!(findings.leaks, Vec::<u64>::new());
 }
+
+#[test]
+fn an_l1_table_of_many_clusters_comes_while_others_write() {
+    each_seed(
+        "blockyard-images",
+        "an_l1_table_of_many_clusters_comes",
+        40,
+        |number| {
+            let seed = Seed::new(8_500_000 + number);
+            let mut setup = Setup::by(&seed, true);
+            setup.create = CreateOptions::new(256 << 10);
+            setup.create.cluster_bytes = 512;
+            setup.create.refcount_bits = 64;
+            setup.below = None;
+            setup.device = None;
+            setup.options.lazy_refcounts = false;
+            let yard = Yard::with(number, setup, seed);
+            let mover = yard.mover();
+            let mut tasks = yard.clients(&mover, 4, 20, Failures::Never);
+            // A block counts 64 clusters, itself among them, and the table takes 100 that stand together.
+            let longer = mover.clone();
+            tasks.push(Box::pin(async move {
+                longer.image.resize(100 << 21, 0).await.expect("longer");
+            }));
+            let ended = run(all(&mut tasks), || {
+                if yard.seed.one_in(16) {
+                    let file = yard.image.bytes_after_cut(yard.world.steps());
+                    assert_eq!(recount(&file).corruptions, Vec::<String>::new());
+                }
+                yard.world.step()
+            });
+            assert!(ended.is_some(), "somebody waits for ever");
+            let closed = run(mover.image.close(), || yard.world.step()).expect("it ends");
+            closed.expect("closed");
+            let findings = recount(&yard.image.bytes());
+            assert_eq!(findings.corruptions, Vec::<String>::new());
+            assert_eq!(findings.leaks, Vec::<u64>::new());
+        },
+    );
+}
