@@ -4,8 +4,8 @@
 use std::rc::Rc;
 
 use blockyard_simulator::{Fault, Seed, each_seed};
-use blockyard_storage::Operation as StorageOperation;
 use blockyard_storage::error::{EIO, ENOSPC};
+use blockyard_storage::{ByteRange, Operation as StorageOperation};
 
 use super::faults::{Possible, read_all};
 use super::model::{Model, Operation};
@@ -146,4 +146,56 @@ fn every_request_of_a_life_fails_once() {
             }
         }
     });
+}
+
+/// Where the guest writes in the second cluster, which is 512 KiB long: with long edges on both sides.
+const IN_THE_MIDDLE: ByteRange = ByteRange::new((512 + 200) << 10, 4096);
+
+/// A write with long edges into a cluster that held something else, with one fault at most; whether there was one.
+fn write_with_long_edges(backing: bool, nth: u64) -> bool {
+    let mut setup = Setup::new(7, 19);
+    setup.size_bytes = 3 << 19;
+    setup.backing_bytes = backing.then_some(setup.size_bytes);
+    let yard = Yard::new(setup.clone());
+    let node = yard.open();
+    let mut model = Model::of(&yard);
+    let ask = |operation: &Operation| yard.drive(operation.carry_out(&node));
+    // The compressed cluster is elsewhere, so that the place of the first one is free, and full of its bytes.
+    let first = ByteRange::new(0, setup.cluster_bytes());
+    for operation in [Operation::Write(first, 6), Operation::Compress(first, 4)] {
+        ask(&operation).expect("written");
+        model.apply(&operation, &setup);
+        for _ in 0..2 {
+            ask(&Operation::Flush).expect("flushed");
+        }
+    }
+    let write = Operation::Write(IN_THE_MIDDLE, 5);
+    let mut after = model.clone();
+    after.apply(&write, &setup);
+    yard.world.add_fault(Fault::fails(EIO).nth(nth));
+    let written = ask(&write);
+    let failed = yard.world.failures() > 0;
+    let bytes = read_all(&yard, &node);
+    match written {
+        Ok(_) => assert!(
+            bytes == after.bytes,
+            "written, backing: {backing}, fault {nth}"
+        ),
+        Err(_) => {
+            assert!(failed);
+            assert!(
+                bytes == model.bytes,
+                "not written, backing: {backing}, fault {nth}"
+            );
+        }
+    }
+    failed
+}
+
+#[test]
+fn long_edges_are_written_or_the_write_has_failed() {
+    for backing in [false, true] {
+        let faults = (1..).take_while(|nth| write_with_long_edges(backing, *nth));
+        assert!(faults.count() >= 3, "two edges and the data");
+    }
 }
