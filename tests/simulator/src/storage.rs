@@ -76,6 +76,14 @@ impl SimulatedStorage {
 
     async fn transfer(&self, operation: Operation, offset: u64, buffer: Buffer) -> Transfer {
         let range = ByteRange::new(offset, buffer.len() as u64);
+        // Direct I/O wants memory in blocks, too.
+        let address = buffer.as_slice().as_ptr().addr();
+        if !address.is_multiple_of(self.facts().request_alignment as usize) {
+            return Transfer {
+                buffer,
+                outcome: Err(StorageError::new(operation, range, EINVAL)),
+            };
+        }
         let task = match operation {
             Operation::Read => Task::Read(buffer),
             _ => Task::write(offset, buffer),

@@ -66,7 +66,13 @@ impl Mover {
 
     /// Reads an extent into its part of a buffer: straight into place, unless that would make a disk's driver copy it.
     async fn read_piece(&self, extent: Extent, mut part: Buffer) -> NodeTransfer {
-        if is_in_blocks(&part) || !matches!(extent.source, Source::Data { .. }) {
+        let is_filled_here = match extent.source {
+            Source::Zero { .. } | Source::Compressed(_) => true,
+            // It may come from a disk, too, somewhere below.
+            Source::Unallocated => self.ends_before(extent.range),
+            Source::Data { .. } => false,
+        };
+        if is_in_blocks(&part) || is_filled_here {
             return self.read_extent(extent, part).await;
         }
         let read = self
