@@ -258,6 +258,8 @@ impl Storage for ChildStorage {
             if how == Preallocation::Off || range.is_empty() {
                 return Ok(());
             }
+            // Nobody cuts the node off meanwhile, or it would be longer again, or be taken for longer than it is.
+            let _turn = self.growing.enter(range).await;
             let reserved = self.node.preallocate(range, how).await;
             reserved.map_err(|error| self.noted(error))
         })

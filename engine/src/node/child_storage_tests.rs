@@ -2,11 +2,12 @@
 
 use std::rc::Rc;
 
+use blockyard_simulator::{DiskOptions, World, each_seed};
 use blockyard_storage::error::{EIO, ENOSPC};
 use blockyard_storage::{
     Buffer, ByteRange, LocalFuture, MemoryStorage, Operation, Preallocation, Storage, conformance,
 };
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 
 use crate::node::Node;
 use crate::node::blkdebug_node::{BlkdebugNode, BlkdebugOptions, SharedFaults};
@@ -121,6 +122,26 @@ fn writers_that_grow_a_node_at_once_do_not_cut_each_other_off() {
             }
         }));
     }
+}
+
+#[test]
+fn what_is_cut_off_does_not_come_back_as_reserved_room() {
+    each_seed("blockyard-engine", "what_is_cut_off", 20, |seed| {
+        let world = World::new(seed);
+        let options = DiskOptions {
+            length_bytes: 1 << 20,
+            ..DiskOptions::default()
+        };
+        let disk = world.disk("disk", options);
+        let options = FileOptions::default();
+        let node = FileNode::new("file".to_owned(), disk.open(), options);
+        let storage = ChildStorage::new(Rc::new(node));
+        let reserved = storage.preallocate(ByteRange::new(0, 1 << 20), Preallocation::Falloc);
+        let cut = storage.resize(4096);
+        let ended = blockyard_simulator::run(join(reserved, cut), || world.step());
+        assert_eq!(ended, Some((Ok(()), Ok(()))));
+        assert_eq!(storage.facts().length_bytes, 4096);
+    });
 }
 
 #[test]
