@@ -1,6 +1,7 @@
 //! Another length, and room reserved in advance.
 
 use blockyard_images::qcow2::lookup::{Extent, Source};
+use blockyard_images::qcow2::reserve::WritePlan;
 use blockyard_storage::error::EBADF;
 use blockyard_storage::{Buffer, ByteRange, Operation, Preallocation, Storage};
 
@@ -57,8 +58,7 @@ impl Mover {
                 while !rest.is_empty() {
                     let (piece, _) = rest.split_at(MOVED_BYTES_MAX);
                     let extent = self.extent(piece).await?;
-                    let covered = extent.range;
-                    self.reserve_extent(extent).await?;
+                    let covered = self.reserve_extent(extent).await?;
                     rest = ByteRange::between(covered.end(), rest.end());
                 }
                 Ok(())
@@ -66,26 +66,67 @@ impl Mover {
         }
     }
 
-    /// Gives an extent room in the file; its content stays.
-    async fn reserve_extent(&self, extent: Extent) -> Result<(), NodeError> {
+    /// Gives the front of an extent room in the file, and says how much of it; its content stays, also what others write
+    /// there meanwhile.
+    async fn reserve_extent(&self, extent: Extent) -> Result<ByteRange, NodeError> {
         let range = extent.range;
         let data = self.data();
         match extent.source {
             Source::Data { at } => {
                 let there = ByteRange::new(at.0, range.length());
                 let reserved = data.preallocate(there, Preallocation::Falloc).await;
-                reserved.map_err(|error| data.node_error(&error))
+                reserved.map_err(|error| data.node_error(&error))?;
+                Ok(range)
             }
             // It has the room that it needs.
-            Source::Compressed(_) => Ok(()),
+            Source::Compressed(_) => Ok(range),
             Source::Zero { .. } | Source::Unallocated => {
                 drop(extent.lease);
-                let old = Buffer::zeroed(to_usize(range.length()));
-                let old = self.read_range(range, old).await;
-                old.outcome?;
-                // Zeroes too: an image has no room but where something was written.
-                self.write_range(range, old.buffer).await.outcome
+                self.fill_with_old(range).await
             }
+        }
+    }
+
+    /// Writes the old content of the front of `range` to new room, zeroes too: an image has no room but where something was
+    /// written. Says how much of it.
+    async fn fill_with_old(&self, range: ByteRange) -> Result<ByteRange, NodeError> {
+        let mut wanted = range;
+        loop {
+            let reservation = match self.plan(wanted).await? {
+                // Somebody has written there.
+                WritePlan::InPlace(place) => {
+                    let covered = place.range();
+                    place.done();
+                    return Ok(covered);
+                }
+                WritePlan::Allocate(reservation) => reservation,
+            };
+            let covered = reservation.range();
+            // What holds no data now gets none before this has ended. What does may be written in place at any time.
+            let now = match self.extent(covered).await {
+                Ok(now) => now,
+                Err(error) => {
+                    reservation.give_back();
+                    return Err(error);
+                }
+            };
+            let is_empty = matches!(now.source, Source::Zero { .. } | Source::Unallocated);
+            if !is_empty || now.range != covered {
+                reservation.give_back();
+                if !is_empty {
+                    return Ok(now.range);
+                }
+                wanted = now.range;
+                continue;
+            }
+            let old = Buffer::zeroed(to_usize(covered.length()));
+            let old = self.read_range(covered, old).await;
+            if let Err(error) = old.outcome {
+                reservation.give_back();
+                return Err(error);
+            }
+            let written = self.carry_out(WritePlan::Allocate(reservation), old.buffer);
+            return written.await.outcome.map(|()| covered);
         }
     }
 }

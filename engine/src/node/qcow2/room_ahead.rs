@@ -29,7 +29,10 @@ impl Mover {
     pub(super) async fn reserve_ahead(&self, room: &Reservation) {
         let whole = room.fill_before().is_empty() && room.fill_after().is_empty();
         let ahead = &self.ahead;
-        if whole || !room.reads_zero() || ahead.given_up.get() || self.files.data_file.is_some() {
+        // An image below has no room but where zeroes are written.
+        let is_in_image = self.files.file.node().facts().cluster_size_bytes.is_some();
+        let needless = whole || !room.reads_zero() || self.files.data_file.is_some();
+        if needless || is_in_image || ahead.given_up.get() {
             return;
         }
         let start = room.at_of(room.fill_before().offset()).0;

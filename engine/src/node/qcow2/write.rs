@@ -131,13 +131,13 @@ impl Mover {
         }
     }
 
-    async fn plan(&self, range: ByteRange) -> Result<WritePlan, NodeError> {
+    pub(super) async fn plan(&self, range: ByteRange) -> Result<WritePlan, NodeError> {
         let planned = self.image.prepare_write(range).await;
         planned.map_err(|error| self.failed(error, Operation::Write, Some(range)))
     }
 
     /// Writes `from` where the plan says.
-    async fn carry_out(&self, plan: WritePlan, from: Buffer) -> NodeTransfer {
+    pub(super) async fn carry_out(&self, plan: WritePlan, from: Buffer) -> NodeTransfer {
         match plan {
             WritePlan::InPlace(place) => {
                 let written = self.write_data(place.at(), from).await;

@@ -2,10 +2,11 @@
 
 use std::rc::Rc;
 
+use blockyard_simulator::each_seed;
 use blockyard_storage::error::{EINVAL, EIO, ENOMEDIUM, EOPNOTSUPP};
 use blockyard_storage::{Buffer, ByteRange, ZeroMode};
 
-use super::model::{Operation, content};
+use super::model::{Model, Operation, content};
 use super::yard::{DataFile, Setup, Yard};
 use crate::event::EventKind;
 use crate::node::Node;
@@ -374,6 +375,33 @@ fn room_that_is_reserved_changes_nothing_that_is_read() {
     );
     let read = yard.drive(Operation::Read(at(1, 3)).carry_out(&node));
     assert!(read.expect("readable") == Some(vec![0; 3 * CLUSTER as usize]));
+}
+
+#[test]
+fn room_that_is_reserved_keeps_what_is_written_meanwhile() {
+    use blockyard_storage::Preallocation;
+    use futures_util::future::{join, join_all};
+    each_seed("blockyard-engine", "room_that_is_reserved", 40, |seed| {
+        let yard = Yard::new(Setup {
+            backing_bytes: (seed % 2 == 0).then_some(3 * CLUSTER),
+            ..Setup::new(seed, 12)
+        });
+        let node = yard.open();
+        let mut model = Model::of(&yard);
+        let writes: Vec<_> = (0..20)
+            .map(|cluster| Operation::Write(at(cluster, 1), 1))
+            .collect();
+        let written = join_all(writes.iter().map(|write| write.carry_out(&node)));
+        let reserved = node.preallocate(at(0, 20), Preallocation::Falloc);
+        let (written, reserved) = yard.drive(join(written, reserved));
+        assert_eq!(reserved, Ok(()));
+        for (write, answer) in writes.iter().zip(written) {
+            answer.expect("written");
+            model.apply(write, &yard.setup);
+        }
+        let read = yard.drive(Operation::Read(at(0, 20)).carry_out(&node));
+        assert!(read.expect("readable").as_deref() == Some(model.slice(at(0, 20))));
+    });
 }
 
 #[test]
