@@ -15,7 +15,7 @@ use blockyard_images::qcow2::open::{OpenedImage, read_image};
 use blockyard_images::qcow2::units::Version;
 use blockyard_images::qcow2::{Options, Qcow2};
 use blockyard_images::{Cancelled, ImageError, Pace};
-use blockyard_storage::{LocalFuture, Operation, Storage};
+use blockyard_storage::{ByteRange, LocalFuture, Operation, Storage};
 use futures_util::future::{Either, select};
 
 use crate::node::qcow2::Qcow2Node;
@@ -98,8 +98,21 @@ impl Qcow2Node {
 }
 
 /// Goes on with what the image is now. Nobody is using the node but readers, whom `gate` keeps out for a moment; `None`: there
-/// are none.
+/// are none. Where it fails, the node refuses everything from then on: what it knows of the image is what was there before.
 pub(super) async fn reopen(
+    gate: Option<&Rc<Gate>>,
+    mover: &RefCell<Rc<Mover>>,
+    amended: &RefCell<Option<Reopened>>,
+    old: &Mover,
+) -> Result<(), AmendStop> {
+    let outcome = open_anew(gate, mover, amended, old).await;
+    if outcome.is_err() {
+        old.lost.set(true);
+    }
+    outcome
+}
+
+async fn open_anew(
     gate: Option<&Rc<Gate>>,
     mover: &RefCell<Rc<Mover>>,
     amended: &RefCell<Option<Reopened>>,
@@ -138,6 +151,8 @@ impl Mover {
 
     /// All that a longer disk needs, but for its length in the header.
     async fn prepare_growth(&self, length_bytes: u64, pace: &dyn Pace) -> Result<(), AmendStop> {
+        let known = self.check_known(Operation::Resize, ByteRange::new(0, length_bytes));
+        known.map_err(AmendStop::Failed)?;
         let zeroed = self.zero_behind_end(length_bytes).await;
         zeroed.map_err(AmendStop::Failed)?;
         let below_bytes = self.below_bytes();

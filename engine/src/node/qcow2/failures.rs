@@ -23,12 +23,27 @@ pub(super) enum Told {
 impl Mover {
     /// Why a request is refused before it is tried.
     pub(super) fn refusal(&self, operation: Operation, range: ByteRange) -> Option<NodeError> {
+        if let Err(error) = self.check_known(operation, range) {
+            return Some(error);
+        }
         // Who reads may go on: nothing that is known of the image here leads to something else.
         let errno = match self.away.get() && operation != Operation::Read {
             true => EBUSY,
             false => refused(operation, range, self.read_only(), self.length())?,
         };
         Some(self.error(operation, Some(range), errno))
+    }
+
+    /// That the image is not [lost](Self::lost).
+    pub(super) fn check_known(
+        &self,
+        operation: Operation,
+        range: ByteRange,
+    ) -> Result<(), NodeError> {
+        match self.lost.get() {
+            true => Err(self.error(operation, Some(range), ENOMEDIUM)),
+            false => Ok(()),
+        }
     }
 
     /// A failure of this node.

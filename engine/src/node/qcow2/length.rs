@@ -17,6 +17,7 @@ impl Mover {
     /// was left in the cluster that the old end cuts.
     pub(super) async fn change_length(&self, length_bytes: u64) -> Result<(), NodeError> {
         let all = ByteRange::new(0, length_bytes);
+        self.check_known(Operation::Resize, all)?;
         if self.read_only() {
             return Err(self.error(Operation::Resize, Some(all), EBADF));
         }
@@ -50,6 +51,7 @@ impl Mover {
         range: ByteRange,
         how: Preallocation,
     ) -> Result<(), NodeError> {
+        self.check_known(Operation::Preallocate, range)?;
         match how {
             Preallocation::Off => Ok(()),
             Preallocation::Full => self.write_zeroes(range).await,

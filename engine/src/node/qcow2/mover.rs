@@ -34,6 +34,8 @@ pub(super) struct Mover {
     pub(super) told: Cell<Told>,
     /// The image is being amended: what is known of it here may not be so any more.
     pub(super) away: Cell<bool>,
+    /// It has been changed and could not be opened again: nothing that is known of it here is so any more, for good.
+    pub(super) lost: Cell<bool>,
 }
 
 impl Mover {
@@ -58,6 +60,7 @@ impl Mover {
             ahead: RoomAhead::default(),
             told: Cell::default(),
             away: Cell::new(false),
+            lost: Cell::new(false),
         }
     }
 
@@ -76,6 +79,7 @@ impl Mover {
             ahead: RoomAhead::default(),
             told: self.told.clone(),
             away: Cell::new(false),
+            lost: Cell::new(false),
         }
     }
 

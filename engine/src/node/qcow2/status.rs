@@ -3,7 +3,7 @@
 
 use blockyard_images::qcow2::lookup::Source;
 use blockyard_images::qcow2::units::HostOffset;
-use blockyard_storage::{ByteRange, Extent, Storage};
+use blockyard_storage::{ByteRange, Extent, Operation, Storage};
 
 use crate::error::NodeError;
 use crate::node::qcow2::mover::Mover;
@@ -22,6 +22,7 @@ impl Mover {
         range: ByteRange,
         extents_max: usize,
     ) -> Result<Vec<StatusExtent>, NodeError> {
+        self.check_known(Operation::Allocation, range)?;
         let mut extents: Vec<StatusExtent> = Vec::new();
         let (mut rest, mut tables) = (range, 0);
         while !rest.is_empty() && tables < TABLES_MAX {
@@ -89,6 +90,7 @@ impl Mover {
         range: ByteRange,
         finds_holes: bool,
     ) -> Result<Place, NodeError> {
+        self.check_known(Operation::Allocation, range)?;
         let mapped = self.extent(range).await?;
         let (mut range, mut host_offset) = (mapped.range, None);
         let mut zero = matches!(mapped.source, Source::Zero { .. });

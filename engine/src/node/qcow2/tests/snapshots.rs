@@ -102,8 +102,13 @@ fn what_is_refused_leaves_the_node_as_it_was() {
             assert!(nth > 10, "{nth}");
             return;
         }
+        // Nor does it write what it knew of the image before.
+        let _ = yard.drive(node.resize(yard.setup.size_bytes + 4096));
         drop(node);
         yard.cut_power();
+        let file: Rc<dyn Storage> = Aligned::over(yard.image.open());
+        let report = yard.drive(check(&file, &Unobserved)).expect("checked");
+        assert_eq!(report.corruptions, 0, "fault {nth}");
         let node = yard.open();
         let read = yard.drive(Operation::Read(ByteRange::new(0, 4096)).carry_out(&node));
         read.expect("it opens and can be read");
