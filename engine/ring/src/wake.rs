@@ -71,6 +71,12 @@ impl RemoteWaker {
         self.shared.woken.swap(false, Ordering::SeqCst)
     }
 
+    /// Whether somebody has called since the last look, which this is not: the next [`turn`](crate::Reactor::turn) does not wait
+    /// either.
+    pub fn is_woken(&self) -> bool {
+        self.shared.woken.load(Ordering::SeqCst)
+    }
+
     /// Announces that the thread is about to wait; `false`: it must not, somebody called.
     pub(crate) fn fall_asleep(&self) -> bool {
         self.shared.asleep.store(true, Ordering::SeqCst);
@@ -116,5 +122,22 @@ impl RemoteWaker {
             }
         }
         *guard = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_was_only_seen_still_keeps_the_thread_awake() {
+        let waker = RemoteWaker::with_condition();
+        assert!(!waker.is_woken());
+        waker.wake();
+        assert!(waker.is_woken() && waker.is_woken());
+        assert!(!waker.fall_asleep(), "somebody has called");
+        assert!(waker.take_woken());
+        assert!(!waker.is_woken());
+        assert!(waker.fall_asleep());
     }
 }

@@ -118,20 +118,11 @@ fn run(reactor: &Rc<Reactor>, tasks: &Receiver<Task>, pool: BufferPool, cpu: Cpu
     let remote = reactor.waker();
     let waker = Waker::from(Arc::new(LoopWaker(remote.clone())));
     loop {
-        // Looked at before the mailbox: whoever sends after this look wakes the turn below.
-        let mut awake = remote.take_woken();
-        loop {
-            match tasks.try_recv() {
-                Ok(task) => {
-                    local.spawn_local(task(context.clone()));
-                    awake = true;
-                }
-                Err(TryRecvError::Empty) => break,
-                Err(TryRecvError::Disconnected) => return,
-            }
-        }
-        clock.wake_due();
-        if awake || remote.take_woken() {
+        let take = |task: Task| drop(local.spawn_local(task(context.clone())));
+        let Some(awake) = look(&remote, tasks, take, || clock.wake_due()) else {
+            return;
+        };
+        if awake {
             // One round polls a bounded number of tasks and wakes itself if more are ready, so that requests queued
             // meanwhile reach the kernel in between.
             let _ = Pin::new(&mut local).poll(&mut Context::from_waker(&waker));
@@ -140,5 +131,65 @@ fn run(reactor: &Rc<Reactor>, tasks: &Receiver<Task>, pool: BufferPool, cpu: Cpu
             tracing::error!(%error, "a data thread cannot go on");
             return;
         }
+    }
+}
+
+/// Takes in tasks and wakes what is due; whether anything may be ready after that. `None`: nobody can send any more.
+fn look(
+    remote: &RemoteWaker,
+    tasks: &Receiver<Task>,
+    mut take: impl FnMut(Task),
+    wake_due: impl FnOnce(),
+) -> Option<bool> {
+    // Looked at before the mailbox: whoever sends after this look wakes the turn that follows.
+    let mut awake = remote.take_woken();
+    loop {
+        match tasks.try_recv() {
+            Ok(task) => {
+                take(task);
+                awake = true;
+            }
+            Err(TryRecvError::Empty) => break,
+            Err(TryRecvError::Disconnected) => return None,
+        }
+    }
+    wake_due();
+    // What was due has called, but so may have somebody who has sent a task by now: the call is left for the turn, which must
+    // not wait then.
+    Some(awake || remote.is_woken())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_that_comes_behind_the_look_keeps_the_turn_from_waiting() {
+        let config = ReactorConfig::new(BufferPool::new(0));
+        let remote = Reactor::open(config).expect("a reactor").waker();
+        let (mailbox, tasks) = channel::<Task>();
+        let send = || {
+            let sent = mailbox.send(Box::new(|_| Box::pin(std::future::ready(()))));
+            assert!(sent.is_ok());
+            remote.wake();
+        };
+        let mut taken = 0;
+        let mut round = |late: bool| {
+            let wake_due = || {
+                if late {
+                    send()
+                }
+            };
+            look(&remote, &tasks, |_| taken += 1, wake_due)
+        };
+        assert_eq!(round(false), Some(false), "nobody is there");
+        assert_eq!(round(true), Some(true));
+        assert!(
+            remote.is_woken(),
+            "the turn would wait beside a full mailbox"
+        );
+        assert_eq!(round(false), Some(true));
+        assert!(!remote.is_woken());
+        assert_eq!(taken, 1);
     }
 }
