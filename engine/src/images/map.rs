@@ -17,8 +17,9 @@ pub struct MapSpec {
     pub start: u64,
     /// How many bytes at most; `None`: all there are.
     pub length_bytes: Option<u64>,
-    /// Of each layer from the top, whether holes are looked for where its image keeps data; not in what is not named here.
-    pub finds_holes: Vec<bool>,
+    /// Of each layer from the top: from so many clusters in use on, holes are looked for where its image keeps data. `None`, and
+    /// what is not named here: never.
+    pub holes_from_clusters: Vec<Option<u64>>,
 }
 
 /// A run of bytes that are kept in one way.
@@ -72,13 +73,14 @@ pub(super) async fn run(
     let end = spec.length_bytes.map_or(disk_bytes, |length| {
         spec.start.saturating_add(length).min(disk_bytes)
     });
+    let finds_holes = finds_holes(&node, &spec.holes_from_clusters).await?;
     let mut rest = ByteRange::between(spec.start.min(end), end);
     let mut found: Vec<MapExtent> = Vec::new();
     while !rest.is_empty() {
         if watcher.is_cancelled() {
             return Err(cancelled());
         }
-        let extent = first_extent(&node, rest, &spec.finds_holes).await?;
+        let extent = first_extent(&node, rest, &finds_holes).await?;
         rest = ByteRange::between(rest.offset() + extent.length_bytes, rest.end());
         match found.last_mut() {
             Some(last) if last.continues(&extent) => last.length_bytes += extent.length_bytes,
@@ -93,6 +95,26 @@ pub(super) async fn run(
     }
     watcher.tell(ImageEvent::Mapped(found)).await;
     Ok(())
+}
+
+/// In which layers holes are looked for.
+async fn finds_holes(
+    top: &Rc<dyn Node>,
+    from_clusters: &[Option<u64>],
+) -> Result<Vec<bool>, EngineError> {
+    let mut finds_holes = Vec::new();
+    let mut layer = Some(Rc::clone(top));
+    for from in from_clusters {
+        let Some(node) = layer else { break };
+        let has_clusters = match from {
+            Some(clusters) => node.has_clusters(*clusters).await,
+            None => Ok(false),
+        };
+        let has_clusters = has_clusters.map_err(|error| EngineError::generic(error.to_string()));
+        finds_holes.push(has_clusters?);
+        layer = node.backing();
+    }
+    Ok(finds_holes)
 }
 
 /// What is at the front of `rest`.

@@ -184,6 +184,11 @@ pub trait Node {
         })
     }
 
+    /// Whether at least so many clusters of an image's file are in use; of what is no image, none are.
+    fn has_clusters(&self, at_least: u64) -> LocalFuture<'_, Result<bool, NodeError>> {
+        Box::pin(std::future::ready(Ok(at_least == 0)))
+    }
+
     /// Fills the whole of `into` from `offset`.
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer>;
 

@@ -15,6 +15,7 @@ mod fresh;
 mod growth;
 mod header_updates;
 pub mod image;
+mod in_use;
 pub mod info;
 pub mod layout;
 pub mod leases;

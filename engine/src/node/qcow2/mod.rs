@@ -181,6 +181,13 @@ impl Node for Qcow2Node {
         })
     }
 
+    fn has_clusters(&self, at_least: u64) -> LocalFuture<'_, Result<bool, NodeError>> {
+        Box::pin(async move {
+            let _pass = self.gate.enter(Way::Read).await;
+            self.mover().has_clusters(at_least).await
+        })
+    }
+
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
         Box::pin(async move {
             let _pass = self.gate.enter(Way::Read).await;

@@ -121,6 +121,12 @@ impl Mover {
         })
     }
 
+    /// See [`Node::has_clusters`].
+    pub(super) async fn has_clusters(&self, at_least: u64) -> Result<bool, NodeError> {
+        let counted = self.image.has_clusters(at_least).await;
+        counted.map_err(|error| self.failed(error, Operation::Read, None))
+    }
+
     fn kept(&self, range: ByteRange) -> (ByteRange, Option<u64>) {
         let (range, at) = self.image.kept_now(range);
         (range, at.map(|at| at.0))

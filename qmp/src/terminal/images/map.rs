@@ -103,7 +103,7 @@ async fn map(embedded: &mut Embedded, arguments: &MapArguments) -> Result<(), St
     let work = ImageWork::Map(MapSpec {
         start: arguments.start_offset,
         length_bytes: arguments.max_length,
-        finds_holes: layers().map(has_more_clusters_than_room).collect(),
+        holes_from_clusters: layers().map(holes_from_clusters).collect(),
     });
     let mapped = embedded
         .work_on_image("map", NODE, work, |display, event| {
@@ -122,17 +122,13 @@ async fn map(embedded: &mut Embedded, arguments: &MapArguments) -> Result<(), St
     }
 }
 
-/// Whether the clusters of an image take much less room than they would with data in each, as after preallocation of metadata:
-/// qemu-img looks for holes in those, and only in those, with this margin.
-fn has_more_clusters_than_room(layer: &ImageView) -> bool {
-    let (Some(cluster_bytes), Ok(facts)) =
-        (layer.cluster_size_bytes, fs::metadata(&layer.filename))
-    else {
-        return false;
-    };
-    let clusters = facts.len().div_ceil(cluster_bytes.max(1));
-    let room = facts.blocks().saturating_mul(512) / cluster_bytes.max(1);
-    clusters >= room.saturating_add(2).max(room.saturating_mul(10) / 9)
+/// From how many clusters in use on an image takes much less room than it would with data in each, as after preallocation of
+/// metadata: qemu-img looks for holes in those, and only in those, with this margin.
+fn holes_from_clusters(layer: &ImageView) -> Option<u64> {
+    let cluster_bytes = layer.cluster_size_bytes?.max(1);
+    let facts = fs::metadata(&layer.filename).ok()?;
+    let room = facts.blocks().saturating_mul(512) / cluster_bytes;
+    Some(room.saturating_add(2).max(room.saturating_mul(10) / 9))
 }
 
 /// The file that holds the data of a layer.
