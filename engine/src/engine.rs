@@ -20,6 +20,7 @@ use crate::manager::{Call, Manager, serve};
 use crate::node::news::News;
 use crate::reply::Reply;
 use crate::request::Request;
+use crate::root_handle::RootHandle;
 
 /// How an engine is set up.
 #[derive(Clone, Debug)]
@@ -161,6 +162,30 @@ impl EngineHandle {
             .send(Call::Request(Box::new(request), answer))
             .map_err(|_| gone())?;
         result.await.map_err(|_| gone())?
+    }
+
+    /// A way to read the node of this name, and to write it if `writable`, as exports do.
+    ///
+    /// # Errors
+    /// In QEMU's words: the node is not there, or others do not allow it; also when the engine has ended.
+    ///
+    /// # Cancel safety
+    /// Nothing is open then.
+    pub async fn open_root(
+        &self,
+        node_name: &str,
+        writable: bool,
+    ) -> Result<RootHandle, EngineError> {
+        let gone = || EngineError::generic("The daemon is ending");
+        let (answer, opened) = oneshot::channel();
+        let call = Call::OpenRoot {
+            node_name: node_name.to_owned(),
+            writable,
+            answer,
+        };
+        self.calls.send(call).map_err(|_| gone())?;
+        let place = opened.await.map_err(|_| gone())??;
+        Ok(RootHandle::new(place, self.calls.downgrade()))
     }
 
     /// Lets `listener` hear every event from now on: in order, on the manager's thread. It must not block.

@@ -26,3 +26,4 @@ pub mod node;
 mod qcow2;
 pub mod reply;
 pub mod request;
+pub mod root_handle;

@@ -12,6 +12,7 @@ use crate::clock::Clock;
 use crate::data::{CpuPool, Spawner};
 use crate::node::Node;
 use crate::node::news::News;
+use crate::node::root::{Root, RootId};
 
 /// A node inside the engine; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,6 +40,7 @@ pub struct DataContext {
     spawner: Spawner,
     files: Rc<dyn HostFiles>,
     nodes: RefCell<HashMap<NodeId, Rc<dyn Node>>>,
+    roots: RefCell<HashMap<RootId, Rc<Root>>>,
 }
 
 impl DataContext {
@@ -58,6 +60,7 @@ impl DataContext {
             spawner: Spawner::of_the_task_set(),
             files,
             nodes: RefCell::default(),
+            roots: RefCell::default(),
         }
     }
 
@@ -109,5 +112,20 @@ impl DataContext {
     /// Lets a node go; whoever still holds it keeps it until done.
     pub fn remove_node(&self, id: NodeId) -> Option<Rc<dyn Node>> {
         self.nodes.borrow_mut().remove(&id)
+    }
+
+    /// The root, if it is on this thread.
+    pub fn root(&self, id: RootId) -> Option<Rc<Root>> {
+        self.roots.borrow().get(&id).cloned()
+    }
+
+    /// Takes a root in.
+    pub fn insert_root(&self, id: RootId, root: Rc<Root>) {
+        self.roots.borrow_mut().insert(id, root);
+    }
+
+    /// Lets a root go; whoever still holds it keeps it until done.
+    pub fn remove_root(&self, id: RootId) -> Option<Rc<Root>> {
+        self.roots.borrow_mut().remove(&id)
     }
 }

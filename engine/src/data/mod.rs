@@ -11,4 +11,5 @@ mod timers;
 pub use context::{DataContext, HostFiles, NodeId, ThreadId};
 pub use cpu_pool::CpuPool;
 pub use spawner::Spawner;
+pub(crate) use thread::Mailbox;
 pub use threads::ThreadSet;

@@ -4,8 +4,8 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Wake, Waker};
 use std::thread::JoinHandle;
 
@@ -22,13 +22,32 @@ use crate::error::EngineError;
 use crate::node::news::News;
 
 /// Work sent to a data thread.
-pub(super) type Task = Box<dyn FnOnce(Rc<DataContext>) -> LocalFuture<'static, ()> + Send>;
+pub(crate) type Task = Box<dyn FnOnce(Rc<DataContext>) -> LocalFuture<'static, ()> + Send>;
 
 /// The handle of a running data thread. Dropping it ends the thread once its tasks in flight have been abandoned.
 pub(super) struct DataThread {
-    mailbox: Option<Sender<Task>>,
+    mailbox: Option<Arc<Sender<Task>>>,
     waker: RemoteWaker,
     join: Option<JoinHandle<()>>,
+}
+
+/// Sends tasks to a data thread from anywhere, as long as it lives; it does not keep it alive.
+#[derive(Clone)]
+pub(crate) struct Mailbox {
+    tasks: Weak<Sender<Task>>,
+    waker: RemoteWaker,
+}
+
+impl Mailbox {
+    /// Hands a task over; `false`: the thread has ended.
+    pub(crate) fn send(&self, task: Task) -> bool {
+        let sent = self
+            .tasks
+            .upgrade()
+            .is_some_and(|mailbox| mailbox.send(task).is_ok());
+        self.waker.wake();
+        sent
+    }
 }
 
 impl DataThread {
@@ -62,7 +81,7 @@ impl DataThread {
             })?;
         match answer.recv() {
             Ok(Ok(waker)) => Ok(Self {
-                mailbox: Some(mailbox),
+                mailbox: Some(Arc::new(mailbox)),
                 waker,
                 join: Some(join),
             }),
@@ -70,6 +89,18 @@ impl DataThread {
                 "Cannot open a data thread's reactor: {reason}"
             ))),
             Err(_) => Err(EngineError::generic("A data thread ended while it started")),
+        }
+    }
+
+    /// A way to send tasks from anywhere.
+    pub(super) fn mailbox(&self) -> Mailbox {
+        Mailbox {
+            tasks: self
+                .mailbox
+                .as_ref()
+                .map(Arc::downgrade)
+                .unwrap_or_default(),
+            waker: self.waker.clone(),
         }
     }
 

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::data::context::{DataContext, ThreadId};
 use crate::data::cpu_pool::CpuPool;
-use crate::data::thread::DataThread;
+use crate::data::thread::{DataThread, Mailbox};
 use crate::error::EngineError;
 use crate::node::news::News;
 
@@ -159,6 +159,13 @@ impl ThreadSet {
         let members = self.members.borrow();
         let found = members.list.iter().find(|member| member.id == thread);
         found.is_some_and(|member| member.thread.send(Box::new(work)))
+    }
+
+    /// A way to send tasks to `thread` from anywhere, if it is there.
+    pub(crate) fn mailbox(&self, thread: ThreadId) -> Option<Mailbox> {
+        let members = self.members.borrow();
+        let found = members.list.iter().find(|member| member.id == thread);
+        found.map(|member| member.thread.mailbox())
     }
 
     /// Runs `work` on `thread` and returns its result.

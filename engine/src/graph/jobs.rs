@@ -10,10 +10,12 @@ use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{
     BACKING_ROLE, Blocker, Edge, FILE_ROLE, JobLabel, NodeRecord, TARGET_ROLE, User,
 };
+use crate::graph::roots::move_edges;
 use crate::graph::{Graph, names};
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
+use crate::node::filter_node::FilterKind;
 use crate::request::{
     BackupSpec, BitmapMode, CreateSpec, DetectZeroes, MirrorSpec, NodeRef, Permission, SyncMode,
     WorkSpec,
@@ -192,6 +194,7 @@ impl Graph {
                 source,
                 Some(target),
                 "copy-before-write",
+                FilterKind::Refuses,
                 spec.filter_node_name.as_deref(),
             )
             .await
@@ -282,7 +285,10 @@ impl Graph {
             return Err(EngineError::generic("Can't mirror node into itself"));
         }
         let name = spec.filter_node_name.as_deref();
-        let filter = self.insert_filter(source, None, "mirror_top", name).await?;
+        let kind = FilterKind::Refuses;
+        let filter = self
+            .insert_filter(source, None, "mirror_top", kind, name)
+            .await?;
         Ok(JobNodes {
             source: Some(source),
             target: Some(target),
@@ -318,15 +324,17 @@ impl Graph {
         Ok(())
     }
 
-    /// Puts a job's filter above its source; the source's users move to it. A filter that saves old data has the
-    /// target below it too.
-    async fn insert_filter(
+    /// Puts a job's filter above its source; the source's users move to it, roots while none of their requests is in flight. A
+    /// filter that saves old data has the target below it too.
+    pub(super) async fn insert_filter(
         &self,
         source: NodeId,
         target: Option<NodeId>,
         driver: &'static str,
+        kind: FilterKind,
         name: Option<&str>,
     ) -> Result<NodeId, EngineError> {
+        let roots = self.drain_roots(source).await?;
         let id = {
             let mut records = self.records.borrow_mut();
             let id = records.new_id();
@@ -354,7 +362,10 @@ impl Graph {
                 force_share: false,
                 extra: ExtraPermissions::default(),
                 exclusive: false,
-                plan: NodePlan::Filter { child: source },
+                plan: NodePlan::Filter {
+                    child: source,
+                    kind,
+                },
                 locked: None,
                 ..below
             });
@@ -365,7 +376,7 @@ impl Graph {
             };
             let linked = records.change_edges(|edges| {
                 for edge in edges.iter_mut().filter(|edge| edge.child == source) {
-                    if matches!(edge.user, User::Node(_)) {
+                    if matches!(edge.user, User::Node(_) | User::Root(_)) {
                         edge.child = id;
                     }
                 }
@@ -393,19 +404,26 @@ impl Graph {
             id
         };
         self.threads.load(self.thread_of(id), 1);
-        if let Err(error) = self.bring_up(id).await {
+        let brought_up = match self.bring_up(id).await {
+            Ok(()) => roots.put_on(id).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = brought_up {
+            drop(roots);
             self.remove_filter(id).await;
             return Err(error);
         }
         Ok(id)
     }
 
-    /// Takes a filter out: its users go back to what is below it, and it leaves the list in the same step.
+    /// Takes a filter out: its users go back to what is below it, and it leaves the list in the same step. Requests that are
+    /// inside it end there, with what they have asked of the node below.
     async fn remove_filter(&self, id: NodeId) {
         let thread = self.thread_of(id);
-        {
+        let (roots, below) = {
             let mut records = self.records.borrow_mut();
             let below = records.primary(id);
+            let roots = records.roots_on(&[id]);
             let unlinked = records.change_edges(|edges| {
                 edges.retain(|edge| edge.user != User::Node(id));
                 if let Some(below) = below {
@@ -418,6 +436,12 @@ impl Graph {
                 tracing::error!(%error, "a filter could not be unlinked");
             }
             records.nodes.retain(|node| node.id != id);
+            (roots, below)
+        };
+        if let Some(below) = below
+            && let Err(error) = self.put_on(&roots, below).await
+        {
+            tracing::error!(%error, "users of a node stay on a job's filter");
         }
         self.threads.load(thread, -1);
         self.forget_on(thread, id).await;
@@ -559,15 +583,19 @@ impl Graph {
             )));
         }
         let from = nodes.filter.unwrap_or(source);
-        let mut records = self.records.borrow_mut();
-        let moved = records.change_edges(|edges| {
-            for edge in edges.iter_mut().filter(|edge| edge.child == from) {
-                if !edge.is_of(key) {
-                    edge.child = target;
-                }
-            }
-        });
-        moved.map_err(|error| JobError::text(error.text))
+        let roots = {
+            let mut records = self.records.borrow_mut();
+            let roots = records.roots_on(&[from]);
+            let moved = records.change_edges(|edges| {
+                // The job wanted the target for itself until now.
+                edges.retain(|edge| edge.child != target || !edge.is_of(key));
+                move_edges(edges, from, target, Some(key));
+            });
+            moved.map_err(|error| JobError::text(error.text))?;
+            roots
+        };
+        let put = self.put_on(&roots, target).await;
+        put.map_err(|error| JobError::text(error.text))
     }
 
     /// A job's edges and filter go, and its nodes are free again.

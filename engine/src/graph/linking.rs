@@ -119,11 +119,9 @@ impl Records {
         if node.read_only && writes {
             return Err(EngineError::generic("Block node is read-only"));
         }
-        if let NodePlan::Filter { child } = node.plan
-            && (writes || taken.has(Permission::Resize))
+        if let NodePlan::Filter { child, kind } = node.plan
+            && (kind.refuses_writes() && writes || taken.has(Permission::Resize))
         {
-            // A filter saves no old data and tracks no new data, and a node that was above its source before still
-            // stands there on the data thread: it would write past the filter.
             return Err(EngineError::generic(format!(
                 "Node '{}' is the source of a block job and cannot be changed meanwhile",
                 self.name_of(child)
@@ -165,7 +163,9 @@ impl Records {
     fn user_text(&self, user: User) -> String {
         match user {
             User::Node(id) => format!("node '{}'", self.name_of(id)),
-            User::Backend(_) | User::Command => "an unnamed block device".to_owned(),
+            User::Backend(_) | User::Root(_) | User::Command => {
+                "an unnamed block device".to_owned()
+            }
             User::Job(key) => match self.jobs.iter().find(|job| job.key == key) {
                 Some(job) => format!("{} job '{}'", job.job_type.name(), job.id),
                 None => "a block job".to_owned(),

@@ -25,6 +25,7 @@ mod options;
 pub mod permissions;
 mod qcow2;
 mod records;
+mod roots;
 mod snapshots;
 mod views;
 
@@ -45,6 +46,7 @@ use crate::request::{ObjectSpec, Permission};
 
 pub use jobs::JobNodes;
 pub(crate) use names::is_identifier;
+pub use roots::RootPlace;
 
 /// The node graph.
 pub struct Graph {
@@ -115,7 +117,8 @@ impl Graph {
                 return Err(EngineError::generic(text));
             };
             let mut users = records.users(node.id);
-            let is_device = |edge: &Edge| matches!(edge.user, User::Backend(_) | User::Command);
+            let is_device =
+                |edge: &Edge| matches!(edge.user, User::Backend(_) | User::Root(_) | User::Command);
             // Whoever creates an image has its nodes like a device.
             if users.any(is_device) || records.is_being_created(node.id) {
                 return Err(EngineError::generic(format!("Node {name} is in use")));
@@ -214,6 +217,7 @@ impl Graph {
     /// Closes every node, at the end of the daemon: all at once, so that a disk that does not answer keeps no other from
     /// being flushed.
     pub async fn close_all(&self) {
+        self.close_roots().await;
         let mut closing = Vec::new();
         let overlays_first = {
             let records = self.records.borrow();
@@ -366,7 +370,11 @@ impl Graph {
                 let records = self.records.borrow();
                 let node = records.nodes.iter().find(|node| node.thread == thread);
                 let component = node.map(|node| (node.id, records.component(node.id)));
-                component.map(|(id, nodes)| (id, records.jobs_on(&nodes).is_empty()))
+                component.map(|(id, nodes)| {
+                    let is_idle =
+                        records.jobs_on(&nodes).is_empty() && records.roots_on(&nodes).is_empty();
+                    (id, is_idle)
+                })
             };
             match next {
                 None => break,
@@ -414,6 +422,10 @@ impl Graph {
         let component = self.records.borrow().component(id);
         if !self.records.borrow().jobs_on(&component).is_empty() {
             let text = format!("Node '{node_name}' is busy: a block job runs on it");
+            return Err(EngineError::generic(text));
+        }
+        if !self.records.borrow().roots_on(&component).is_empty() {
+            let text = format!("Node '{node_name}' is busy: somebody outside of the graph uses it");
             return Err(EngineError::generic(text));
         }
         drop(self.move_component(held, id, thread, None).await?);

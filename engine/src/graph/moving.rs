@@ -213,7 +213,7 @@ impl Graph {
     }
 
     /// Brings two nodes and what is connected with them to one thread. The second side moves unless more than `own` jobs
-    /// are on it, else the first.
+    /// are on it or somebody outside of the graph uses it, else the first.
     ///
     /// # Errors
     /// When both sides have such jobs on different threads, or the move fails.
@@ -233,7 +233,8 @@ impl Graph {
         }
         let is_idle = |id| {
             let records = self.records.borrow();
-            records.jobs_on(&records.component(id)).len() <= own
+            let component = records.component(id);
+            records.jobs_on(&component).len() <= own && records.roots_on(&component).is_empty()
         };
         if is_idle(other) {
             self.move_component(held, other, here, batch).await
@@ -241,8 +242,8 @@ impl Graph {
             self.move_component(held, one, there, batch).await
         } else {
             Err(EngineError::generic(
-                "What belongs together is used by other jobs on different data threads; move one \
-                 side with x-blockdev-set-iothread once its jobs have ended",
+                "What belongs together is used by other jobs or users on different data threads; \
+                 move one side with x-blockdev-set-iothread once they have ended",
             ))
         }
     }

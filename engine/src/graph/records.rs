@@ -15,6 +15,7 @@ use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
+use crate::node::root::RootId;
 use crate::request::DetectZeroes;
 
 /// Role of the node that holds an image, or that a filter shows.
@@ -25,6 +26,8 @@ pub(super) const IMAGE_ROLE: &str = "image";
 pub(super) const BACKING_ROLE: &str = "backing";
 /// Role of the node that holds the guest's data of an image that keeps it outside.
 pub(super) const DATA_FILE_ROLE: &str = "data-file";
+/// Role of a node that somebody outside of the graph uses.
+pub(super) const ROOT_ROLE: &str = "root";
 /// Role of a node that a job, or its filter, writes to. Permissions on such an edge are fixed.
 pub(super) const TARGET_ROLE: &str = "target";
 
@@ -115,6 +118,8 @@ pub(super) enum User {
     Job(JobKey),
     /// A job's access for reading and writing.
     Backend(JobKey),
+    /// Somebody outside of the graph, who goes where the graph puts him.
+    Root(RootId),
     /// A command, while it runs.
     Command,
 }
@@ -175,6 +180,7 @@ pub(super) struct Records {
     /// Nodes on their way to another thread.
     pub(super) moving: HashSet<NodeId>,
     pub(super) next_id: u64,
+    pub(super) next_root: u64,
     pub(super) next_batch: u64,
 }
 
@@ -182,6 +188,11 @@ impl Records {
     pub(super) fn new_id(&mut self) -> NodeId {
         self.next_id += 1;
         NodeId(self.next_id)
+    }
+
+    pub(super) fn new_root(&mut self) -> RootId {
+        self.next_root += 1;
+        RootId(self.next_root)
     }
 
     pub(super) fn new_batch(&mut self) -> Batch {
@@ -301,7 +312,7 @@ impl Records {
                     next = self.node(*child);
                     continue;
                 }
-                NodePlan::Filter { child } | NodePlan::Blkdebug { child, .. } => {
+                NodePlan::Filter { child, .. } | NodePlan::Blkdebug { child, .. } => {
                     next = self.node(*child);
                     continue;
                 }
@@ -355,12 +366,22 @@ impl Records {
             .filter(|edge| nodes.contains(&edge.child))
             .filter_map(|edge| match edge.user {
                 User::Job(key) | User::Backend(key) => Some(key),
-                User::Node(_) | User::Command => None,
+                User::Node(_) | User::Root(_) | User::Command => None,
             })
             .collect();
         jobs.sort();
         jobs.dedup();
         jobs
+    }
+
+    /// Roots on any of these nodes, which keep them on their thread.
+    pub(super) fn roots_on(&self, nodes: &[NodeId]) -> Vec<RootId> {
+        let on_them = self.edges.iter().filter(|edge| nodes.contains(&edge.child));
+        let roots = on_them.filter_map(|edge| match edge.user {
+            User::Root(id) => Some(id),
+            _ => None,
+        });
+        roots.collect()
     }
 
     /// Fails if a command is changing the length or the header of one of these nodes, or opening one, which must stay on its thread

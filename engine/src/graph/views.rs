@@ -12,6 +12,7 @@ use crate::graph::disk_facts::DiskFacts;
 use crate::graph::records::{ImageRecord, NodeRecord, Records, User};
 use crate::job::context::JobKey;
 use crate::node::build::NodePlan;
+use crate::node::root::RootId;
 use crate::node::{ImageMarks, NodeFacts};
 use crate::reply::{
     FormatSpecific, GraphEdgeView, GraphNodeKind, GraphNodeView, GraphView, ImageView, NodeView,
@@ -23,6 +24,8 @@ const BACKEND_NUMBERS: u64 = 1 << 40;
 /// Number of the command that changes a length.
 const COMMAND_NUMBER: u64 = u64::MAX;
 const JOB_NUMBERS: u64 = 1 << 41;
+/// Numbers of users outside of the graph start here.
+const ROOT_NUMBERS: u64 = 1 << 42;
 
 /// How many files are asked for their room at once.
 const FILES_ASKED_AT_ONCE: usize = 32;
@@ -144,7 +147,7 @@ impl Graph {
             // What is still being opened is not shown, nor that it uses something.
             let by_seen = match edge.user {
                 User::Node(parent) => is_seen(parent),
-                User::Job(_) | User::Backend(_) | User::Command => true,
+                User::Job(_) | User::Backend(_) | User::Root(_) | User::Command => true,
             };
             if !by_seen || !is_seen(edge.child) {
                 continue;
@@ -153,9 +156,10 @@ impl Graph {
                 User::Node(id) => id.0,
                 User::Job(JobKey(key)) => JOB_NUMBERS + key,
                 User::Backend(JobKey(key)) => BACKEND_NUMBERS + key,
+                User::Root(RootId(root)) => ROOT_NUMBERS + root,
                 User::Command => COMMAND_NUMBER,
             };
-            if let User::Backend(_) | User::Command = edge.user {
+            if let User::Backend(_) | User::Root(_) | User::Command = edge.user {
                 let (kind, name) = (GraphNodeKind::BlockBackend, String::new());
                 view.nodes.push(GraphNodeView {
                     id: parent,
@@ -277,7 +281,9 @@ fn room(records: &Records, id: NodeId, known: &HashMap<NodeId, Known>) -> Option
         NodePlan::Null(_) => Some(0),
         // A protocol of its own, which cannot tell.
         NodePlan::Blkdebug { .. } | NodePlan::Opening => None,
-        NodePlan::Raw { child, .. } | NodePlan::Filter { child } => room(records, *child, known),
+        NodePlan::Raw { child, .. } | NodePlan::Filter { child, .. } => {
+            room(records, *child, known)
+        }
         NodePlan::Qcow2 {
             file, data_file, ..
         } => {

@@ -3,12 +3,15 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::error::EngineError;
+use crate::graph::RootPlace;
+use crate::graph::permissions::Permissions;
 use crate::job::status::Status;
 use crate::manager::Manager;
 use crate::manager::publisher::Listener;
+use crate::node::root::RootId;
 use crate::reply::Reply;
 use crate::request::Request;
 
@@ -28,6 +31,17 @@ pub(crate) enum Call {
     Request(Box<Request>, Answer),
     /// Somebody who wants to hear every event from now on.
     Listen(Listener),
+    /// Somebody who wants to read a node, and to write it if so.
+    OpenRoot {
+        /// Of the node.
+        node_name: String,
+        /// Whether it is written, too.
+        writable: bool,
+        /// Takes the way to it.
+        answer: oneshot::Sender<Result<RootPlace, EngineError>>,
+    },
+    /// He does not want to any more, and may want to hear when it is over.
+    CloseRoot(RootId, Option<oneshot::Sender<()>>),
 }
 
 /// Serves calls until the daemon has quit or nobody can call any more. Every job is ended and every node closed then.
@@ -40,6 +54,34 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
         };
         match call {
             Some(Call::Listen(listener)) => manager.publisher.add(listener),
+            Some(Call::OpenRoot { answer, .. }) if manager.ending.get() => {
+                let _ = answer.send(Err(EngineError::generic("The daemon is ending")));
+            }
+            Some(Call::OpenRoot {
+                node_name,
+                writable,
+                answer,
+            }) => {
+                let manager = manager.clone();
+                tokio::task::spawn_local(async move {
+                    let shared = Permissions::EVERY;
+                    let opened = manager.graph.open_root(&node_name, writable, shared).await;
+                    let id = opened.as_ref().ok().map(|place| place.id);
+                    // Who has given up waiting has no use for it.
+                    if let (Err(_), Some(id)) = (answer.send(opened), id) {
+                        manager.graph.close_root(id).await;
+                    }
+                });
+            }
+            Some(Call::CloseRoot(id, answer)) => {
+                let manager = manager.clone();
+                tokio::task::spawn_local(async move {
+                    manager.graph.close_root(id).await;
+                    if let Some(answer) = answer {
+                        let _ = answer.send(());
+                    }
+                });
+            }
             Some(Call::Request(_, answer)) if manager.ending.get() => {
                 answer(Err(EngineError::generic("The daemon is ending")));
             }

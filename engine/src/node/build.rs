@@ -10,7 +10,7 @@ use crate::error::EngineError;
 use crate::node::Node;
 use crate::node::blkdebug_node::{BlkdebugNode, BlkdebugOptions, SharedFaults};
 use crate::node::file_node::{FileNode, FileOptions};
-use crate::node::filter_node::FilterNode;
+use crate::node::filter_node::{FilterKind, FilterNode};
 use crate::node::null_node::{NullNode, NullOptions};
 use crate::node::qcow2::Qcow2Files;
 use crate::node::qcow2::opening::{Qcow2Plan, open};
@@ -66,6 +66,8 @@ pub enum NodePlan {
     Filter {
         /// The child, on the same thread.
         child: NodeId,
+        /// What becomes of writes.
+        kind: FilterKind,
     },
     /// Not known yet: it has its place, but is still being opened.
     Opening,
@@ -123,7 +125,9 @@ pub async fn build(
             *options,
             faults.clone(),
         )),
-        NodePlan::Filter { child } => Rc::new(FilterNode::new(name, child_of(*child)?)),
+        NodePlan::Filter { child, kind } => {
+            Rc::new(FilterNode::new(name, child_of(*child)?, *kind))
+        }
         NodePlan::Qcow2 {
             file,
             data_file,

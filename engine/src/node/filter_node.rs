@@ -1,7 +1,4 @@
-//! [`FilterNode`]: what a job puts above its source. Reads pass; writes are refused.
-//!
-//! A writer above a running job's source would need its old data saved (backup) or its new data tracked (mirror). Nothing
-//! can write there yet, and this node keeps it so.
+//! [`FilterNode`]: what a job puts above its source. Reads pass; what becomes of writes is its [`FilterKind`].
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -13,16 +10,33 @@ use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError,
 use crate::error::NodeError;
 use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
 
+/// What becomes of writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FilterKind {
+    /// Nobody may write: what is overwritten would have to be saved before (backup), which nothing does yet.
+    Refuses,
+    /// They pass: nothing that is written above harms the job (commit of layers below, stream).
+    Passes,
+}
+
+impl FilterKind {
+    /// Whether nobody may write.
+    pub const fn refuses_writes(self) -> bool {
+        matches!(self, FilterKind::Refuses)
+    }
+}
+
 /// A job's filter.
 pub struct FilterNode {
     name: String,
     child: Rc<dyn Node>,
+    kind: FilterKind,
 }
 
 impl FilterNode {
     /// A filter above `child`.
-    pub fn new(name: String, child: Rc<dyn Node>) -> Self {
-        Self { name, child }
+    pub fn new(name: String, child: Rc<dyn Node>, kind: FilterKind) -> Self {
+        Self { name, child, kind }
     }
 
     fn refuse(&self, operation: Operation, range: ByteRange) -> NodeError {
@@ -56,6 +70,9 @@ impl Node for FilterNode {
     }
 
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        if !self.kind.refuses_writes() {
+            return self.child.write(offset, from);
+        }
         let range = ByteRange::new(offset, from.len() as u64);
         let outcome = Err(self.refuse(Operation::Write, range));
         Box::pin(async move {
@@ -66,12 +83,18 @@ impl Node for FilterNode {
         })
     }
 
-    fn zero(&self, range: ByteRange, _: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
-        Box::pin(async move { Err(self.refuse(Operation::Zero, range)) })
+    fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
+        match self.kind.refuses_writes() {
+            true => Box::pin(async move { Err(self.refuse(Operation::Zero, range)) }),
+            false => self.child.zero(range, mode),
+        }
     }
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
-        Box::pin(async move { Err(self.refuse(Operation::Discard, range)) })
+        match self.kind.refuses_writes() {
+            true => Box::pin(async move { Err(self.refuse(Operation::Discard, range)) }),
+            false => self.child.discard(range),
+        }
     }
 
     fn backing(&self) -> Option<Rc<dyn Node>> {

@@ -13,11 +13,13 @@ mod child_storage_tests;
 pub mod fault_rules;
 pub mod file_node;
 pub mod filter_node;
+mod gate;
 pub mod news;
 pub mod null_node;
 mod pieces;
 pub mod qcow2;
 pub mod raw_node;
+pub mod root;
 pub mod zeroes;
 
 use block_node::refused;

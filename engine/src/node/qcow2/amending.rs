@@ -18,8 +18,8 @@ use blockyard_images::{Cancelled, ImageError, Pace};
 use blockyard_storage::{ByteRange, LocalFuture, Operation, Storage};
 use futures_util::future::{Either, select};
 
+use crate::node::gate::{Gate, Way};
 use crate::node::qcow2::Qcow2Node;
-use crate::node::qcow2::gate::{Gate, Way};
 use crate::node::qcow2::mover::Mover;
 use crate::node::{AmendStop, Reopened};
 

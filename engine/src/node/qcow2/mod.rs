@@ -12,7 +12,6 @@ mod amending;
 mod compressed;
 mod failures;
 mod filling;
-mod gate;
 mod length;
 mod mover;
 pub mod opening;
@@ -38,7 +37,7 @@ use crate::data::{DataContext, Spawner};
 use crate::error::NodeError;
 use crate::node::announcing_node::AnnouncingNode;
 use crate::node::child_storage::ChildStorage;
-use crate::node::qcow2::gate::{Gate, Way};
+use crate::node::gate::{Gate, Way};
 use crate::node::qcow2::mover::Mover;
 use crate::node::qcow2::snapshots::change_snapshots;
 use crate::node::{

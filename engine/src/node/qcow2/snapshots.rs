@@ -8,8 +8,8 @@ use blockyard_images::pace::Unwatched;
 use blockyard_images::qcow2::snapshot::{self, SnapshotError};
 use blockyard_storage::Storage;
 
+use crate::node::gate::{Gate, Way};
 use crate::node::qcow2::amending::reopen;
-use crate::node::qcow2::gate::{Gate, Way};
 use crate::node::qcow2::mover::Mover;
 use crate::node::{AmendStop, Reopened, SnapshotChange};
 

@@ -1,5 +1,6 @@
-//! [`Gate`]: who may go on while the image behind a node becomes another one. While it is amended readers do, but for the
-//! moment when the node changes over; writers wait until it has. While its snapshots change all wait.
+//! [`Gate`]: who may go on while what is behind it changes. While an image is amended readers do, but for the moment when its
+//! node changes over; writers wait until it has. While its snapshots change all wait, and so do users of a root that the
+//! graph puts on another node.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -8,14 +9,14 @@ use std::task::{Context, Poll, Waker};
 
 /// What somebody wants of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
+pub(crate) enum Way {
     Read,
     Write,
 }
 
 /// Counts those who use an image, and keeps others waiting.
 #[derive(Default)]
-pub(super) struct Gate {
+pub(crate) struct Gate {
     reads: Lane,
     writes: Lane,
     wakers: RefCell<Vec<Waker>>,
@@ -25,19 +26,20 @@ pub(super) struct Gate {
 struct Lane {
     inside: Cell<usize>,
     waiting: Cell<usize>,
-    closed: Cell<bool>,
+    /// How often it is closed.
+    closed: Cell<usize>,
 }
 
 /// Whoever has it is using the image.
 #[must_use = "the image may change over without it"]
-pub(super) struct Pass {
+pub(crate) struct Pass {
     gate: Rc<Gate>,
     way: Way,
 }
 
 /// As long as it is there, nobody is inside and others wait.
 #[must_use = "opens again when dropped"]
-pub(super) struct Closed {
+pub(crate) struct Closed {
     gate: Rc<Gate>,
     way: Way,
 }
@@ -47,11 +49,11 @@ impl Gate {
     ///
     /// # Cancel safety
     /// Nobody is inside then.
-    pub(super) async fn enter(self: &Rc<Self>, way: Way) -> Pass {
+    pub(crate) async fn enter(self: &Rc<Self>, way: Way) -> Pass {
         let lane = self.lane(way);
-        if lane.closed.get() {
+        if lane.is_closed() {
             let _waiting = Waiting::in_front_of(self, way);
-            poll_fn(|cx| self.poll_when(cx, || !lane.closed.get())).await;
+            poll_fn(|cx| self.poll_when(cx, || !lane.is_closed())).await;
         }
         lane.inside.set(lane.inside.get() + 1);
         Pass {
@@ -64,10 +66,19 @@ impl Gate {
     ///
     /// # Cancel safety
     /// It is open again then.
-    pub(super) async fn close(self: &Rc<Self>, way: Way) -> Closed {
+    pub(crate) async fn close(self: &Rc<Self>, way: Way) -> Closed {
         let lane = self.lane(way);
-        poll_fn(|cx| self.poll_when(cx, || !lane.closed.get())).await;
-        lane.closed.set(true);
+        poll_fn(|cx| self.poll_when(cx, || !lane.is_closed())).await;
+        self.close_again(way).await
+    }
+
+    /// Closes a way that others may have closed too, and waits until nobody is inside. It opens with the last of them.
+    ///
+    /// # Cancel safety
+    /// It is as it was then.
+    pub(crate) async fn close_again(self: &Rc<Self>, way: Way) -> Closed {
+        let lane = self.lane(way);
+        lane.closed.set(lane.closed.get() + 1);
         let closed = Closed {
             gate: Rc::clone(self),
             way,
@@ -77,7 +88,7 @@ impl Gate {
     }
 
     /// Waits until somebody waits in front of a way.
-    pub(super) async fn wanted(&self, way: Way) {
+    pub(crate) async fn wanted(&self, way: Way) {
         let lane = self.lane(way);
         poll_fn(|cx| self.poll_when(cx, || lane.waiting.get() > 0)).await;
     }
@@ -106,11 +117,17 @@ impl Gate {
     }
 }
 
+impl Lane {
+    fn is_closed(&self) -> bool {
+        self.closed.get() > 0
+    }
+}
+
 impl Drop for Pass {
     fn drop(&mut self) {
         let lane = self.gate.lane(self.way);
         lane.inside.set(lane.inside.get() - 1);
-        if lane.closed.get() {
+        if lane.is_closed() {
             self.gate.changed();
         }
     }
@@ -118,7 +135,8 @@ impl Drop for Pass {
 
 impl Drop for Closed {
     fn drop(&mut self) {
-        self.gate.lane(self.way).closed.set(false);
+        let lane = self.gate.lane(self.way);
+        lane.closed.set(lane.closed.get() - 1);
         self.gate.changed();
     }
 }
@@ -178,6 +196,21 @@ mod tests {
         let mut late = pin!(gate.enter(Way::Write));
         assert!(poll(late.as_mut()).is_pending());
         drop(closed);
+        assert!(poll(late.as_mut()).is_ready());
+    }
+
+    #[test]
+    fn a_way_that_two_have_closed_opens_with_the_second() {
+        let gate = Rc::new(Gate::default());
+        let close = || match poll(pin!(gate.close_again(Way::Read))) {
+            Poll::Ready(closed) => closed,
+            Poll::Pending => panic!("nobody is inside"),
+        };
+        let (one, other) = (close(), close());
+        let mut late = pin!(gate.enter(Way::Read));
+        drop(one);
+        assert!(poll(late.as_mut()).is_pending());
+        drop(other);
         assert!(poll(late.as_mut()).is_ready());
     }
 

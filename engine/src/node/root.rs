@@ -1,0 +1,328 @@
+//! [`Root`]: where somebody outside of the graph reads and writes: an export, a test. It stays what it is while the graph puts it
+//! on another node.
+//!
+//! Who changes what a root stands on drains it: new requests wait at its gate, those inside end. What has begun to change the
+//! node ends also when whoever asked for it gives up, so that nothing reaches a node that the root has left.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use blockyard_storage::error::EBADF;
+use blockyard_storage::{Buffer, ByteRange, Operation, StorageError, ZeroMode};
+
+use crate::data::Spawner;
+use crate::error::NodeError;
+use crate::node::gate::{Closed, Gate, Way};
+use crate::node::{Node, NodeFacts, NodeTransfer};
+
+/// A root inside the engine; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RootId(pub u64);
+
+/// A user outside of the graph, on the data thread of its node.
+pub struct Root {
+    /// `None`: closed.
+    node: RefCell<Option<Rc<dyn Node>>>,
+    writable: bool,
+    gate: Rc<Gate>,
+    /// What keeps requests waiting: two for each drain.
+    drained: RefCell<Vec<(Closed, Closed)>>,
+    spawner: Spawner,
+}
+
+impl Root {
+    /// A root on `node`, which changes it only if it is `writable`.
+    pub fn new(node: Rc<dyn Node>, writable: bool, spawner: Spawner) -> Self {
+        Self {
+            node: RefCell::new(Some(node)),
+            writable,
+            gate: Rc::default(),
+            drained: RefCell::default(),
+            spawner,
+        }
+    }
+
+    /// Facts of its node as of now.
+    ///
+    /// # Errors
+    /// `EBADF` once it is closed.
+    pub fn facts(&self) -> Result<NodeFacts, NodeError> {
+        let node = self.node_for(Operation::Read, ByteRange::default(), false)?;
+        let facts = node.facts();
+        Ok(NodeFacts {
+            read_only: facts.read_only || !self.writable,
+            ..facts
+        })
+    }
+
+    /// Fills the whole of `into` from `offset`.
+    ///
+    /// # Cancel safety
+    /// Nothing has changed.
+    pub async fn read(&self, offset: u64, into: Buffer) -> NodeTransfer {
+        let _pass = self.gate.enter(Way::Read).await;
+        let range = ByteRange::new(offset, into.len() as u64);
+        match self.node_for(Operation::Read, range, false) {
+            Ok(node) => node.read(offset, into).await,
+            Err(error) => NodeTransfer {
+                buffer: into,
+                outcome: Err(error),
+            },
+        }
+    }
+
+    /// Writes the whole of `from` at `offset`.
+    ///
+    /// # Cancel safety
+    /// It goes on to its end once it has begun.
+    pub async fn write(&self, offset: u64, from: Buffer) -> NodeTransfer {
+        let pass = self.gate.enter(Way::Write).await;
+        let range = ByteRange::new(offset, from.len() as u64);
+        match self.node_for(Operation::Write, range, true) {
+            Ok(node) => {
+                let write = async move {
+                    let written = node.write(offset, from).await;
+                    drop(pass);
+                    written
+                };
+                self.spawner.to_the_end(write).await
+            }
+            Err(error) => NodeTransfer {
+                buffer: from,
+                outcome: Err(error),
+            },
+        }
+    }
+
+    /// Makes `range` read as zeroes.
+    ///
+    /// # Errors
+    /// As the node's, and `EBADF` where it must not.
+    ///
+    /// # Cancel safety
+    /// It goes on to its end once it has begun.
+    pub async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<(), NodeError> {
+        let change = |node: Rc<dyn Node>| async move { node.zero(range, mode).await };
+        self.change(Operation::Zero, range, change).await
+    }
+
+    /// Gives room back where that is possible.
+    ///
+    /// # Errors
+    /// As [`zero`](Self::zero).
+    ///
+    /// # Cancel safety
+    /// It goes on to its end once it has begun.
+    pub async fn discard(&self, range: ByteRange) -> Result<(), NodeError> {
+        let change = |node: Rc<dyn Node>| async move { node.discard(range).await };
+        self.change(Operation::Discard, range, change).await
+    }
+
+    /// Makes everything that completed before this call durable.
+    ///
+    /// # Errors
+    /// As the node's.
+    ///
+    /// # Cancel safety
+    /// It goes on to its end once it has begun.
+    pub async fn flush(&self) -> Result<(), NodeError> {
+        let pass = self.gate.enter(Way::Write).await;
+        let node = self.node_for(Operation::Sync, ByteRange::default(), false)?;
+        let flush = async move {
+            let flushed = node.flush().await;
+            drop(pass);
+            flushed
+        };
+        self.spawner.to_the_end(flush).await
+    }
+
+    async fn change<F: Future<Output = Result<(), NodeError>> + 'static>(
+        &self,
+        operation: Operation,
+        range: ByteRange,
+        change: impl FnOnce(Rc<dyn Node>) -> F,
+    ) -> Result<(), NodeError> {
+        let pass = self.gate.enter(Way::Write).await;
+        let change = change(self.node_for(operation, range, true)?);
+        let change = async move {
+            let changed = change.await;
+            drop(pass);
+            changed
+        };
+        self.spawner.to_the_end(change).await
+    }
+
+    /// Its node, if the request may be made.
+    fn node_for(
+        &self,
+        operation: Operation,
+        range: ByteRange,
+        changes: bool,
+    ) -> Result<Rc<dyn Node>, NodeError> {
+        let node = self.node.borrow().clone();
+        match node {
+            Some(node) if self.writable || !changes => Ok(node),
+            node => Err(NodeError {
+                node: node.map_or_else(String::new, |node| node.name()),
+                source: StorageError::new(operation, range, EBADF),
+            }),
+        }
+    }
+
+    /// Keeps new requests waiting, and waits until those inside have ended. Lasts until it is [`released`](Self::release) as often.
+    ///
+    /// # Cancel safety
+    /// It is not drained then.
+    pub async fn drain(&self) {
+        let writes = self.gate.close_again(Way::Write).await;
+        let reads = self.gate.close_again(Way::Read).await;
+        self.drained.borrow_mut().push((writes, reads));
+    }
+
+    /// Takes one drain back: with the last one requests go on, on the node that the root is on then.
+    pub fn release(&self) {
+        drop(self.drained.borrow_mut().pop());
+    }
+
+    /// Puts the root on another node. Requests that are inside stay where they are.
+    pub fn put_on(&self, node: Rc<dyn Node>) {
+        let mut place = self.node.borrow_mut();
+        // Closed is closed.
+        if place.is_some() {
+            *place = Some(node);
+        }
+    }
+
+    /// Refuses every further request, and waits until those inside have ended.
+    ///
+    /// # Cancel safety
+    /// It is closed then, but something may be inside.
+    pub async fn close(&self) {
+        self.node.borrow_mut().take();
+        // Those that wait in front are let in to be refused.
+        drop(self.gate.close_again(Way::Write).await);
+        drop(self.gate.close_again(Way::Read).await);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::VecDeque;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use blockyard_simulator::{DiskOptions, World};
+    use blockyard_storage::LocalFuture;
+
+    use super::*;
+    use crate::node::file_node::{FileNode, FileOptions};
+
+    fn poll<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+        future.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// Two disks of 8 KiB, a root on the first, and what was handed to the spawner.
+    struct Yard {
+        world: World,
+        disks: [blockyard_simulator::Disk; 2],
+        root: Root,
+        abandoned: Rc<RefCell<VecDeque<LocalFuture<'static, ()>>>>,
+    }
+
+    impl Yard {
+        fn new(writable: bool) -> Self {
+            let world = World::new(1);
+            let disk = |name| {
+                let options = DiskOptions {
+                    length_bytes: 8192,
+                    ..DiskOptions::default()
+                };
+                world.disk(name, options)
+            };
+            let disks = [disk("one"), disk("other")];
+            let abandoned = Rc::new(RefCell::new(VecDeque::new()));
+            let taken = abandoned.clone();
+            let spawner = Spawner::new(move |work| taken.borrow_mut().push_back(work));
+            let root = Root::new(node(&disks[0]), writable, spawner);
+            Self {
+                world,
+                disks,
+                root,
+                abandoned,
+            }
+        }
+    }
+
+    fn node(disk: &blockyard_simulator::Disk) -> Rc<dyn Node> {
+        let options = FileOptions::default();
+        Rc::new(FileNode::new("file".to_owned(), disk.open(), options))
+    }
+
+    #[test]
+    fn a_request_that_waits_goes_to_the_node_that_the_root_is_on_then() {
+        let yard = Yard::new(true);
+        let mut first = pin!(yard.root.write(0, Buffer::copy_of(&[1; 512])));
+        assert!(poll(first.as_mut()).is_pending());
+        {
+            let mut drain = pin!(yard.root.drain());
+            assert!(poll(drain.as_mut()).is_pending(), "one is inside");
+            while yard.world.step() {
+                assert!(poll(first.as_mut()).is_ready() || yard.world.in_flight() > 0);
+            }
+            assert!(poll(drain.as_mut()).is_ready());
+        }
+        assert!(poll(pin!(yard.root.drain())).is_ready(), "once more");
+        let mut late = pin!(yard.root.write(512, Buffer::copy_of(&[2; 512])));
+        assert!(poll(late.as_mut()).is_pending());
+        yard.root.put_on(node(&yard.disks[1]));
+        yard.root.release();
+        assert!(poll(late.as_mut()).is_pending(), "drained twice");
+        assert!(!yard.world.step(), "nothing was asked of a disk");
+        yard.root.release();
+        while poll(late.as_mut()).is_pending() {
+            assert!(yard.world.step());
+        }
+        assert_eq!(yard.disks[0].bytes()[..1024], [[1; 512], [0; 512]].concat());
+        assert_eq!(yard.disks[1].bytes()[..1024], [[0; 512], [2; 512]].concat());
+    }
+
+    #[test]
+    fn a_write_that_is_abandoned_keeps_the_root_undrained_until_it_ends() {
+        let yard = Yard::new(true);
+        {
+            let mut write = pin!(yard.root.write(0, Buffer::copy_of(&[1; 512])));
+            assert!(poll(write.as_mut()).is_pending());
+        }
+        let mut drain = pin!(yard.root.drain());
+        assert!(poll(drain.as_mut()).is_pending(), "it is still on its way");
+        let rest = yard.abandoned.borrow_mut().pop_front();
+        let mut rest = pin!(rest.expect("handed over"));
+        while poll(rest.as_mut()).is_pending() {
+            assert!(yard.world.step());
+        }
+        assert!(poll(drain.as_mut()).is_ready());
+        assert_eq!(yard.disks[0].bytes()[0], 1);
+    }
+
+    #[test]
+    fn what_is_not_allowed_is_refused_and_so_is_everything_once_it_is_closed() {
+        let yard = Yard::new(false);
+        let errno = |answer: Poll<Result<(), NodeError>>| match answer {
+            Poll::Ready(Err(error)) => error.errno(),
+            other => panic!("not refused: {other:?}"),
+        };
+        let discard = poll(pin!(yard.root.discard(ByteRange::new(0, 512))));
+        assert_eq!(errno(discard), EBADF);
+        assert!(yard.root.facts().expect("open").read_only);
+        let mut waiting = pin!(async {
+            yard.root.drain().await;
+            yard.root.read(0, Buffer::zeroed(512)).await.outcome
+        });
+        assert!(poll(waiting.as_mut()).is_pending());
+        assert!(poll(pin!(yard.root.close())).is_ready());
+        yard.root.release();
+        assert_eq!(errno(poll(waiting.as_mut())), EBADF);
+        assert_eq!(yard.root.facts().map_err(|error| error.errno()), Err(EBADF));
+    }
+}

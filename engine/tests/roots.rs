@@ -1,0 +1,258 @@
+//! Users outside of the graph on real files: what they may do, and where they are while jobs come and go.
+#![forbid(unsafe_code)]
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use blockyard_engine::engine::{Engine, EngineConfig, EngineHandle};
+use blockyard_engine::error::EngineError;
+use blockyard_engine::event::{Event, EventKind};
+use blockyard_engine::job::error_policy::OnError;
+use blockyard_engine::job::status::Status;
+use blockyard_engine::job::verb::VerbCall;
+use blockyard_engine::reply::Reply;
+use blockyard_engine::request::{
+    BackupPerf, BackupSpec, CommonOptions, CopyMode, DriverSpec, FileSpec, JobSpec, MirrorSpec,
+    NodeRef, NodeSpec, Request, SyncMode, VerbFamily, WorkSpec,
+};
+use blockyard_storage::ByteRange;
+
+const LENGTH: u64 = 4 << 20;
+
+/// An engine, its events, and a folder for its files.
+struct Yard {
+    engine: EngineHandle,
+    events: Receiver<Event>,
+    folder: tempfile::TempDir,
+}
+
+impl Yard {
+    fn new() -> Self {
+        let config = EngineConfig {
+            data_threads: 2,
+            ..EngineConfig::default()
+        };
+        let engine = Engine::start(config).expect("the engine starts").handle();
+        let (heard, events) = channel();
+        engine.subscribe(Box::new(move |event| {
+            let _ = heard.send(event.clone());
+        }));
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        Self {
+            engine,
+            events,
+            folder,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    async fn call(&self, request: Request) -> Result<Reply, EngineError> {
+        self.engine.call(request).await
+    }
+
+    /// Adds a raw node over a new file that holds this byte everywhere.
+    async fn add(&self, name: &str, byte: u8) -> PathBuf {
+        let path = self.path(name);
+        let file = std::fs::File::create(&path).expect("made");
+        match byte {
+            0 => file.set_len(LENGTH).expect("sized"),
+            byte => file
+                .write_all_at(&vec![byte; LENGTH as usize], 0)
+                .expect("written"),
+        }
+        let file = NodeSpec {
+            node_name: None,
+            common: CommonOptions::default(),
+            driver: DriverSpec::File(FileSpec {
+                filename: path.clone(),
+                ..FileSpec::default()
+            }),
+        };
+        let spec = NodeSpec {
+            node_name: Some(name.to_owned()),
+            common: CommonOptions::default(),
+            driver: DriverSpec::Raw {
+                file: NodeRef::Inline(Box::new(file)),
+                offset: None,
+                size: None,
+            },
+        };
+        self.call(Request::BlockdevAdd(spec)).await.expect("added");
+        path
+    }
+
+    async fn remove(&self, name: &str) -> Result<Reply, EngineError> {
+        let node_name = name.to_owned();
+        self.call(Request::BlockdevDel { node_name }).await
+    }
+
+    async fn start(&self, work: WorkSpec) -> Result<Reply, EngineError> {
+        let spec = JobSpec {
+            id: Some("j".to_owned()),
+            auto_finalize: true,
+            auto_dismiss: true,
+            work,
+        };
+        self.call(Request::StartJob(spec)).await
+    }
+
+    async fn verb(&self, verb: VerbCall) {
+        let request = Request::JobVerb {
+            family: VerbFamily::BlockJob,
+            id: "j".to_owned(),
+            verb,
+        };
+        self.call(request).await.expect("accepted");
+    }
+
+    /// Waits for a status of the job.
+    fn until(&self, wanted: Status) {
+        loop {
+            let event = self
+                .events
+                .recv_timeout(Duration::from_secs(30))
+                .expect("an event");
+            if let EventKind::BlockJobCompleted {
+                error: Some(error), ..
+            } = &event.kind
+            {
+                panic!("failed: {error}");
+            }
+            if matches!(event.kind, EventKind::JobStatusChange { status, .. } if status == wanted) {
+                return;
+            }
+        }
+    }
+
+    /// Names of nodes that somebody uses as a root.
+    async fn roots(&self) -> Vec<String> {
+        let Ok(Reply::Graph(graph)) = self.call(Request::QueryBlockGraph).await else {
+            panic!("not a graph");
+        };
+        let roots = graph.edges.iter().filter(|edge| edge.name == "root");
+        let name = |id| {
+            let mut nodes = graph.nodes.iter();
+            let found = nodes.find(|node| node.id == id);
+            found.map(|node| node.name.clone()).unwrap_or_default()
+        };
+        roots.map(|edge| name(edge.child)).collect()
+    }
+}
+
+fn backup() -> WorkSpec {
+    WorkSpec::Backup(BackupSpec {
+        device: "s".to_owned(),
+        target: "t".to_owned(),
+        sync: SyncMode::Full,
+        speed: 0,
+        bitmap: None,
+        bitmap_mode: None,
+        compress: false,
+        on_source_error: OnError::Report,
+        on_target_error: OnError::Report,
+        filter_node_name: None,
+        discard_source: false,
+        perf: BackupPerf::default(),
+    })
+}
+
+fn mirror(copy_mode: CopyMode) -> WorkSpec {
+    WorkSpec::Mirror(MirrorSpec {
+        device: "s".to_owned(),
+        target: "t".to_owned(),
+        replaces: None,
+        sync: SyncMode::Full,
+        speed: 0,
+        granularity: None,
+        buf_size: None,
+        on_source_error: OnError::Report,
+        on_target_error: OnError::Report,
+        filter_node_name: Some("filter".to_owned()),
+        copy_mode,
+    })
+}
+
+fn block_on(future: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build();
+    runtime.expect("a runtime").block_on(future);
+}
+
+fn holds(path: &Path, range: ByteRange, byte: u8) -> bool {
+    let bytes = std::fs::read(path).expect("read");
+    let place = range.offset() as usize..range.end() as usize;
+    bytes[place].iter().all(|other| *other == byte)
+}
+
+#[test]
+fn a_root_reads_and_writes_and_keeps_its_node() {
+    block_on(async {
+        let yard = Yard::new();
+        let path = yard.add("s", 1).await;
+        let error = yard.engine.open_root("none", false).await.map(drop);
+        let text = "Cannot find device='none' nor node-name='none'";
+        assert_eq!(error.expect_err("refused").text, text);
+        let root = yard.engine.open_root("s", true).await.expect("opened");
+        assert_eq!(root.length_bytes().await, Ok(LENGTH));
+        root.write(1000, vec![7; 5000]).await.expect("written");
+        root.zero(ByteRange::new(2000, 100), true)
+            .await
+            .expect("zeroed");
+        root.flush().await.expect("flushed");
+        let read = root.read(ByteRange::new(1990, 20)).await.expect("read");
+        assert_eq!(read, [[7; 10], [0; 10]].concat());
+        assert!(holds(&path, ByteRange::new(2100, 3900), 7));
+        assert!(root.read(ByteRange::new(LENGTH - 1, 2)).await.is_err());
+        let error = yard.remove("s").await.expect_err("in use");
+        assert_eq!(error.text, "Node s is in use");
+        let reader = yard.engine.open_root("s", false).await.expect("opened");
+        assert!(reader.write(0, vec![0; 512]).await.is_err(), "read only");
+        reader.close().await.expect("closed");
+        assert_eq!(yard.roots().await, ["s"]);
+        drop(root);
+        // Closing waits behind nothing, and the next request comes behind it.
+        while !yard.roots().await.is_empty() {}
+        yard.remove("s").await.expect("nobody uses it");
+    });
+}
+
+#[test]
+fn a_writer_keeps_a_backup_from_beginning_and_a_reader_goes_with_a_mirror() {
+    block_on(async {
+        let yard = Yard::new();
+        yard.add("s", 1).await;
+        yard.add("t", 2).await;
+        let writer = yard.engine.open_root("s", true).await.expect("opened");
+        let text = "Could not create node: Node 's' is the source of a block job and cannot be \
+                    changed meanwhile";
+        let refused = yard.start(backup()).await.expect_err("refused");
+        assert_eq!(refused.text, text);
+        writer.write(0, vec![3; 512]).await.expect("goes on");
+        writer.close().await.expect("closed");
+        let reader = yard.engine.open_root("s", false).await.expect("opened");
+        yard.start(mirror(CopyMode::Background))
+            .await
+            .expect("started");
+        yard.until(Status::Ready);
+        assert!(yard.roots().await.contains(&"filter".to_owned()));
+        let text = "Permission conflict on node 't': permissions 'consistent read' are both \
+                    required by an unnamed block device (uses node 't' as 'root' child) and \
+                    unshared by an unnamed block device (uses node 't' as 'root' child).";
+        let refused = yard.engine.open_root("t", false).await.map(drop);
+        assert_eq!(refused.expect_err("in use").text, text);
+        yard.verb(VerbCall::Complete).await;
+        yard.until(Status::Null);
+        assert_eq!(yard.roots().await, ["t"]);
+        yard.remove("s").await.expect("nobody uses it");
+        let read = reader.read(ByteRange::new(0, 1024)).await.expect("read");
+        assert_eq!(read, [[3; 512], [1; 512]].concat());
+        reader.close().await.expect("closed");
+        yard.remove("t").await.expect("nobody uses it");
+    });
+}
