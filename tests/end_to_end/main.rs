@@ -34,6 +34,7 @@ mod one_shot;
 mod oracle;
 mod place;
 mod python_client;
+mod reopen;
 mod schema;
 mod script;
 mod snapshots;

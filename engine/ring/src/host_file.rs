@@ -1,7 +1,7 @@
 //! [`HostFile`]: an open file or device of the host, opened so that nothing can block, and what is known of it.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
@@ -73,6 +73,29 @@ impl HostFile {
         // It was for opening only: where a file system cannot promise not to block, io_uring would answer EAGAIN for ever.
         fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
         Self::from_fd(file, mode)
+    }
+
+    /// Opens the very same file once more, in another way: by its descriptor, so that it does not matter what its name has
+    /// become. Image locks stay with this one; the length and the memory of a failed flush are shared. May block.
+    ///
+    /// # Errors
+    /// What open(2) says: permissions are looked at anew. `ENOENT` also where /proc is not mounted, `ESTALE` if what is
+    /// there is another file.
+    pub fn reopened(&self, mode: OpenMode) -> io::Result<Self> {
+        let name = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let mode = OpenMode {
+            create: false,
+            ..mode
+        };
+        let again = Self::open(Path::new(&name), mode)?;
+        if (again.identity, again.kind) != (self.identity, self.kind) {
+            return Err(rustix::io::Errno::STALE.into());
+        }
+        Ok(Self {
+            length_bytes: Arc::clone(&self.length_bytes),
+            failed_sync: Arc::clone(&self.failed_sync),
+            ..again
+        })
     }
 
     /// Takes an open descriptor over.

@@ -67,6 +67,56 @@ fn a_failed_flush_that_nobody_waits_for_stays_too() {
     });
 }
 
+#[test]
+fn the_same_file_is_opened_once_more_whatever_its_name_is() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let path = folder.path().join("image");
+    std::fs::write(&path, vec![7; 64 << 10]).expect("written");
+    let reads = HostFile::open(&path, OpenMode::default()).expect("opened");
+    std::fs::rename(&path, folder.path().join("moved")).expect("moved");
+    std::fs::write(&path, b"another").expect("written");
+    let mode = OpenMode {
+        write: true,
+        ..OpenMode::default()
+    };
+    let writes = reads.reopened(mode).expect("opened again");
+    assert_eq!(writes.identity(), reads.identity());
+    assert!(writes.is_writable() && !reads.is_writable());
+    let reactor = reactor(BackendChoice::Auto);
+    let (old, new) = (
+        reactor.file(reads.clone(), true),
+        reactor.file(writes, false),
+    );
+    block_on(&reactor, async {
+        let written = new.write(64 << 10, Buffer::zeroed(4096)).await;
+        assert_eq!(written.outcome, Ok(()));
+        assert_eq!(reads.length_bytes(), (64 << 10) + 4096, "both know of it");
+        let read = old.read(64 << 10, Buffer::zeroed(4096)).await;
+        assert_eq!(read.outcome, Ok(()));
+        let refused = old.write(0, Buffer::zeroed(4096)).await;
+        assert!(refused.outcome.is_err());
+    });
+    assert_eq!(std::fs::read(&path).expect("read"), b"another");
+}
+
+/// A device that takes every byte and refuses every flush.
+#[test]
+fn a_failed_flush_is_remembered_however_the_file_is_opened() {
+    let mode = OpenMode {
+        write: true,
+        ..OpenMode::default()
+    };
+    let file = HostFile::open(Path::new("/dev/null"), mode).expect("opened");
+    let again = file.reopened(mode).expect("opened again");
+    let reactor = reactor(BackendChoice::Auto);
+    let (old, new) = (reactor.file(file, false), reactor.file(again, false));
+    block_on(&reactor, async {
+        let errno = old.sync().await.expect_err("no flush here").errno;
+        let written = new.write(0, Buffer::zeroed(4096)).await;
+        assert_eq!(written.outcome.expect_err("poisoned").errno, errno);
+    });
+}
+
 /// What somebody else cut off is not taken for zeroes.
 #[test]
 fn a_file_cut_short_by_others_fails_to_read() {

@@ -203,6 +203,13 @@ impl Graph {
         }
     }
 
+    /// What was opened with its parent follows it from now on.
+    pub(super) fn adopt(&self, parent: NodeId, child: &Below) {
+        if let Below::Opened(child) = child {
+            self.records.borrow_mut().adopt(parent, *child);
+        }
+    }
+
     /// The end of opening a node above a child, which is let go of if it came to nothing.
     pub(super) async fn settle<T>(
         &self,
@@ -272,7 +279,9 @@ impl Graph {
             thread: self.thread_of(child),
             ..reserved.record("raw", resolved, site)?
         };
-        self.enlist(record, Some((child, FILE_ROLE))).await
+        let id = self.enlist(record, Some((child, FILE_ROLE))).await?;
+        self.adopt(id, file);
+        Ok(id)
     }
 
     /// How queries show a node.
@@ -353,6 +362,8 @@ impl Reserved<'_> {
             filename: FileName::default(),
             image: None,
             read_only: resolved.read_only,
+            said: resolved.said,
+            inherits_from: None,
             detect_zeroes: resolved.detect_zeroes,
             cache_direct: resolved.cache_direct,
             cache_no_flush: resolved.cache_no_flush,

@@ -10,6 +10,7 @@ use crate::graph::image_names::BackingName;
 use crate::graph::jobs::{JobNodes, edge};
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, Records, User};
+use crate::graph::reopen::pin;
 use crate::graph::{Graph, not_found};
 use crate::node::AmendStop;
 use crate::node::build::NodePlan;
@@ -112,9 +113,41 @@ impl Graph {
             check_same_chain(&records, (root, device), image)?;
             records.check_no_job(image)?;
             records.check_unpinned(&records.component(image), None)?;
-            records.change_edges(|edges| edges.push(header_writer(image)))?;
+            records.change_edges(|edges| edges.push(pin(image)))?;
             (image, format)
         };
+        let changed = self.rewrite_backing(image, format, backing_file).await;
+        self.release(image, &pin(image)).await;
+        changed
+    }
+
+    /// Rewrites what the header of an image says, which an edge keeps where it is, and which may be read-only.
+    async fn rewrite_backing(
+        &self,
+        image: NodeId,
+        format: &str,
+        backing_file: &str,
+    ) -> Result<(), EngineError> {
+        let writable = self.make_writable(image).await?;
+        let taken = {
+            let mut records = self.records.borrow_mut();
+            records.change_edges(|edges| edges.push(header_writer(image)))
+        };
+        let changed = match taken {
+            Ok(()) => self.write_backing(image, format, backing_file).await,
+            Err(error) => Err(error),
+        };
+        self.restore_read_only(writable).await;
+        changed
+    }
+
+    /// Rewrites what the header of an image says that may be written.
+    async fn write_backing(
+        &self,
+        image: NodeId,
+        format: &str,
+        backing_file: &str,
+    ) -> Result<(), EngineError> {
         let options = AmendOptions {
             backing_name: Some(backing_file.as_bytes().to_vec()),
             backing_format: Some(format.as_bytes().to_vec()).filter(|_| !backing_file.is_empty()),

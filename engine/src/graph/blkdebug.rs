@@ -66,7 +66,9 @@ impl Graph {
                 thread: self.thread_of(child),
                 ..reserved.record("blkdebug", resolved, site)?
             };
-            self.enlist(record, Some((child, IMAGE_ROLE))).await
+            let id = self.enlist(record, Some((child, IMAGE_ROLE))).await?;
+            self.adopt(id, &image);
+            Ok(id)
         }
         .await;
         self.settle(image, outcome).await

@@ -21,6 +21,14 @@ pub(super) struct HeldLocks {
 }
 
 impl HeldLocks {
+    /// These and others.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            used: self.used.union(other.used),
+            unshared: self.unshared.union(other.unshared),
+        }
+    }
+
     /// What is in these and not in `held`.
     fn beyond(self, held: Self) -> Self {
         Self {

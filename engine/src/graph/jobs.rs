@@ -17,8 +17,8 @@ use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
 use crate::node::filter_node::FilterKind;
 use crate::request::{
-    BackupSpec, BitmapMode, CreateSpec, DetectZeroes, MirrorSpec, NodeRef, Permission, SyncMode,
-    WorkSpec,
+    BackupSpec, BitmapMode, CommonOptions, CreateSpec, DetectZeroes, MirrorSpec, NodeRef,
+    Permission, SyncMode, WorkSpec,
 };
 
 /// Unit of a backup in bytes.
@@ -354,6 +354,8 @@ impl Graph {
                 id,
                 name,
                 driver,
+                said: CommonOptions::default(),
+                inherits_from: None,
                 detect_zeroes: DetectZeroes::Off,
                 image: None,
                 monitor_owned: false,

@@ -30,11 +30,85 @@ impl Records {
         let changed = ends_of_changes(&before, &self.edges);
         let checked = self
             .recompute(&changed)
-            .and_then(|reached| self.update_locks(&reached));
+            .and_then(|reached| self.update_locks(&reached, Locks::Exactly));
         if checked.is_err() {
             self.edges = before;
         }
         checked
+    }
+
+    /// Lets nodes be others and hang together in another way, works permissions out anew and checks them, and takes the image
+    /// locks that follow. What is not needed any more is kept locked until [`settle`](Self::settle), as the nodes have not
+    /// become that yet. All or nothing. Afterwards `change` is what leads back.
+    ///
+    /// # Errors
+    /// The conflict, in QEMU's words.
+    pub(super) fn change_nodes(&mut self, change: &mut Change) -> Result<(), EngineError> {
+        let before = self.edges.clone();
+        self.swap(change);
+        let checked = self.recompute(&change.ends()).and_then(|reached| {
+            change.reached.extend(reached.iter().copied());
+            self.update_locks(&reached, Locks::AtLeast)
+        });
+        if checked.is_err() {
+            self.swap(change);
+            self.edges = before;
+        }
+        checked
+    }
+
+    /// The same without a check, for going back.
+    pub(super) fn take_back(&mut self, change: &mut Change) {
+        self.swap(change);
+        if let Err(error) = self.settle(change) {
+            tracing::error!(%error, "somebody has come to rely on what did not come about");
+        }
+    }
+
+    /// Gives up the image locks that nodes do not need any more since they have changed.
+    ///
+    /// # Errors
+    /// Only if something else was changed meanwhile that does not go together with it.
+    pub(super) fn settle(&mut self, change: &Change) -> Result<(), EngineError> {
+        let mut reached = change.reached.clone();
+        reached.extend(self.recompute(&change.ends())?);
+        self.update_locks(&reached.into_iter().collect::<Vec<_>>(), Locks::Exactly)
+    }
+
+    fn swap(&mut self, change: &mut Change) {
+        for other in &mut change.nodes {
+            let Some(node) = self.node_mut(other.id) else {
+                continue;
+            };
+            std::mem::swap(node, other);
+            // What does not depend on how it is open, and may have changed meanwhile.
+            std::mem::swap(&mut node.locked, &mut other.locked);
+            node.thread = other.thread;
+            node.monitor_owned = other.monitor_owned;
+        }
+        for link in &mut change.links {
+            let is_it = |edge: &&mut Edge| {
+                let leads = edge.user == User::Node(link.parent) && edge.role == link.role;
+                leads && Some(edge.child) == link.from
+            };
+            match (self.edges.iter_mut().find(is_it), link.to) {
+                (Some(edge), Some(to)) => edge.child = to,
+                (Some(_), None) => {
+                    let parent = User::Node(link.parent);
+                    self.edges
+                        .retain(|edge| edge.user != parent || edge.role != link.role);
+                }
+                (None, Some(child)) => self.edges.push(Edge {
+                    user: User::Node(link.parent),
+                    child,
+                    role: link.role,
+                    taken: Permissions::NONE,
+                    shared: Permissions::EVERY,
+                }),
+                (None, None) => {}
+            }
+            std::mem::swap(&mut link.from, &mut link.to);
+        }
     }
 
     /// Permissions of edges between nodes follow from those above them. Returns every node whose users may have changed.
@@ -173,8 +247,9 @@ impl Records {
         }
     }
 
-    /// Takes the image locks of these nodes that follow from their users, and gives up those that do not any more.
-    fn update_locks(&mut self, reached: &[NodeId]) -> Result<(), EngineError> {
+    /// Takes the image locks of these nodes that follow from their users, and gives up those that do not any more, unless they
+    /// are to be kept.
+    fn update_locks(&mut self, reached: &[NodeId], locks: Locks) -> Result<(), EngineError> {
         let mut changed: Vec<(NodeId, HeldLocks)> = Vec::new();
         for id in reached {
             let demands = self.demands(*id);
@@ -189,6 +264,10 @@ impl Records {
                 continue;
             }
             let before = *held;
+            let wanted = match locks {
+                Locks::Exactly => wanted,
+                Locks::AtLeast => wanted.and(before),
+            };
             if let Err(error) = image_locks::change(file, before, wanted) {
                 for (id, before) in changed {
                     let node = self.node_mut(id);
@@ -211,6 +290,54 @@ impl Records {
         // What is in the records has no cycles.
         Index::of(&self.edges).downwards(nodes).unwrap_or_default()
     }
+}
+
+/// What becomes of some nodes and edges at once.
+#[derive(Default)]
+pub(super) struct Change {
+    /// The nodes as they are to be.
+    pub(super) nodes: Vec<NodeRecord>,
+    /// What is to be below them.
+    pub(super) links: Vec<Link>,
+    /// Nodes whose image locks it has to do with, once it is made.
+    reached: HashSet<NodeId>,
+}
+
+/// What is to be below a node in one role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Link {
+    pub(super) parent: NodeId,
+    pub(super) role: &'static str,
+    pub(super) from: Option<NodeId>,
+    pub(super) to: Option<NodeId>,
+}
+
+impl Change {
+    /// These nodes, and these links below them.
+    pub(super) fn new(nodes: Vec<NodeRecord>, links: Vec<Link>) -> Self {
+        Self {
+            nodes,
+            links,
+            reached: HashSet::new(),
+        }
+    }
+
+    /// Nodes whose users, or whose demands on what is below, may be others.
+    fn ends(&self) -> HashSet<NodeId> {
+        let nodes = self.nodes.iter().map(|node| node.id);
+        let links = self.links.iter();
+        let links = links.flat_map(|link| [Some(link.parent), link.from, link.to]);
+        nodes.chain(links.flatten()).collect()
+    }
+}
+
+/// Which image locks a file has after a change.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Locks {
+    /// Those that follow.
+    Exactly,
+    /// Those, and those that it had.
+    AtLeast,
 }
 
 /// Which edges lead to a node and which from it, as places in the list of edges.

@@ -9,7 +9,7 @@ use crate::graph::filenames::FileName;
 use crate::graph::permissions::ExtraPermissions;
 use crate::graph::records::{FILE_ROLE, ImageRecord};
 use crate::job::context::JobKey;
-use crate::request::{DetectZeroes, NullSpec};
+use crate::request::{CommonOptions, DetectZeroes, NullSpec};
 
 const READ: Permissions = Permissions::NONE.with(Permission::ConsistentRead);
 const KEPT: Permissions = READ.with(Permission::WriteUnchanged);
@@ -25,6 +25,8 @@ fn node(records: &mut Records, name: &str, driver: &'static str) -> NodeId {
         filename: FileName::default(),
         image: Some(ImageRecord::default()),
         read_only: false,
+        said: CommonOptions::default(),
+        inherits_from: None,
         detect_zeroes: DetectZeroes::Off,
         cache_direct: false,
         cache_no_flush: false,

@@ -25,6 +25,7 @@ mod options;
 pub mod permissions;
 mod qcow2;
 mod records;
+mod reopen;
 mod roots;
 mod snapshots;
 mod views;
@@ -46,6 +47,7 @@ use crate::request::{ObjectSpec, Permission};
 
 pub use jobs::JobNodes;
 pub(crate) use names::is_identifier;
+pub use reopen::Writable;
 pub use roots::RootPlace;
 
 /// The node graph.

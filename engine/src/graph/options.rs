@@ -13,6 +13,8 @@ pub(super) struct Resolved {
     pub(super) cache_no_flush: bool,
     pub(super) discard: Discard,
     pub(super) detect_zeroes: DetectZeroes,
+    /// What its client says, without what comes from elsewhere.
+    pub(super) said: CommonOptions,
 }
 
 /// What a node that is opened with its parent is to it, which decides what it takes from it.
@@ -56,6 +58,7 @@ impl Resolved {
             cache_no_flush: or_parent(options.cache_no_flush, |parent| parent.cache_no_flush),
             discard: options.discard.unwrap_or(discard),
             detect_zeroes: options.detect_zeroes.unwrap_or_default(),
+            said: options,
         };
         if resolved.detect_zeroes == DetectZeroes::Unmap && resolved.discard != Discard::Unmap {
             return Err(EngineError::generic(
@@ -85,6 +88,7 @@ mod tests {
             cache_no_flush: flags,
             discard: Discard::Unmap,
             detect_zeroes: DetectZeroes::Unmap,
+            said: CommonOptions::default(),
         }
     }
 

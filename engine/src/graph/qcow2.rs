@@ -102,14 +102,16 @@ impl Graph {
         site: Site,
     ) -> Result<NodeId, EngineError> {
         let _held = self.hold_still(&[file], site.batch).await;
-        let file = self.child_now(file, site.batch)?;
+        let child = self.child_now(file, site.batch)?;
         let record = NodeRecord {
-            thread: self.thread_of(file),
+            thread: self.thread_of(child),
             image: Some(ImageRecord::default()),
             plan: NodePlan::Opening,
             ..reserved.record("qcow2", resolved, site)?
         };
-        self.record(record, Some((file, FILE_ROLE)))
+        let id = self.record(record, Some((child, FILE_ROLE)))?;
+        self.adopt(id, file);
+        Ok(id)
     }
 
     /// Reads the header, opens the data file, and brings the image up.
@@ -227,7 +229,8 @@ impl Graph {
         site: Site,
     ) -> Result<NodeId, EngineError> {
         let held = self.hold_still(&[child], site.batch).await;
-        let child = self.child_now(child, site.batch)?;
+        let below = child;
+        let child = self.child_now(below, site.batch)?;
         let _held = self.join(held, id, child, 0, Some(site.batch)).await?;
         let mut records = self.records.borrow_mut();
         if records.node(child).is_none() {
@@ -243,6 +246,9 @@ impl Graph {
                 shared: Permissions::EVERY,
             });
         })?;
+        if let Below::Opened(child) = below {
+            records.adopt(id, *child);
+        }
         Ok(child)
     }
 

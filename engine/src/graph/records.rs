@@ -16,7 +16,7 @@ use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
 use crate::node::root::RootId;
-use crate::request::DetectZeroes;
+use crate::request::{CommonOptions, DetectZeroes};
 
 /// Role of the node that holds an image, or that a filter shows.
 pub(super) const FILE_ROLE: &str = "file";
@@ -45,6 +45,11 @@ pub(super) struct NodeRecord {
     /// What its image says of itself, for formats that have something to say.
     pub(super) image: Option<ImageRecord>,
     pub(super) read_only: bool,
+    /// What its client says of it, without what comes from elsewhere.
+    pub(super) said: CommonOptions,
+    /// The node that it was described with or followed from, which decides what the client does not say, as long as it is
+    /// above.
+    pub(super) inherits_from: Option<NodeId>,
     pub(super) detect_zeroes: DetectZeroes,
     pub(super) cache_direct: bool,
     pub(super) cache_no_flush: bool,
@@ -243,6 +248,22 @@ impl Records {
         self.edges
             .iter()
             .filter(move |edge| edge.user == User::Node(id))
+    }
+
+    /// What was opened with a node below it follows what becomes of the node.
+    pub(super) fn adopt(&mut self, parent: NodeId, child: NodeId) {
+        if let Some(node) = self.node_mut(child) {
+            node.inherits_from = Some(parent);
+        }
+    }
+
+    /// Edges to what follows a node in what its client does not say.
+    pub(super) fn heirs(&self, id: NodeId) -> impl Iterator<Item = &Edge> {
+        let follows = move |child| {
+            self.node(child)
+                .is_some_and(|node| node.inherits_from == Some(id))
+        };
+        self.children(id).filter(move |edge| follows(edge.child))
     }
 
     /// All nodes that are open, newest first, as lists show them.

@@ -4,6 +4,7 @@
 //! Requests are cut and widened to what the limits allow before the rules see them, so that a fault on one sector hits one
 //! piece. Never offers its child's extents for sharing: what is shared passes no rules.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -13,12 +14,14 @@ use blockyard_storage::{
     ZeroMode,
 };
 
-use crate::error::NodeError;
+use crate::data::DataContext;
+use crate::error::{EngineError, NodeError};
 use crate::limits::COPY_CHUNK_BYTES;
+use crate::node::build::NodePlan;
 use crate::node::fault_rules::{DebugEvent, FaultRules};
 use crate::node::pieces::{read_in_pieces, to_usize, write_in_pieces};
 use crate::node::zeroes::is_zero;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, refused};
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, cannot_become, refused};
 use crate::request::{BlkdebugIo, DetectZeroes, Discard};
 
 /// What a client chose for one node. Sizes in bytes; 0: the child's.
@@ -77,7 +80,7 @@ impl SharedFaults {
 pub struct BlkdebugNode {
     name: String,
     child: Rc<dyn Node>,
-    options: BlkdebugOptions,
+    options: Cell<BlkdebugOptions>,
     faults: SharedFaults,
     writes: WritesInFlight,
 }
@@ -93,7 +96,7 @@ impl BlkdebugNode {
         Self {
             name,
             child,
-            options,
+            options: Cell::new(options),
             faults,
             writes: WritesInFlight::default(),
         }
@@ -105,12 +108,12 @@ impl BlkdebugNode {
 
     /// What requests to the child are multiples of. A child's own demand is its own business.
     fn alignment(&self) -> u64 {
-        u64::from(self.options.align.max(1))
+        u64::from(self.options.get().align.max(1))
     }
 
     fn transfer_max_bytes(&self) -> u32 {
         let of_child = self.child.facts().transfer_max_bytes;
-        match self.options.max_transfer {
+        match self.options.get().max_transfer {
             0 => of_child,
             own => own.min(of_child),
         }
@@ -129,7 +132,12 @@ impl BlkdebugNode {
 
     /// Why a request is refused before it is tried.
     fn refusal(&self, operation: Operation, range: ByteRange) -> Option<NodeError> {
-        let errno = refused(operation, range, self.options.read_only, self.length())?;
+        let errno = refused(
+            operation,
+            range,
+            self.options.get().read_only,
+            self.length(),
+        )?;
         Some(self.error(operation, Some(range), errno))
     }
 
@@ -275,10 +283,12 @@ impl BlkdebugNode {
 
     /// Zeroes whole blocks, in pieces that the limits allow; what they do not allow is written.
     async fn zero_aligned(&self, range: ByteRange, mode: ZeroMode) -> Result<(), NodeError> {
-        let unit = self.alignment().max(u64::from(self.options.opt_write_zero));
+        let unit = self
+            .alignment()
+            .max(u64::from(self.options.get().opt_write_zero));
         let mut rest = range;
         while !rest.is_empty() {
-            let piece = next_piece(rest, unit, self.options.max_write_zero);
+            let piece = next_piece(rest, unit, self.options.get().max_write_zero);
             let outcome = if piece.length() < unit {
                 Err(EOPNOTSUPP)
             } else {
@@ -334,13 +344,13 @@ impl Node for BlkdebugNode {
     fn facts(&self) -> NodeFacts {
         let facts = self.child.facts();
         NodeFacts {
-            request_alignment: match self.options.align {
+            request_alignment: match self.options.get().align {
                 0 => facts.request_alignment,
                 own => own,
             },
             transfer_max_bytes: self.transfer_max_bytes(),
-            read_only: self.options.read_only,
-            unmaps: facts.unmaps && self.options.discard == Discard::Unmap,
+            read_only: self.options.get().read_only,
+            unmaps: facts.unmaps && self.options.get().discard == Discard::Unmap,
             ..facts
         }
     }
@@ -393,9 +403,9 @@ impl Node for BlkdebugNode {
                     outcome: Err(error),
                 };
             }
-            if self.options.detect_zeroes != DetectZeroes::Off && is_zero(from.as_slice()) {
+            if self.options.get().detect_zeroes != DetectZeroes::Off && is_zero(from.as_slice()) {
                 let mode = ZeroMode {
-                    may_unmap: self.options.detect_zeroes == DetectZeroes::Unmap,
+                    may_unmap: self.options.get().detect_zeroes == DetectZeroes::Unmap,
                     no_fallback: false,
                 };
                 let outcome = self.zero(range, mode).await;
@@ -424,7 +434,7 @@ impl Node for BlkdebugNode {
             if let Some(error) = self.refusal(Operation::Zero, range) {
                 return Err(error);
             }
-            let may_unmap = mode.may_unmap && self.options.discard == Discard::Unmap;
+            let may_unmap = mode.may_unmap && self.options.get().discard == Discard::Unmap;
             let mode = ZeroMode { may_unmap, ..mode };
             let alignment = self.alignment();
             let _turn = self.writes.enter(range.align_outward(alignment)).await;
@@ -454,18 +464,18 @@ impl Node for BlkdebugNode {
             if let Some(error) = self.refusal(Operation::Discard, range) {
                 return Err(error);
             }
-            if self.options.discard == Discard::Ignore {
+            if self.options.get().discard == Discard::Ignore {
                 return Ok(());
             }
             let alignment = self.alignment();
-            let unit = alignment.max(u64::from(self.options.opt_discard));
+            let unit = alignment.max(u64::from(self.options.get().opt_discard));
             let whole = range.align_inward(alignment);
             let _turn = self.writes.enter(whole).await;
             let mut rest = whole;
             while !rest.is_empty() {
-                let piece = next_piece(rest, unit, self.options.max_discard);
+                let piece = next_piece(rest, unit, self.options.get().max_discard);
                 (_, rest) = rest.split_at(piece.length());
-                if piece.length() < u64::from(self.options.opt_discard) {
+                if piece.length() < u64::from(self.options.get().opt_discard) {
                     continue;
                 }
                 let discarded = match self.check(BlkdebugIo::Discard, Some(piece)).await {
@@ -496,11 +506,11 @@ impl Node for BlkdebugNode {
                 let faults = self.faults.lock();
                 (faults.changes, faults.flushed)
             };
-            if self.options.read_only {
+            if self.options.get().read_only {
                 return Ok(());
             }
             // As everywhere: what has been flushed and not written to since needs no flush, and meets no rule.
-            if !self.options.no_flush && flushed < changes {
+            if !self.options.get().no_flush && flushed < changes {
                 self.check(BlkdebugIo::Flush, None).await?;
             }
             self.child.flush().await?;
@@ -511,7 +521,7 @@ impl Node for BlkdebugNode {
 
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            if self.options.read_only {
+            if self.options.get().read_only {
                 let range = ByteRange::new(0, length_bytes);
                 return Err(self.error(Operation::Resize, Some(range), EBADF));
             }
@@ -531,7 +541,7 @@ impl Node for BlkdebugNode {
         how: Preallocation,
     ) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            if self.options.read_only {
+            if self.options.get().read_only {
                 return Err(self.error(Operation::Preallocate, Some(range), EBADF));
             }
             self.changed();
@@ -545,5 +555,19 @@ impl Node for BlkdebugNode {
 
     fn hear(&self, event: DebugEvent) {
         self.faults.lock().rules.hear(event);
+    }
+
+    fn reopen<'a>(
+        &'a self,
+        _: &'a DataContext,
+        plan: &'a NodePlan,
+    ) -> LocalFuture<'a, Result<(), EngineError>> {
+        Box::pin(async move {
+            let NodePlan::Blkdebug { options, .. } = plan else {
+                return Err(cannot_become(&self.name));
+            };
+            self.options.set(*options);
+            Ok(())
+        })
     }
 }

@@ -19,7 +19,9 @@ use blockyard_storage::{
     Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
 };
 
-use crate::error::NodeError;
+use crate::data::DataContext;
+use crate::error::{EngineError, NodeError};
+use crate::node::build::NodePlan;
 use crate::node::fault_rules::DebugEvent;
 
 /// Facts about a node as of now.
@@ -125,6 +127,13 @@ pub enum Fill {
     Bytes,
     /// Zeroes: all that is below is known to be.
     Zeroes,
+}
+
+/// A node is asked to become one of another driver.
+pub(super) fn cannot_become(name: &str) -> EngineError {
+    EngineError::generic(format!(
+        "Node '{name}' cannot become another driver's (bug)"
+    ))
 }
 
 /// Why a request for `range` of a node this long is refused before it is tried: an error number.
@@ -369,6 +378,25 @@ pub trait Node {
     /// Something is not written: dropping the node would lose what it has promised.
     fn close(&self) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async { Ok(()) })
+    }
+
+    /// Goes on in the way of `plan`, which is one of the same driver: its options, and the nodes below, which are on this
+    /// thread, may be others. Requests that come meanwhile wait, those in flight end before or go on with what they began
+    /// with. What only this node's memory holds is written back first, if it could be written so far.
+    ///
+    /// # Errors
+    /// Why not; the node is what it was then.
+    ///
+    /// # Cancel safety
+    /// Dropping the future abandons the answer; it may be done all the same.
+    fn reopen<'a>(
+        &'a self,
+        context: &'a DataContext,
+        plan: &'a NodePlan,
+    ) -> LocalFuture<'a, Result<(), EngineError>> {
+        let _ = (context, plan);
+        let text = format!("Node '{}' cannot be opened in another way", self.name());
+        Box::pin(std::future::ready(Err(EngineError::generic(text))))
     }
 
     /// Whether this node, or one below, wants to [`hear`](Self::hear) what happens above it.

@@ -90,10 +90,7 @@ pub async fn build(
     name: &str,
     plan: &NodePlan,
 ) -> Result<Built, EngineError> {
-    let child_of = |child: NodeId| {
-        let lost = || EngineError::generic(format!("What is below node '{name}' is lost (bug)"));
-        context.node(child).ok_or_else(lost)
-    };
+    let child_of = |child| child_of(context, name, child);
     let name = name.to_owned();
     let node: Rc<dyn Node> = match plan {
         NodePlan::File { file, options } => {
@@ -149,4 +146,17 @@ pub async fn build(
         }
     };
     Ok(Built { node, info: None })
+}
+
+/// A node below the one with this name.
+///
+/// # Errors
+/// It is not on this thread, which is a bug of the caller.
+pub(super) fn child_of(
+    context: &DataContext,
+    name: &str,
+    child: NodeId,
+) -> Result<Rc<dyn Node>, EngineError> {
+    let lost = || EngineError::generic(format!("What is below node '{name}' is lost (bug)"));
+    context.node(child).ok_or_else(lost)
 }

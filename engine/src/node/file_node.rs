@@ -1,5 +1,6 @@
 //! [`FileNode`]: a host file or device as a node.
 
+use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,10 +11,13 @@ use blockyard_storage::{
     Transfer, ZeroMode,
 };
 
-use crate::error::NodeError;
+use crate::data::DataContext;
+use crate::error::{EngineError, NodeError};
 use crate::limits::SECTOR_BYTES;
+use crate::node::build::NodePlan;
+use crate::node::gate::{Gate, Pass, Way};
 use crate::node::zeroes::is_zero;
-use crate::node::{Node, NodeFacts, NodeTransfer, Place, StatusExtent, refused};
+use crate::node::{Node, NodeFacts, NodeTransfer, Place, StatusExtent, cannot_become, refused};
 use crate::request::{DetectZeroes, Discard};
 
 /// What a client chose for one node.
@@ -31,6 +35,14 @@ pub struct FileOptions {
 
 /// A host file as a node.
 pub struct FileNode {
+    /// Another one once the node has been opened in another way.
+    opened: RefCell<Rc<OpenedFile>>,
+    /// Closed while it is: what writes only parts of blocks must not meet others that do.
+    gate: Rc<Gate>,
+}
+
+/// A file as it is open now.
+struct OpenedFile {
     name: String,
     storage: Rc<dyn Storage>,
     request_alignment: u32,
@@ -40,6 +52,26 @@ pub struct FileNode {
 impl FileNode {
     /// A node over `storage`, whatever alignment that demands.
     pub fn new(name: String, storage: Rc<dyn Storage>, options: FileOptions) -> Self {
+        let opened = OpenedFile::new(name, storage, options);
+        Self {
+            opened: RefCell::new(Rc::new(opened)),
+            gate: Rc::default(),
+        }
+    }
+
+    fn opened(&self) -> Rc<OpenedFile> {
+        Rc::clone(&self.opened.borrow())
+    }
+
+    /// The file for somebody who changes something.
+    async fn opened_for_change(&self) -> (Pass, Rc<OpenedFile>) {
+        let pass = self.gate.enter(Way::Write).await;
+        (pass, self.opened())
+    }
+}
+
+impl OpenedFile {
+    fn new(name: String, storage: Rc<dyn Storage>, options: FileOptions) -> Self {
         let request_alignment = storage.facts().request_alignment;
         Self {
             name,
@@ -51,6 +83,10 @@ impl FileNode {
 
     fn length(&self) -> u64 {
         round_up(self.storage.facts().length_bytes)
+    }
+
+    fn grows(&self) -> bool {
+        !self.storage.facts().fixed_length
     }
 
     fn error(&self, source: StorageError) -> NodeError {
@@ -123,18 +159,20 @@ fn round_up(length_bytes: u64) -> u64 {
 
 impl Node for FileNode {
     fn name(&self) -> String {
-        self.name.clone()
+        let file = self.opened();
+        file.name.clone()
     }
 
     fn facts(&self) -> NodeFacts {
-        let facts = self.storage.facts();
+        let file = self.opened();
+        let facts = file.storage.facts();
         NodeFacts {
-            length_bytes: self.length(),
-            request_alignment: self.request_alignment,
+            length_bytes: file.length(),
+            request_alignment: file.request_alignment,
             transfer_max_bytes: facts.transfer_max_bytes,
             cluster_size_bytes: None,
-            read_only: self.options.read_only,
-            unmaps: self.options.discard == Discard::Unmap && facts.discards,
+            read_only: file.options.read_only,
+            unmaps: file.options.discard == Discard::Unmap && facts.discards,
             fixed_length: facts.fixed_length,
         }
     }
@@ -145,8 +183,9 @@ impl Node for FileNode {
         extents_max: usize,
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
         Box::pin(async move {
-            let extents = self.storage.allocation(range, extents_max).await;
-            let extents = extents.map_err(|error| self.error(error))?;
+            let file = self.opened();
+            let extents = file.storage.allocation(range, extents_max).await;
+            let extents = extents.map_err(|error| file.error(error))?;
             let status = |extent: blockyard_storage::Extent| StatusExtent {
                 range: extent.range,
                 zero: !extent.data,
@@ -175,52 +214,56 @@ impl Node for FileNode {
 
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
         Box::pin(async move {
+            let file = self.opened();
             let range = ByteRange::new(offset, into.len() as u64);
-            if let Some(error) = self.refusal(Operation::Read, range) {
+            if let Some(error) = file.refusal(Operation::Read, range) {
                 return NodeTransfer {
                     buffer: into,
-                    outcome: Err(self.error(error)),
+                    outcome: Err(file.error(error)),
                 };
             }
-            self.transfer(self.storage.read(offset, into).await)
+            file.transfer(file.storage.read(offset, into).await)
         })
     }
 
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
         Box::pin(async move {
+            let (_pass, file) = self.opened_for_change().await;
             let range = ByteRange::new(offset, from.len() as u64);
-            match self.refusal(Operation::Write, range) {
+            match file.refusal(Operation::Write, range) {
                 Some(error) => NodeTransfer {
                     buffer: from,
-                    outcome: Err(self.error(error)),
+                    outcome: Err(file.error(error)),
                 },
-                None => self.write_allowed(offset, from).await,
+                None => file.write_allowed(offset, from).await,
             }
         })
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            match self.refusal(Operation::Zero, range) {
-                Some(error) => Err(self.error(error)),
-                None => self.zero_allowed(range, mode).await,
+            let (_pass, file) = self.opened_for_change().await;
+            match file.refusal(Operation::Zero, range) {
+                Some(error) => Err(file.error(error)),
+                None => file.zero_allowed(range, mode).await,
             }
         })
     }
 
     fn grows(&self) -> bool {
-        !self.storage.facts().fixed_length
+        self.opened().grows()
     }
 
     fn write_growing(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
         Box::pin(async move {
+            let (_pass, file) = self.opened_for_change().await;
             let range = ByteRange::new(offset, from.len() as u64);
-            match self.refusal_growing(Operation::Write, range) {
+            match file.refusal_growing(Operation::Write, range) {
                 Some(error) => NodeTransfer {
                     buffer: from,
-                    outcome: Err(self.error(error)),
+                    outcome: Err(file.error(error)),
                 },
-                None => self.write_allowed(offset, from).await,
+                None => file.write_allowed(offset, from).await,
             }
         })
     }
@@ -231,57 +274,62 @@ impl Node for FileNode {
         mode: ZeroMode,
     ) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            match self.refusal_growing(Operation::Zero, range) {
-                Some(error) => Err(self.error(error)),
-                None => self.zero_allowed(range, mode).await,
+            let (_pass, file) = self.opened_for_change().await;
+            match file.refusal_growing(Operation::Zero, range) {
+                Some(error) => Err(file.error(error)),
+                None => file.zero_allowed(range, mode).await,
             }
         })
     }
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            if let Some(error) = self.refusal(Operation::Discard, range) {
-                return Err(self.error(error));
+            let (_pass, file) = self.opened_for_change().await;
+            if let Some(error) = file.refusal(Operation::Discard, range) {
+                return Err(file.error(error));
             }
-            if self.options.discard == Discard::Ignore {
+            if file.options.discard == Discard::Ignore {
                 return Ok(());
             }
-            self.storage
+            file.storage
                 .discard(range)
                 .await
-                .map_err(|error| self.error(error))
+                .map_err(|error| file.error(error))
         })
     }
 
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            if self.options.no_flush || self.options.read_only {
+            let (_pass, file) = self.opened_for_change().await;
+            if file.options.no_flush || file.options.read_only {
                 return Ok(());
             }
-            self.storage.sync().await.map_err(|error| self.error(error))
+            file.storage.sync().await.map_err(|error| file.error(error))
         })
     }
 
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            if self.options.read_only {
+            let (_pass, file) = self.opened_for_change().await;
+            if file.options.read_only {
                 let range = ByteRange::new(0, length_bytes);
-                return Err(self.error(StorageError::new(Operation::Resize, range, EBADF)));
+                return Err(file.error(StorageError::new(Operation::Resize, range, EBADF)));
             }
-            let facts = self.storage.facts();
+            let facts = file.storage.facts();
             if facts.fixed_length && length_bytes <= facts.length_bytes {
                 // A device has the length that it has, and that is enough.
                 return Ok(());
             }
-            self.storage
+            file.storage
                 .resize(length_bytes)
                 .await
-                .map_err(|error| self.error(error))
+                .map_err(|error| file.error(error))
         })
     }
 
     fn exact_length_bytes(&self) -> u64 {
-        self.storage.facts().length_bytes
+        let file = self.opened();
+        file.storage.facts().length_bytes
     }
 
     fn preallocate(
@@ -290,13 +338,14 @@ impl Node for FileNode {
         how: Preallocation,
     ) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            if let Some(error) = self.refusal(Operation::Preallocate, range) {
-                return Err(self.error(error));
+            let (_pass, file) = self.opened_for_change().await;
+            if let Some(error) = file.refusal(Operation::Preallocate, range) {
+                return Err(file.error(error));
             }
-            let whole = range.align_inward(u64::from(self.request_alignment.max(1)));
+            let whole = range.align_inward(u64::from(file.request_alignment.max(1)));
             let reserved = async {
                 if how != Preallocation::Full || whole == range {
-                    return self.storage.preallocate(range, how).await;
+                    return file.storage.preallocate(range, how).await;
                 }
                 // Only whole blocks can be written past the page cache; what is left at the edges is written around.
                 for edge in [
@@ -304,18 +353,19 @@ impl Node for FileNode {
                     ByteRange::between(whole.end().max(range.offset()), range.end()),
                 ] {
                     let zeroes = Buffer::zeroed(usize::try_from(edge.length()).unwrap_or(0));
-                    self.storage.write(edge.offset(), zeroes).await.outcome?;
+                    file.storage.write(edge.offset(), zeroes).await.outcome?;
                 }
-                self.storage.preallocate(whole, how).await
+                file.storage.preallocate(whole, how).await
             };
-            reserved.await.map_err(|error| self.error(error))
+            reserved.await.map_err(|error| file.error(error))
         })
     }
 
     fn host_extent(&self, range: ByteRange) -> Option<(Arc<OwnedFd>, u64)> {
+        let file = self.opened();
         // The rounded tail is not in the file.
-        let whole = range.end() <= self.storage.facts().length_bytes;
-        self.storage
+        let whole = range.end() <= file.storage.facts().length_bytes;
+        file.storage
             .host_file()
             .filter(|_| whole)
             .map(|file| (file, range.offset()))
@@ -328,16 +378,40 @@ impl Node for FileNode {
         to: ByteRange,
     ) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
-            if let Some(error) = self.refusal(Operation::Share, to) {
-                return Err(self.error(error));
+            let (_pass, file) = self.opened_for_change().await;
+            if let Some(error) = file.refusal(Operation::Share, to) {
+                return Err(file.error(error));
             }
-            if to.end() > self.storage.facts().length_bytes {
-                return Err(self.error(StorageError::new(Operation::Share, to, EINVAL)));
+            if to.end() > file.storage.facts().length_bytes {
+                return Err(file.error(StorageError::new(Operation::Share, to, EINVAL)));
             }
-            self.storage
+            file.storage
                 .share(source, from, to)
                 .await
-                .map_err(|error| self.error(error))
+                .map_err(|error| file.error(error))
+        })
+    }
+
+    fn reopen<'a>(
+        &'a self,
+        context: &'a DataContext,
+        plan: &'a NodePlan,
+    ) -> LocalFuture<'a, Result<(), EngineError>> {
+        Box::pin(async move {
+            let NodePlan::File { file, options } = plan else {
+                return Err(cannot_become(&self.name()));
+            };
+            let _closed = self.gate.close(Way::Write).await;
+            let old = self.opened();
+            if !old.options.read_only && !old.options.no_flush {
+                // What went wrong with bytes on their way is told to whom they were written through.
+                let synced = old.storage.sync().await.map_err(|error| old.error(error));
+                synced.map_err(|error| EngineError::generic(error.to_string()))?;
+            }
+            let storage = context.files().storage(file, options.read_only);
+            let opened = OpenedFile::new(self.name(), storage, *options);
+            self.opened.replace(Rc::new(opened));
+            Ok(())
         })
     }
 }

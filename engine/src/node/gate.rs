@@ -1,20 +1,20 @@
 //! [`Gate`]: who may go on while what is behind it changes. While an image is amended readers do, but for the moment when its
-//! node changes over; writers wait until it has. While its snapshots change all wait, and so do users of a root that the
-//! graph puts on another node.
+//! node changes over; writers wait until it has. While its snapshots change, or the node is opened in another way, all wait, and
+//! so do users of a root that the graph puts on another node.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
-/// What somebody wants of the image.
+/// What somebody wants of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     Read,
     Write,
 }
 
-/// Counts those who use an image, and keeps others waiting.
+/// Counts those who use a node, and keeps others waiting.
 #[derive(Default)]
 pub(crate) struct Gate {
     reads: Lane,
@@ -30,8 +30,8 @@ struct Lane {
     closed: Cell<usize>,
 }
 
-/// Whoever has it is using the image.
-#[must_use = "the image may change over without it"]
+/// Whoever has it is using the node.
+#[must_use = "the node may change over without it"]
 pub(crate) struct Pass {
     gate: Rc<Gate>,
     way: Way,

@@ -22,8 +22,8 @@ pub mod raw_node;
 pub mod root;
 pub mod zeroes;
 
-use block_node::refused;
 pub use block_node::{
     AmendStop, Fill, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, SnapshotChange,
     StatusExtent,
 };
+use block_node::{cannot_become, refused};

@@ -1,5 +1,6 @@
 //! [`NullNode`]: keeps nothing; reads deliver zeroes or whatever the buffer held. For tests and measurements.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -7,8 +8,10 @@ use blockyard_storage::error::{EBADF, EINVAL, EIO, ENOSPC};
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
 
 use crate::clock::Clock;
-use crate::error::NodeError;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::data::DataContext;
+use crate::error::{EngineError, NodeError};
+use crate::node::build::NodePlan;
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, cannot_become};
 
 /// What a client chose for one node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +29,7 @@ pub struct NullOptions {
 /// A node that keeps nothing.
 pub struct NullNode {
     name: String,
-    options: NullOptions,
+    options: Cell<NullOptions>,
     clock: Rc<dyn Clock>,
 }
 
@@ -35,24 +38,24 @@ impl NullNode {
     pub fn new(name: String, options: NullOptions, clock: Rc<dyn Clock>) -> Self {
         Self {
             name,
-            options,
+            options: Cell::new(options),
             clock,
         }
     }
 
     async fn delay(&self) {
-        if !self.options.latency.is_zero() {
+        if !self.options.get().latency.is_zero() {
             self.clock
-                .sleep_until(self.clock.now().after(self.options.latency))
+                .sleep_until(self.clock.now().after(self.options.get().latency))
                 .await;
         }
     }
 
     async fn request(&self, operation: Operation, range: ByteRange) -> Result<(), NodeError> {
         let writes = operation != Operation::Read;
-        let errno = if writes && self.options.read_only {
+        let errno = if writes && self.options.get().read_only {
             EBADF
-        } else if range.end() > self.options.length_bytes {
+        } else if range.end() > self.options.get().length_bytes {
             if writes { ENOSPC } else { EIO }
         } else {
             self.delay().await;
@@ -73,11 +76,11 @@ impl Node for NullNode {
 
     fn facts(&self) -> NodeFacts {
         NodeFacts {
-            length_bytes: self.options.length_bytes,
+            length_bytes: self.options.get().length_bytes,
             request_alignment: 1,
             transfer_max_bytes: 1 << 30,
             cluster_size_bytes: None,
-            read_only: self.options.read_only,
+            read_only: self.options.get().read_only,
             unmaps: false,
             fixed_length: true,
         }
@@ -88,7 +91,7 @@ impl Node for NullNode {
         range: ByteRange,
         _: usize,
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
-        let zero = self.options.read_zeroes;
+        let zero = self.options.get().read_zeroes;
         Box::pin(async move {
             Ok(vec![StatusExtent {
                 range,
@@ -102,7 +105,7 @@ impl Node for NullNode {
         Box::pin(async move {
             let range = ByteRange::new(offset, into.len() as u64);
             let outcome = self.request(Operation::Read, range).await;
-            if self.options.read_zeroes {
+            if self.options.get().read_zeroes {
                 into.as_mut_slice().fill(0);
             }
             NodeTransfer {
@@ -145,6 +148,20 @@ impl Node for NullNode {
                 node: self.name.clone(),
                 source: StorageError::new(Operation::Resize, range, EINVAL),
             })
+        })
+    }
+
+    fn reopen<'a>(
+        &'a self,
+        _: &'a DataContext,
+        plan: &'a NodePlan,
+    ) -> LocalFuture<'a, Result<(), EngineError>> {
+        Box::pin(async move {
+            let NodePlan::Null(options) = plan else {
+                return Err(cannot_become(&self.name));
+            };
+            self.options.set(*options);
+            Ok(())
         })
     }
 }

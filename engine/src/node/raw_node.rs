@@ -1,5 +1,6 @@
 //! [`RawNode`]: raw data on a child, all of it or a window.
 
+use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,12 +10,14 @@ use blockyard_storage::{
     Buffer, ByteRange, LocalFuture, Operation, Preallocation, StorageError, ZeroMode,
 };
 
-use crate::error::NodeError;
+use crate::data::DataContext;
+use crate::error::{EngineError, NodeError};
 use crate::limits::SECTOR_BYTES;
 use crate::node::announcing_node::AnnouncingNode;
+use crate::node::build::{NodePlan, child_of};
 use crate::node::fault_rules::DebugEvent;
 use crate::node::zeroes::is_zero;
-use crate::node::{Node, NodeFacts, NodeTransfer, Place, StatusExtent, refused};
+use crate::node::{Node, NodeFacts, NodeTransfer, Place, StatusExtent, cannot_become, refused};
 use crate::request::{DetectZeroes, Discard};
 
 /// A window's place in its child.
@@ -28,6 +31,12 @@ pub struct Window {
 
 /// Raw data on a child.
 pub struct RawNode {
+    /// Another one once the node has been opened in another way. Requests go on to their end with what they began with.
+    view: RefCell<Rc<RawView>>,
+}
+
+/// What a raw node shows now.
+struct RawView {
     name: String,
     child: Rc<dyn Node>,
     window: Window,
@@ -46,16 +55,25 @@ impl RawNode {
         discard: Discard,
         detect_zeroes: DetectZeroes,
     ) -> Self {
-        Self {
+        let view = RawView {
             name,
             child: AnnouncingNode::below_raw(child),
             window,
             read_only,
             discard,
             detect_zeroes,
+        };
+        Self {
+            view: RefCell::new(Rc::new(view)),
         }
     }
 
+    fn view(&self) -> Rc<RawView> {
+        Rc::clone(&self.view.borrow())
+    }
+}
+
+impl RawView {
     fn length(&self) -> u64 {
         let of_child = self
             .child
@@ -119,6 +137,135 @@ fn refuse<'a>(buffer: Buffer, error: NodeError) -> LocalFuture<'a, NodeTransfer>
 }
 
 impl Node for RawNode {
+    fn name(&self) -> String {
+        self.view().name()
+    }
+
+    fn facts(&self) -> NodeFacts {
+        self.view().facts()
+    }
+
+    fn status(
+        &self,
+        range: ByteRange,
+        extents_max: usize,
+    ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
+        Box::pin(async move { self.view().status(range, extents_max).await })
+    }
+
+    fn place(
+        &self,
+        range: ByteRange,
+        finds_holes: bool,
+    ) -> LocalFuture<'_, Result<Place, NodeError>> {
+        Box::pin(async move { self.view().place(range, finds_holes).await })
+    }
+
+    fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(async move { self.view().read(offset, into).await })
+    }
+
+    fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(async move { self.view().write(offset, from).await })
+    }
+
+    fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move { self.view().zero(range, mode).await })
+    }
+
+    fn grows(&self) -> bool {
+        self.view().grows()
+    }
+
+    fn write_growing(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        Box::pin(async move { self.view().write_growing(offset, from).await })
+    }
+
+    fn zero_growing(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move { self.view().zero_growing(range, mode).await })
+    }
+
+    fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move { self.view().discard(range).await })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move { self.view().flush().await })
+    }
+
+    fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move { self.view().resize(length_bytes).await })
+    }
+
+    fn exact_length_bytes(&self) -> u64 {
+        self.view().exact_length_bytes()
+    }
+
+    fn preallocate(
+        &self,
+        range: ByteRange,
+        how: Preallocation,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move { self.view().preallocate(range, how).await })
+    }
+
+    fn listens(&self) -> bool {
+        self.view().listens()
+    }
+
+    fn hear(&self, event: DebugEvent) {
+        self.view().hear(event);
+    }
+
+    fn host_extent(&self, range: ByteRange) -> Option<(Arc<OwnedFd>, u64)> {
+        self.view().host_extent(range)
+    }
+
+    fn share(
+        &self,
+        source: Arc<OwnedFd>,
+        from: u64,
+        to: ByteRange,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move { self.view().share(source, from, to).await })
+    }
+
+    fn reopen<'a>(
+        &'a self,
+        context: &'a DataContext,
+        plan: &'a NodePlan,
+    ) -> LocalFuture<'a, Result<(), EngineError>> {
+        Box::pin(async move {
+            let NodePlan::Raw {
+                child,
+                window,
+                read_only,
+                discard,
+                detect_zeroes,
+            } = plan
+            else {
+                return Err(cannot_become(&self.name()));
+            };
+            let child = child_of(context, &self.name(), *child)?;
+            let new = Self::new(
+                self.name(),
+                child,
+                *window,
+                *read_only,
+                *discard,
+                *detect_zeroes,
+            );
+            self.view.replace(new.view());
+            Ok(())
+        })
+    }
+}
+
+impl Node for RawView {
     fn name(&self) -> String {
         self.name.clone()
     }

@@ -17,6 +17,7 @@ mod mover;
 pub mod opening;
 mod pieces;
 mod read;
+mod reopening;
 mod room_ahead;
 mod snapshots;
 mod status;
@@ -34,8 +35,9 @@ use blockyard_images::qcow2::amend::AmendOptions;
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, Preallocation, ZeroMode};
 
 use crate::data::{DataContext, Spawner};
-use crate::error::NodeError;
+use crate::error::{EngineError, NodeError};
 use crate::node::announcing_node::AnnouncingNode;
+use crate::node::build::NodePlan;
 use crate::node::child_storage::ChildStorage;
 use crate::node::gate::{Gate, Way};
 use crate::node::qcow2::mover::Mover;
@@ -276,6 +278,14 @@ impl Node for Qcow2Node {
         let (gate, mover) = (Rc::clone(&self.gate), Rc::clone(&self.mover));
         let changed = change_snapshots(gate, mover, Rc::clone(&self.amended), change);
         Box::pin(self.spawner.to_the_end(changed))
+    }
+
+    fn reopen<'a>(
+        &'a self,
+        context: &'a DataContext,
+        plan: &'a NodePlan,
+    ) -> LocalFuture<'a, Result<(), EngineError>> {
+        Box::pin(self.open_again(context, plan))
     }
 
     fn take_reopened(&self) -> Option<Reopened> {

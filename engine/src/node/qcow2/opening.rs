@@ -57,6 +57,30 @@ pub async fn open(
     backing: Option<Rc<dyn Node>>,
     plan: Qcow2Plan,
 ) -> Result<(Rc<Qcow2Node>, ImageInfo), EngineError> {
+    let image = open_image(context, &files, plan).await?;
+    let node = Qcow2Node::new(name, image.image, files, backing, plan.node, context);
+    node.begin_upkeep(context);
+    Ok((Rc::new(node), image.info))
+}
+
+/// An image that can be used.
+pub(super) struct ImageOnFiles {
+    pub(super) image: Rc<Qcow2>,
+    /// What it says of itself.
+    pub(super) info: ImageInfo,
+    /// Name of the backing file, and its format.
+    pub(super) backing: Option<(Vec<u8>, Option<Vec<u8>>)>,
+}
+
+/// Opens the image on `files`, repaired if it is to be written and was not closed.
+///
+/// # Errors
+/// In QEMU's words; also when a disk does not answer in time.
+pub(super) async fn open_image(
+    context: &DataContext,
+    files: &Qcow2Files,
+    plan: Qcow2Plan,
+) -> Result<ImageOnFiles, EngineError> {
     let file: Rc<dyn Storage> = files.file.clone();
     let data_file = files.data_file.clone();
     let data_file = data_file.map(|data_file| data_file as Rc<dyn Storage>);
@@ -67,12 +91,14 @@ pub async fn open(
         opened = read(context, &file, plan).await?;
     }
     let info = ImageInfo::of(&opened);
+    let format = opened.header.extensions.backing_format.clone();
+    let backing = opened.header.backing_name.clone();
     let image = Qcow2::new(file, data_file, opened, plan.image).map_err(refusal)?;
-    let node = Qcow2Node::new(name, image, files, backing, plan.node, context);
-    if let Some(upkeep) = node.upkeep(context.clock().clone()) {
-        context.spawner().spawn(upkeep);
-    }
-    Ok((Rc::new(node), info))
+    Ok(ImageOnFiles {
+        image,
+        info,
+        backing: backing.map(|name| (name, format)),
+    })
 }
 
 async fn read(
@@ -106,7 +132,8 @@ pub(crate) fn refusal(error: ImageError) -> EngineError {
     EngineError::generic(error.to_string())
 }
 
-async fn in_time<T>(
+/// What `work` comes to, unless that takes too long.
+pub(super) async fn in_time<T>(
     context: &DataContext,
     work: LocalFuture<'_, Result<T, EngineError>>,
 ) -> Result<T, EngineError> {

@@ -2,24 +2,30 @@
 
 use std::rc::Rc;
 
-use blockyard_storage::LocalFuture;
-
-use crate::clock::Clock;
+use crate::data::DataContext;
 use crate::node::qcow2::Qcow2Node;
 
 impl Qcow2Node {
-    /// Cleans the caches again and again, as long as the node is there. `None`: it is never to be done.
-    pub fn upkeep(&self, clock: Rc<dyn Clock>) -> Option<LocalFuture<'static, ()>> {
-        let interval = self.mover().options.cache_clean_interval?;
+    /// Lets the caches be cleaned again and again, as long as the node is there and that is to be done. To be called once, and
+    /// again when it is to be done from now on.
+    pub(super) fn begin_upkeep(&self, context: &DataContext) {
+        let Some(mut interval) = self.mover().options.cache_clean_interval else {
+            return;
+        };
+        let clock = context.clock().clone();
         let node = Rc::downgrade(&self.mover);
-        Some(Box::pin(async move {
+        context.spawner().spawn(Box::pin(async move {
             loop {
                 clock.sleep_until(clock.now().after(interval)).await;
                 let Some(node) = node.upgrade() else { return };
                 let node = Rc::clone(&node.borrow());
                 node.image.clean_caches();
                 node.decompressed.clear();
+                let Some(next) = node.options.cache_clean_interval else {
+                    return;
+                };
+                interval = next;
             }
-        }))
+        }));
     }
 }

@@ -6,6 +6,7 @@ pub(crate) mod faults;
 pub(crate) mod model;
 mod oracle;
 mod random;
+mod reopening;
 mod snapshots;
 mod sweeps;
 pub(crate) mod yard;

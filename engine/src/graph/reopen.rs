@@ -1,0 +1,393 @@
+//! Nodes that are opened in another way while they are in use: for writing, or not any more.
+//!
+//! ```text
+//!   files opened anew -> records: permissions, more image locks -> data threads, one node after the other -> fewer image locks
+//! ```
+//! Nodes that come to be written are changed from the file upwards, those that are not to be written any more from the image
+//! downwards, so that what an image holds in memory can always be written back. If one cannot be changed, those before it go
+//! back. Image locks stay with the descriptor that was opened first.
+
+use blockyard_ring::{HostFile, OpenMode};
+use blockyard_storage::error::errno_text;
+
+use crate::data::NodeId;
+use crate::error::EngineError;
+use crate::graph::Graph;
+use crate::graph::host_files::in_background;
+use crate::graph::linking::{Change, Link};
+use crate::graph::permissions::Permissions;
+use crate::graph::records::{BACKING_ROLE, Edge, NodeRecord, Records, User};
+use crate::node::build::NodePlan;
+
+/// Nodes that were opened for writing and are to be read-only again.
+#[derive(Debug, Default)]
+#[must_use = "the nodes stay writable without it"]
+pub struct Writable {
+    nodes: Vec<WasReadOnly>,
+}
+
+#[derive(Debug)]
+struct WasReadOnly {
+    id: NodeId,
+    /// The file as it was open, if it had to be opened anew.
+    file: Option<HostFile>,
+}
+
+impl Graph {
+    /// Lets a node be written that is read-only: its image, and what was described with it to hold that. Users go on, and wait
+    /// for a moment. Whether the graph is held does not matter.
+    ///
+    /// # Errors
+    /// In QEMU's words: the file may not be written, somebody else is in the way, or what is below was made read-only by its
+    /// client. Everything is read-only then as it was.
+    pub async fn open_for_writing(&self, id: NodeId) -> Result<Writable, EngineError> {
+        self.pin(id).await?;
+        let outcome = self.make_writable(id).await;
+        self.release(id, &pin(id)).await;
+        outcome
+    }
+
+    /// The same for a node that an edge of the caller keeps where it is.
+    pub(super) async fn make_writable(&self, id: NodeId) -> Result<Writable, EngineError> {
+        let before = self.records.borrow().writable_with(id);
+        let mut change = Change::default();
+        let mut was = Vec::new();
+        for node in before {
+            if node.force_share {
+                let text = "force-share=on can only be used with read-only images";
+                return Err(EngineError::generic(text));
+            }
+            let again = reopened_file(&node, false, node.cache_direct).await?;
+            let old = file_of(&node.plan).filter(|_| again.is_some()).cloned();
+            was.push(WasReadOnly {
+                id: node.id,
+                file: old,
+            });
+            change.nodes.push(with_access(node, false, again));
+        }
+        self.reopen_nodes(change).await?;
+        Ok(Writable { nodes: was })
+    }
+
+    /// Makes nodes read-only again that were opened for writing, as far as they are still there and nobody else has come to
+    /// write them. Whether the graph is held does not matter.
+    pub async fn restore_read_only(&self, writable: Writable) {
+        let Some(first) = writable.nodes.first().map(|was| was.id) else {
+            return;
+        };
+        self.wait_until_still(first).await;
+        let pinned = {
+            let mut records = self.records.borrow_mut();
+            let is_there = records.node(first).is_some();
+            is_there && records.change_edges(|edges| edges.push(pin(first))).is_ok()
+        };
+        if !pinned {
+            return;
+        }
+        let mut change = Change::default();
+        for was in writable.nodes {
+            let node = self.records.borrow().node(was.id).cloned();
+            // Who was given other options meanwhile has its own file open.
+            let same_way = |node: &NodeRecord, file: &HostFile| {
+                file_of(&node.plan).is_some_and(|now| now.is_direct() == file.is_direct())
+            };
+            if let Some(node) = node.filter(|node| !node.read_only) {
+                let file = was.file.filter(|file| same_way(&node, file));
+                change.nodes.push(with_access(node, true, file));
+            }
+        }
+        if let Err(error) = self.reopen_nodes(change).await {
+            let records = self.records.borrow();
+            let node = records.name_of(first);
+            tracing::warn!(%error, node, "a node stays writable");
+        }
+        self.release(first, &pin(first)).await;
+    }
+
+    /// Puts something else below an image while the image is in use, which reads the same through it: the end of a job that
+    /// has copied what was there before. Requests in flight may end on what was below. Whether the graph is held does not
+    /// matter; both sides are on one thread.
+    ///
+    /// # Errors
+    /// In QEMU's words; what was below is there still.
+    pub async fn set_backing_live(
+        &self,
+        overlay: NodeId,
+        backing: Option<NodeId>,
+    ) -> Result<(), EngineError> {
+        self.wait_until_still(overlay).await;
+        let mut change = {
+            let records = self.records.borrow();
+            let node = records.node(overlay).cloned();
+            let mut node = node.ok_or_else(|| EngineError::generic("The node is gone"))?;
+            let NodePlan::Qcow2 { backing: below, .. } = &mut node.plan else {
+                let text = format!("Node '{}' has nothing below it", node.name);
+                return Err(EngineError::generic(text));
+            };
+            let from = std::mem::replace(below, backing);
+            if backing.is_some_and(|new| self.thread_of(new) != node.thread) {
+                return Err(EngineError::generic(
+                    "Layers of one chain are on different threads (bug)",
+                ));
+            }
+            let link = Link {
+                parent: overlay,
+                role: BACKING_ROLE,
+                from,
+                to: backing,
+            };
+            Change::new(vec![node], vec![link])
+        };
+        self.records.borrow_mut().change_nodes(&mut change)?;
+        let linked = self.threads.run(self.thread_of(overlay), move |context| {
+            Box::pin(async move {
+                let below = backing.map(|id| context.node(id));
+                match (context.node(overlay), below) {
+                    (Some(node), None) => node.set_backing(None),
+                    (Some(node), Some(Some(below))) => node.set_backing(Some(below)),
+                    _ => return false,
+                }
+                true
+            })
+        });
+        let linked = linked.await;
+        let mut records = self.records.borrow_mut();
+        match linked {
+            Ok(true) => {
+                for id in records.component(overlay) {
+                    records.name_image(id);
+                }
+                records.settle(&change)
+            }
+            Ok(false) => {
+                records.take_back(&mut change);
+                Err(EngineError::generic("A node is lost (bug)"))
+            }
+            Err(error) => {
+                records.take_back(&mut change);
+                Err(error)
+            }
+        }
+    }
+
+    /// Changes nodes, and what is below them, in the records and on their threads, where the caller keeps them. All or
+    /// nothing.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub(super) async fn reopen_nodes(&self, mut change: Change) -> Result<(), EngineError> {
+        if change.nodes.is_empty() {
+            return Ok(());
+        }
+        let steps = {
+            let mut records = self.records.borrow_mut();
+            let losers = records.losing_write(&change);
+            records.change_nodes(&mut change)?;
+            records.steps(&change, &losers)
+        };
+        let outcome = self.take_steps(&steps).await;
+        if outcome.is_err() {
+            self.records.borrow_mut().take_back(&mut change);
+            return outcome;
+        }
+        for step in &steps {
+            self.take_in_amended(step.id).await;
+        }
+        let settled = self.records.borrow_mut().settle(&change);
+        if let Err(error) = settled {
+            tracing::error!(%error, "image locks are kept that are not needed any more");
+        }
+        Ok(())
+    }
+
+    /// Carries out what becomes of nodes on their threads, and goes back if one step cannot be taken.
+    async fn take_steps(&self, steps: &[ReopenStep]) -> Result<(), EngineError> {
+        for (place, step) in steps.iter().enumerate() {
+            let Err(error) = self.take_step(step.id, step.new.clone()).await else {
+                continue;
+            };
+            for done in steps.iter().take(place).rev() {
+                if let Err(error) = self.take_step(done.id, done.old.clone()).await {
+                    let records = self.records.borrow();
+                    let node = records.name_of(done.id);
+                    tracing::error!(%error, node, "a node cannot go back to what it was");
+                }
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    async fn take_step(&self, id: NodeId, plan: NodePlan) -> Result<(), EngineError> {
+        let reopened = self.threads.run(self.thread_of(id), move |context| {
+            Box::pin(async move {
+                let lost = || EngineError::generic("A node is lost (bug)");
+                let node = context.node(id).ok_or_else(lost)?;
+                node.reopen(&context, &plan).await
+            })
+        });
+        reopened.await?
+    }
+
+    /// Keeps a node, and what is connected with it, on its thread until the edge of [`pin`] is released.
+    ///
+    /// # Errors
+    /// A command is changing one of them.
+    pub(super) async fn pin(&self, id: NodeId) -> Result<(), EngineError> {
+        self.wait_until_still(id).await;
+        let mut records = self.records.borrow_mut();
+        records.check_unpinned(&records.component(id), None)?;
+        records.change_edges(|edges| edges.push(pin(id)))
+    }
+
+    /// Waits until a node is not on its way to another thread.
+    pub(super) async fn wait_until_still(&self, id: NodeId) {
+        loop {
+            let arrived = self.arrived.notified();
+            if !self.records.borrow().moving.contains(&id) {
+                return;
+            }
+            arrived.await;
+        }
+    }
+}
+
+/// What becomes of one node on its thread.
+struct ReopenStep {
+    id: NodeId,
+    new: NodePlan,
+    old: NodePlan,
+}
+
+impl Records {
+    /// A node and what follows it, as far as all of it has to be opened for writing with it.
+    fn writable_with(&self, id: NodeId) -> Vec<NodeRecord> {
+        let mut found = Vec::new();
+        let mut next = vec![id];
+        while let Some(id) = next.pop() {
+            let Some(node) = self.node(id).filter(|node| node.read_only) else {
+                continue;
+            };
+            found.push(node.clone());
+            let holds = self.heirs(id).filter(|edge| edge.role != BACKING_ROLE);
+            let silent = |child: &NodeId| {
+                let node = self.node(*child);
+                node.is_some_and(|node| node.said.read_only.is_none())
+            };
+            next.extend(holds.map(|edge| edge.child).filter(silent));
+        }
+        found
+    }
+
+    /// Nodes that are not to be written any more, each before what it writes to.
+    fn losing_write(&self, change: &Change) -> Vec<NodeId> {
+        let loses = |id: NodeId| {
+            let now = self.node(id).is_some_and(|node| !node.read_only);
+            let then = change.nodes.iter().find(|node| node.id == id);
+            now && then.is_some_and(|node| node.read_only)
+        };
+        let mut order = self.parents_first(change.nodes.iter().map(|node| node.id));
+        order.retain(|id| loses(*id));
+        order
+    }
+
+    /// The steps of a change that the records show already, in an order in which each can be taken.
+    fn steps(&self, change: &Change, losers: &[NodeId]) -> Vec<ReopenStep> {
+        let mut order = self.parents_first(change.nodes.iter().map(|node| node.id));
+        order.reverse();
+        order.retain(|id| !losers.contains(id));
+        order.extend(losers);
+        let step = |id: NodeId| {
+            let old = change.nodes.iter().find(|node| node.id == id)?;
+            Some(ReopenStep {
+                id,
+                new: self.node(id)?.plan.clone(),
+                old: old.plan.clone(),
+            })
+        };
+        order.into_iter().filter_map(step).collect()
+    }
+}
+
+/// What keeps nodes on their thread while they are opened in another way.
+pub(super) fn pin(id: NodeId) -> Edge {
+    Edge {
+        user: User::Command,
+        child: id,
+        role: "root",
+        taken: Permissions::NONE,
+        shared: Permissions::EVERY,
+    }
+}
+
+fn file_of(plan: &NodePlan) -> Option<&HostFile> {
+    match plan {
+        NodePlan::File { file, .. } => Some(file),
+        _ => None,
+    }
+}
+
+/// The file of a node opened once more, if what is open does not do for what the node is to be.
+///
+/// # Errors
+/// In QEMU's words.
+pub(super) async fn reopened_file(
+    node: &NodeRecord,
+    read_only: bool,
+    direct: bool,
+) -> Result<Option<HostFile>, EngineError> {
+    let Some(file) = file_of(&node.plan) else {
+        return Ok(None);
+    };
+    let does = (read_only || file.is_writable()) && file.is_direct() == direct;
+    let protected = || EngineError::generic("The device is not writable: Permission denied");
+    if does {
+        return Ok(None);
+    }
+    let mode = OpenMode {
+        write: !read_only,
+        direct,
+        create: false,
+    };
+    let old = file.clone();
+    let opened = in_background(move || {
+        let new = old.reopened(mode)?;
+        let is_protected = mode.write && new.is_write_protected()?;
+        Ok((new, is_protected))
+    });
+    match opened.await {
+        Ok((_, true)) => Err(protected()),
+        Ok((new, false)) => Ok(Some(new)),
+        Err(error) => {
+            let reason = match error.raw_os_error() {
+                Some(errno) => errno_text(errno),
+                None => error.to_string(),
+            };
+            let text = format!("Could not open '{}': {reason}", node.filename);
+            Err(EngineError::generic(text))
+        }
+    }
+}
+
+/// A node that may be written or not, on another open file if one is given.
+pub(super) fn with_access(
+    mut node: NodeRecord,
+    now_read_only: bool,
+    new_file: Option<HostFile>,
+) -> NodeRecord {
+    node.read_only = now_read_only;
+    match &mut node.plan {
+        NodePlan::File { file, options } => {
+            options.read_only = now_read_only;
+            if let Some(new) = new_file {
+                *file = new;
+            }
+        }
+        NodePlan::Raw { read_only, .. } => *read_only = now_read_only,
+        NodePlan::Null(options) => options.read_only = now_read_only,
+        NodePlan::Blkdebug { options, .. } => options.read_only = now_read_only,
+        NodePlan::Qcow2 { plan, .. } => plan.image.read_only = now_read_only,
+        NodePlan::Filter { .. } | NodePlan::Opening => {}
+    }
+    node
+}
