@@ -94,6 +94,8 @@ impl Backup {
             may_unmap: false,
             zeroes_are_free: false,
             one_error_a_round: true,
+            counts_skipped: false,
+            leaves_out_ignored: false,
             remember_bytes: REMEMBER_BYTES,
         };
         Copier::new(self.source.clone(), self.target.clone(), options)

@@ -4,11 +4,12 @@
 //! flight ends first, and the window shrinks when requests are slow, so that this takes a fraction of a second.
 
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 
-use blockyard_storage::buffer::BUFFER_SLOT_BYTES;
-use blockyard_storage::{Buffer, ByteRange, LocalFuture, ZeroMode};
+use blockyard_storage::{ByteRange, LocalFuture};
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
@@ -18,6 +19,7 @@ use crate::job::context::{Cursor, JobContext};
 use crate::job::error_policy::{ErrorAction, Side};
 use crate::job::work::Stop;
 use crate::jobs::plan::{Layers, Plan, Step, StepKind};
+use crate::jobs::steps::{Failure, carry_out};
 use crate::node::Node;
 
 /// Requests in flight at first, before it is known how slow they are.
@@ -31,6 +33,9 @@ const IGNORE_DELAY: Duration = Duration::from_millis(10);
 
 /// Longest wait after an ignored error.
 const IGNORE_DELAY_MAX: Duration = Duration::from_secs(1);
+
+/// Ranges that need nothing, after which other tasks have their turn.
+const SKIPPED_IN_A_ROW: usize = 64;
 
 /// Bytes between two durable points, if nothing else is wanted.
 pub(crate) const REMEMBER_BYTES: u64 = 1 << 30;
@@ -56,6 +61,10 @@ pub(crate) struct CopyOptions {
     pub(crate) zeroes_are_free: bool,
     /// Several failures of one round count as one.
     pub(crate) one_error_a_round: bool,
+    /// What is skipped counts as done; else it is no part of the whole.
+    pub(crate) counts_skipped: bool,
+    /// A range whose error is ignored is left out, and the copy fails in the end; else it is tried again.
+    pub(crate) leaves_out_ignored: bool,
     /// Bytes between two durable points.
     pub(crate) remember_bytes: u64,
 }
@@ -65,14 +74,6 @@ struct Ended {
     step: Step,
     took: Duration,
     outcome: Result<(), Failure>,
-}
-
-/// Why one range was not copied.
-enum Failure {
-    /// A request failed.
-    Io(Side, NodeError),
-    /// Its extents cannot be shared; nothing is wrong with copying it.
-    NotShared,
 }
 
 type Window<'a> = FuturesUnordered<LocalFuture<'a, Ended>>;
@@ -89,17 +90,26 @@ pub(crate) struct Copier {
     hold_until: Option<Moment>,
     in_flight: Vec<ByteRange>,
     remembered_bytes: u64,
+    /// The first error that was ignored for good.
+    left_out: Option<JobError>,
+    skipped_in_a_row: usize,
 }
 
 impl Copier {
     /// A copier of the whole of `source` onto `target`, which is as long.
     pub(crate) fn new(source: Rc<dyn Node>, target: Rc<dyn Node>, options: CopyOptions) -> Self {
-        let length = source.facts().length_bytes;
-        let plan = Plan::new(
-            ByteRange::new(0, length),
-            options.layers,
-            options.unit_bytes,
-        );
+        let all = ByteRange::new(0, source.facts().length_bytes);
+        Self::of(all, source, target, options)
+    }
+
+    /// A copier of `range`, whose ends are multiples of all units or the end of the target.
+    pub(crate) fn of(
+        range: ByteRange,
+        source: Rc<dyn Node>,
+        target: Rc<dyn Node>,
+        options: CopyOptions,
+    ) -> Self {
+        let plan = Plan::new(range, options.layers, options.unit_bytes);
         Self {
             source,
             target,
@@ -111,6 +121,8 @@ impl Copier {
             hold_until: None,
             in_flight: Vec::new(),
             remembered_bytes: 0,
+            left_out: None,
+            skipped_in_a_row: 0,
         }
     }
 
@@ -120,7 +132,17 @@ impl Copier {
     /// [`Stop::Cancelled`] after a forced cancel; [`Stop::Failed`] with the error that the policy reports.
     pub(crate) async fn run(&mut self, cx: &JobContext) -> Result<(), Stop> {
         self.copy_all(cx).await?;
+        self.check_whole()?;
         self.flush(cx).await
+    }
+
+    /// # Errors
+    /// The first error that something was left out for.
+    fn check_whole(&self) -> Result<(), Stop> {
+        match &self.left_out {
+            None => Ok(()),
+            Some(error) => Err(Stop::Failed(error.clone())),
+        }
     }
 
     /// Makes what was copied durable, with the policy for writes.
@@ -128,7 +150,22 @@ impl Copier {
     /// # Errors
     /// As [`run`](Self::run).
     pub(crate) async fn flush(&mut self, cx: &JobContext) -> Result<(), Stop> {
-        while !self.flush_target(cx).await? {}
+        let target = self.target.clone();
+        self.until_done(cx, async || target.flush().await).await
+    }
+
+    /// Changes something of the target, with the policy for writes. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(crate) async fn until_done(
+        &mut self,
+        cx: &JobContext,
+        change: impl AsyncFn() -> Result<(), NodeError>,
+    ) -> Result<(), Stop> {
+        while let Err(error) = change().await {
+            self.before_next_try(cx, error).await?;
+        }
         Ok(())
     }
 
@@ -137,12 +174,12 @@ impl Copier {
         let (source, target) = (self.source.clone(), self.target.clone());
         let mut window: Window<'_> = FuturesUnordered::new();
         let mut failed: Option<Stop> = None;
-        let mut round_error: Option<(Side, NodeError)> = None;
+        let mut round_error: Option<(ByteRange, Side, NodeError)> = None;
         loop {
             let stopping = failed.is_some() || round_error.is_some() || cx.must_stop();
             if stopping && window.is_empty() {
-                if let Some((side, error)) = round_error.take() {
-                    failed = self.by_policy(cx, side, error).await;
+                if let Some((range, side, error)) = round_error.take() {
+                    failed = self.by_policy(cx, range, side, error).await;
                     continue;
                 }
                 if let Some(stop) = failed {
@@ -162,14 +199,15 @@ impl Copier {
                     break;
                 };
                 if step.kind == StepKind::Skip {
-                    cx.progress().decrease_remaining(step.range.length());
+                    self.skip(cx, step.range).await;
                     continue;
                 }
                 if !(self.options.zeroes_are_free && step.kind == StepKind::Zero) {
                     cx.charge(step.range.length());
                 }
                 self.in_flight.push(step.range);
-                window.push(carry_out(step, &*source, &*target, cx, self.options));
+                let outcome = carry_out(step, &*source, &*target, cx, self.options);
+                window.push(Box::pin(timed(step, outcome, cx)));
             }
             if window.is_empty() {
                 match wait_until {
@@ -200,9 +238,10 @@ impl Copier {
                 Err(Failure::Io(side, error)) => {
                     self.retry.push_back(ended.step);
                     if self.options.one_error_a_round {
-                        round_error.get_or_insert((side, error));
+                        round_error.get_or_insert((ended.step.range, side, error));
                     } else if failed.is_none() {
-                        failed = self.by_policy(cx, side, error).await;
+                        let range = ended.step.range;
+                        failed = self.by_policy(cx, range, side, error).await;
                     }
                 }
             }
@@ -258,15 +297,39 @@ impl Copier {
             .await
     }
 
+    async fn skip(&mut self, cx: &JobContext, range: ByteRange) {
+        match self.options.counts_skipped {
+            true => cx.progress().done(range.length()),
+            false => cx.progress().decrease_remaining(range.length()),
+        }
+        self.skipped_in_a_row += 1;
+        if self.skipped_in_a_row == SKIPPED_IN_A_ROW {
+            self.skipped_in_a_row = 0;
+            give_way().await;
+        }
+    }
+
     fn is_done(&self) -> bool {
         self.retry.is_empty() && self.plan.is_done()
     }
 
-    /// Asks the policy; what the job has to end with, if it has to.
-    async fn by_policy(&mut self, cx: &JobContext, side: Side, error: NodeError) -> Option<Stop> {
+    /// Asks the policy about `range`, which is to be tried again; what the job has to end with, if it has to.
+    async fn by_policy(
+        &mut self,
+        cx: &JobContext,
+        range: ByteRange,
+        side: Side,
+        error: NodeError,
+    ) -> Option<Stop> {
         match cx.on_error(side, &error).await {
             ErrorAction::Report => Some(Stop::Failed(JobError::from(error))),
             ErrorAction::Stop => None,
+            ErrorAction::Ignore if self.options.leaves_out_ignored => {
+                self.retry.retain(|step| step.range != range);
+                cx.progress().done(range.length());
+                self.left_out.get_or_insert(JobError::from(error));
+                None
+            }
             ErrorAction::Ignore => {
                 let delay = IGNORE_DELAY * 2_u32.saturating_pow(self.ignored_in_a_row.min(10));
                 self.ignored_in_a_row += 1;
@@ -306,7 +369,10 @@ impl Copier {
     /// Makes a durable point when enough was copied since the last one.
     async fn remember(&mut self, cx: &JobContext) -> Result<(), Stop> {
         let low_water = self.low_water();
-        if low_water < self.remembered_bytes + self.options.remember_bytes {
+        // What was left out has to be tried again by whoever goes on from there.
+        if self.left_out.is_some()
+            || low_water < self.remembered_bytes + self.options.remember_bytes
+        {
             return Ok(());
         }
         if self.target.flush().await.is_err() {
@@ -320,140 +386,51 @@ impl Copier {
         .await
     }
 
-    /// Makes the copy durable; `false`: it failed and is to be tried again.
-    async fn flush_target(&mut self, cx: &JobContext) -> Result<bool, Stop> {
-        let Err(error) = self.target.flush().await else {
-            return Ok(true);
+    /// A change of the target has failed. Ends when it is to be tried again.
+    async fn before_next_try(&mut self, cx: &JobContext, error: NodeError) -> Result<(), Stop> {
+        let side = match self.options.layers {
+            // Source and target are one.
+            Layers::Below { .. } => Side::Source,
+            Layers::All | Layers::Top { .. } | Layers::Zeroes => Side::Target,
         };
-        if let Some(stop) = self.by_policy(cx, Side::Target, error).await {
+        let nothing = ByteRange::default();
+        if let Some(stop) = self.by_policy(cx, nothing, side, error).await {
             return Err(stop);
         }
+        self.check_whole()?;
         while let Some(moment) = self.hold_until.take() {
             while !cx.must_stop() && cx.clock().now() < moment {
                 cx.rest_until(moment).await;
             }
         }
-        cx.checkpoint().await?;
-        Ok(false)
+        cx.checkpoint().await
     }
 }
 
-/// Carries one step out.
-fn carry_out<'a>(
+/// A step on its way, with its time.
+async fn timed(
     step: Step,
-    source: &'a dyn Node,
-    target: &'a dyn Node,
-    cx: &'a JobContext,
-    options: CopyOptions,
-) -> LocalFuture<'a, Ended> {
-    Box::pin(async move {
-        let start = cx.clock().now();
-        let outcome = match step.kind {
-            StepKind::Copy if options.compress => {
-                compress(step.range, source, target, cx, options.unit_bytes).await
-            }
-            StepKind::Copy => copy(step.range, source, target, cx).await,
-            StepKind::Zero => zero(step.range, target, options.may_unmap)
-                .await
-                .map_err(|error| Failure::Io(Side::Target, error)),
-            StepKind::Share => share(step.range, source, target).await,
-            StepKind::Skip => Ok(()),
-        };
-        Ended {
-            step,
-            took: cx.clock().now().since(start),
-            outcome,
-        }
-    })
-}
-
-/// Reads and writes one range, in pieces of a buffer slot.
-async fn copy(
-    range: ByteRange,
-    source: &dyn Node,
-    target: &dyn Node,
+    outcome: impl Future<Output = Result<(), Failure>>,
     cx: &JobContext,
-) -> Result<(), Failure> {
-    let mut rest = range;
-    while !rest.is_empty() {
-        let (piece, after) = rest.split_at(BUFFER_SLOT_BYTES as u64);
-        rest = after;
-        let length = usize::try_from(piece.length()).unwrap_or(usize::MAX);
-        let buffer = cx.pool().take(length).await;
-        let read = source.read(piece.offset(), buffer).await;
-        read.outcome
-            .map_err(|error| Failure::Io(Side::Source, error))?;
-        let written = target.write(piece.offset(), read.buffer).await;
-        written
-            .outcome
-            .map_err(|error| Failure::Io(Side::Target, error))?;
+) -> Ended {
+    let start = cx.clock().now();
+    let outcome = outcome.await;
+    Ended {
+        step,
+        took: cx.clock().now().since(start),
+        outcome,
     }
-    Ok(())
 }
 
-/// Reads one range and writes it compressed, in pieces of whole units.
-async fn compress(
-    range: ByteRange,
-    source: &dyn Node,
-    target: &dyn Node,
-    cx: &JobContext,
-    unit_bytes: u64,
-) -> Result<(), Failure> {
-    for piece in range.pieces(unit_bytes.max(BUFFER_SLOT_BYTES as u64)) {
-        let length = usize::try_from(piece.length()).unwrap_or(usize::MAX);
-        let buffer = match length <= BUFFER_SLOT_BYTES {
-            true => cx.pool().take(length).await,
-            // The longest clusters are two slots long, and have to be written as a whole.
-            false => Buffer::zeroed(length),
-        };
-        let read = source.read(piece.offset(), buffer).await;
-        read.outcome
-            .map_err(|error| Failure::Io(Side::Source, error))?;
-        let written = target.write_compressed(piece.offset(), read.buffer).await;
-        written
-            .outcome
-            .map_err(|error| Failure::Io(Side::Target, error))?;
-    }
-    Ok(())
-}
-
-/// Makes one range of the target read as zeroes, leaving alone what does already and will: holes stay holes.
-async fn zero(range: ByteRange, target: &dyn Node, may_unmap: bool) -> Result<(), NodeError> {
-    let mode = ZeroMode {
-        may_unmap,
-        no_fallback: false,
-    };
-    let mut rest = range;
-    while !rest.is_empty() {
-        let answer = target.status(rest, crate::limits::STATUS_EXTENTS_MAX).await;
-        let extents = answer.unwrap_or_else(|error| {
-            tracing::debug!(%error, "what the target holds is not known, it is zeroed");
-            Vec::new()
-        });
-        let mut covered = rest.offset();
-        for extent in extents {
-            let stays = extent.allocated || !target.names_backing();
-            if !extent.zero || !stays {
-                target.zero(extent.range, mode).await?;
-            }
-            covered = extent.range.end();
+/// Lets other tasks of the thread go on first.
+async fn give_way() {
+    let mut gave = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut gave, true) {
+            return Poll::Ready(());
         }
-        if covered <= rest.offset() {
-            // A node that says nothing is taken at its word: nothing is known to be zero.
-            return target.zero(rest, mode).await;
-        }
-        rest = ByteRange::between(covered, rest.end());
-    }
-    Ok(())
-}
-
-/// Shares one range. Whatever goes wrong, copying tells better what it is.
-async fn share(range: ByteRange, source: &dyn Node, target: &dyn Node) -> Result<(), Failure> {
-    let Some((file, offset)) = source.host_extent(range) else {
-        return Err(Failure::NotShared);
-    };
-    target.share(file, offset, range).await.map_err(|error| {
-        tracing::debug!(%error, "extents cannot be shared, bytes are copied");
-        Failure::NotShared
+        cx.waker().wake_by_ref();
+        Poll::Pending
     })
+    .await;
 }

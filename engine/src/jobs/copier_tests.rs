@@ -284,6 +284,8 @@ impl Case {
                 may_unmap: false,
                 zeroes_are_free: false,
                 one_error_a_round: false,
+                counts_skipped: false,
+                leaves_out_ignored: false,
                 remember_bytes: REMEMBER_BYTES,
             },
         }

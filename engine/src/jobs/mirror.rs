@@ -82,6 +82,8 @@ impl Mirror {
             // As QEMU's: zero requests cost nothing where the target unmaps.
             zeroes_are_free: self.target.facts().unmaps,
             one_error_a_round: false,
+            counts_skipped: false,
+            leaves_out_ignored: false,
             remember_bytes: REMEMBER_BYTES,
         };
         Copier::new(self.source.clone(), self.target.clone(), options)

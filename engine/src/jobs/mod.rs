@@ -2,6 +2,14 @@
 
 mod amend;
 mod backup;
+#[cfg_attr(
+    not(test),
+    expect(
+        dead_code,
+        reason = "no command leads here before the graph links chains anew"
+    )
+)]
+mod commit;
 mod copier;
 #[cfg(test)]
 mod copier_tests;
@@ -10,8 +18,18 @@ pub(crate) mod create_qcow2;
 mod create_raw;
 mod mirror;
 mod plan;
+mod runs;
 #[cfg(test)]
 mod simulated;
+mod steps;
+#[cfg_attr(
+    not(test),
+    expect(
+        dead_code,
+        reason = "no command leads here before the graph links chains anew"
+    )
+)]
+mod stream;
 #[cfg(test)]
 mod test_support;
 

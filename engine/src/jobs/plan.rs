@@ -1,16 +1,15 @@
 //! The plan of a copy: which ranges, in which order, how. Found out bit by bit while the copy runs, so that its memory
 //! follows the window and its time follows the data, never the size of the disk.
 
-use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
 use blockyard_storage::ByteRange;
 
-use crate::error::NodeError;
+use crate::jobs::runs::{Known, Runs, Seen};
 use crate::limits::STATUS_EXTENTS_MAX;
-use crate::node::Node;
 use crate::node::chain::{ChainExtent, Content, chain_status};
+use crate::node::{Fill, Node};
 
 /// Longest range zeroed at once.
 const ZERO_MAX_BYTES: u64 = 1 << 30;
@@ -36,6 +35,8 @@ pub(crate) enum StepKind {
     Zero,
     /// Let the target share the source's extents.
     Share,
+    /// Let the target hold it itself.
+    Fill(Fill),
     /// Nothing: the layers that are copied do not hold it.
     Skip,
 }
@@ -52,6 +53,18 @@ pub(crate) enum Layers {
         /// A unit of so many bytes (a power of two) is copied as a whole if any of it is held there, so that the target
         /// has nothing to fill up from a backing that it may not have yet.
         unit_bytes: u64,
+    },
+    /// None of them: the target becomes zeroes.
+    Zeroes,
+    /// What the second to the `count`-th layer hold and the first does not: for the first to be filled with, so that they can
+    /// go. The first is source and target at once; its units are never cut.
+    Below {
+        /// How many, the first among them.
+        count: usize,
+        /// Length of what stays below them; 0: nothing does. Behind its end, what the first layer does not hold reads as
+        /// zeroes in the end as well, in version 2 of qcow2 too: what does so now needs nothing, whether a layer has
+        /// zeroes of its own, ends there, or holds nothing.
+        below_bytes: u64,
     },
 }
 
@@ -103,7 +116,8 @@ pub(crate) struct Plan {
     rest: ByteRange,
     /// Planned after `rest`: what was left of the disk when a range came back.
     later: Vec<ByteRange>,
-    known: VecDeque<ChainExtent>,
+    /// From a multiple of all units on, or from `rest`.
+    known: Runs,
     layers: Layers,
     /// What the target keeps together, in bytes, a power of two.
     unit_bytes: u64,
@@ -121,12 +135,12 @@ impl Plan {
         let sharing = match layers {
             Layers::All => Sharing::Untried,
             // An extent of a host file tells nothing of layers.
-            Layers::Top { .. } => Sharing::Refused,
+            Layers::Top { .. } | Layers::Zeroes | Layers::Below { .. } => Sharing::Refused,
         };
         Self {
             rest: range,
             later: Vec::new(),
-            known: VecDeque::new(),
+            known: Runs::default(),
             layers,
             unit_bytes: unit_bytes.max(1),
             span: (ByteRange::default(), true),
@@ -140,8 +154,8 @@ impl Plan {
     /// write back the whole source first, and nobody can tell beforehand.
     pub(crate) fn took(&mut self, kind: StepKind, took: Duration) {
         match kind {
-            StepKind::Copy | StepKind::Skip => {}
-            StepKind::Zero => self.zero_stride.adapt(took),
+            StepKind::Copy | StepKind::Fill(Fill::Bytes) | StepKind::Skip => {}
+            StepKind::Zero | StepKind::Fill(Fill::Zeroes) => self.zero_stride.adapt(took),
             StepKind::Share => self.share_stride.adapt(took),
         }
     }
@@ -202,75 +216,116 @@ impl Plan {
                 });
             }
         }
-        let span = self.span_ahead(source, copy_max_bytes).await;
-        if let (range, false) = span {
-            self.rest = ByteRange::between(range.end(), self.rest.end());
-            return Some(Step {
-                range,
-                kind: StepKind::Skip,
-            });
+        if self.layers != Layers::Zeroes {
+            self.look_ahead(source, copy_max_bytes).await;
         }
-        let ahead = span.0;
-        while self
-            .known
-            .front()
-            .is_none_or(|extent| extent.range.end() <= self.rest.offset())
-        {
-            if self.known.pop_front().is_none() {
-                let answer = chain_status(source, None, ahead, STATUS_EXTENTS_MAX).await;
-                self.known = answer
-                    .map(|extents| merged(&extents))
-                    .unwrap_or_else(|error| {
-                        tracing::debug!(%error, "what the source holds is not known, it is read");
-                        VecDeque::new()
-                    });
-                if self.known.is_empty() {
-                    // Asked again behind the first request: that one part cannot be told says nothing of the rest.
-                    let (range, _) = ahead.split_at(copy_max_bytes.max(1));
-                    self.known.push_back(ChainExtent {
-                        range,
-                        content: Content::Data,
-                        depth: 0,
-                    });
-                }
-            }
-        }
-        let (run, kind) = in_whole_units(*self.known.front()?, ahead, self.unit_bytes);
+        let (run, kind) = self.front();
         let longest = match kind {
-            StepKind::Zero if zeroes_are_free => self.zero_stride.now_bytes,
-            StepKind::Zero => chunk(self.zero_stride.now_bytes),
+            StepKind::Skip => run.length(),
+            StepKind::Zero | StepKind::Fill(Fill::Zeroes) => match zeroes_are_free {
+                true => self.zero_stride.now_bytes,
+                false => chunk(self.zero_stride.now_bytes),
+            },
             _ => chunk(copy_max_bytes),
         };
-        // Shorter than a unit where a unit is longer than a request can be.
-        let whole = longest - longest % self.unit_bytes.min(longest.max(1));
+        let whole = match kind {
+            StepKind::Skip => longest,
+            // A filled unit is widened: what is decided of a part of it would be done to all of it.
+            StepKind::Fill(_) => (longest - longest % self.unit_bytes).max(self.unit_bytes),
+            // Shorter than a unit where a unit is longer than a request can be.
+            _ => longest - longest % self.unit_bytes.min(longest.max(1)),
+        };
         let (range, _) = run.split_at(whole.max(1));
         self.rest = ByteRange::between(range.end(), self.rest.end());
         Some(Step { range, kind })
     }
 
-    /// The rest, as far as it is copied or skipped as a whole, and which of the two.
-    async fn span_ahead(
-        &mut self,
-        source: &Rc<dyn Node>,
-        copy_max_bytes: u64,
-    ) -> (ByteRange, bool) {
-        let Layers::Top { count, unit_bytes } = self.layers else {
-            return (self.rest, true);
-        };
-        if self.span.0.end() <= self.rest.offset() {
-            self.span = match held_ahead(source, count, unit_bytes, self.rest).await {
-                Ok(span) => span,
-                Err(error) => {
-                    tracing::debug!(%error, "what the source holds is not known, it is read");
-                    let (range, _) = self.rest.split_at(copy_max_bytes.max(1));
-                    (
-                        range.align_outward(unit_bytes).intersection(&self.rest),
-                        true,
-                    )
-                }
+    /// Finds out what the unit ahead is, and what comes with the same answer.
+    async fn look_ahead(&mut self, source: &Rc<dyn Node>, copy_max_bytes: u64) {
+        let rest = self.rest;
+        self.known.go_on_to(rest.offset());
+        let unit_bytes = self.decided_unit_bytes();
+        let unit_end = (rest.offset() + 1).checked_next_multiple_of(unit_bytes);
+        let wanted_to = unit_end.map_or(rest.end(), |end| end.min(rest.end()));
+        while self.known.known_to(rest.offset()) < wanted_to {
+            let from = self.known.known_to(rest.offset());
+            let ahead = ByteRange::between(from, rest.end());
+            let asked = match self.layers {
+                Layers::All | Layers::Zeroes => None,
+                Layers::Top { count, .. } | Layers::Below { count, .. } => Some(count),
             };
+            let answer = chain_status(source, asked, ahead, STATUS_EXTENTS_MAX).await;
+            let extents = answer.unwrap_or_else(|error| {
+                tracing::debug!(%error, "what the source holds is not known, it is read");
+                Vec::new()
+            });
+            for extent in &extents {
+                self.learn(extent);
+            }
+            if self.known.known_to(from) <= from {
+                // Asked again behind the first request: that one part cannot be told says nothing of the rest.
+                let (range, _) = ahead.split_at(copy_max_bytes.max(1));
+                self.known.push(range, Known::Data);
+            }
         }
-        (self.span.0.intersection(&self.rest), self.span.1)
+    }
+
+    /// Adds what has been told.
+    fn learn(&mut self, extent: &ChainExtent) {
+        let known = match extent.content {
+            Content::Unallocated => Known::Nothing,
+            Content::Zero => Known::Zero,
+            Content::Data => Known::Data,
+        };
+        let Layers::Below { below_bytes, .. } = self.layers else {
+            return self.known.push(extent.range, known);
+        };
+        let known = match extent.depth {
+            0 if known != Known::Nothing => Known::Own,
+            _ => known,
+        };
+        let (above, behind) = match known {
+            Known::Zero | Known::Nothing => {
+                let above = below_bytes.saturating_sub(extent.range.offset());
+                extent.range.split_at(above)
+            }
+            Known::Data | Known::Own => (extent.range, ByteRange::default()),
+        };
+        for (range, known) in [(above, known), (behind, Known::Own)] {
+            if !range.is_empty() {
+                self.known.push(range, known);
+            }
+        }
+    }
+
+    /// What one decision is made for, in bytes.
+    fn decided_unit_bytes(&self) -> u64 {
+        match self.layers {
+            Layers::Top { unit_bytes, .. } => unit_bytes.max(self.unit_bytes),
+            Layers::All | Layers::Zeroes | Layers::Below { .. } => self.unit_bytes,
+        }
+    }
+
+    /// The front of the rest that one thing is done with, and what.
+    fn front(&mut self) -> (ByteRange, StepKind) {
+        let (rest, unit_bytes) = (self.rest, self.unit_bytes);
+        match self.layers {
+            Layers::Zeroes => (rest, StepKind::Zero),
+            Layers::All => self.known.front_units(rest, unit_bytes, copied_or_zeroed),
+            Layers::Below { .. } => self.known.front_units(rest, unit_bytes, filled),
+            Layers::Top { .. } => {
+                if self.span.0.end() <= rest.offset() {
+                    let is_held = |seen: Seen| seen.data || seen.zero;
+                    let decided = self.decided_unit_bytes();
+                    self.span = self.known.front_units(rest, decided, is_held);
+                }
+                let span = self.span.0.intersection(&rest);
+                match self.span.1 {
+                    true => self.known.front_units(span, unit_bytes, copied_or_zeroed),
+                    false => (span, StepKind::Skip),
+                }
+            }
+        }
     }
 
     /// Finds out by trying, with the first range.
@@ -292,189 +347,24 @@ impl Plan {
     }
 }
 
-/// The front of what is ahead, which begins in `extent`, in whole units, and what is done with it: one that holds anything but
-/// zeroes is copied. Ranges end at the end of the disk or of what is copied of it.
-fn in_whole_units(extent: ChainExtent, ahead: ByteRange, unit_bytes: u64) -> (ByteRange, StepKind) {
-    let (start, end) = (ahead.offset(), extent.range.end().min(ahead.end()));
-    let whole_end = match end == ahead.end() {
-        true => end,
-        false => end - end % unit_bytes,
-    };
-    match extent.content {
-        Content::Zero if whole_end > start => {
-            (ByteRange::between(start, whole_end), StepKind::Zero)
-        }
-        _ => {
-            let end = end.max(start + 1).checked_next_multiple_of(unit_bytes);
-            let end = end.map_or(ahead.end(), |end| end.min(ahead.end()));
-            (ByteRange::between(start, end), StepKind::Copy)
-        }
+/// What is done with a unit of which something is copied. What no copied layer holds is read: nobody has asked below them.
+fn copied_or_zeroed(seen: Seen) -> StepKind {
+    match seen.zero && !seen.data && !seen.nothing {
+        true => StepKind::Zero,
+        false => StepKind::Copy,
     }
 }
 
-/// Neighbours of one content as one, whichever layer they are in.
-fn merged(extents: &[ChainExtent]) -> VecDeque<ChainExtent> {
-    let mut merged = VecDeque::<ChainExtent>::new();
-    for extent in extents {
-        match merged.back_mut() {
-            Some(last) if last.content == extent.content => {
-                last.range = ByteRange::between(last.range.offset(), extent.range.end());
-            }
-            _ => merged.push_back(*extent),
-        }
+/// What is done with a unit of a layer that those below it go away from.
+fn filled(seen: Seen) -> StepKind {
+    match (seen.data || seen.zero, seen.data || seen.nothing) {
+        (false, _) => StepKind::Skip,
+        // Where a part comes from a layer that stays, only reading tells what becomes of the rest of the unit.
+        (true, true) => StepKind::Fill(Fill::Bytes),
+        (true, false) => StepKind::Fill(Fill::Zeroes),
     }
-    merged
-}
-
-/// The front of `rest` in whole units that the first `count` layers hold something of, or nothing: which of the two.
-///
-/// # Errors
-/// When a layer cannot tell of the first unit.
-async fn held_ahead(
-    source: &Rc<dyn Node>,
-    count: usize,
-    unit_bytes: u64,
-    rest: ByteRange,
-) -> Result<(ByteRange, bool), NodeError> {
-    let mut free_to = rest.offset();
-    while free_to < rest.end() {
-        let unknown = ByteRange::between(free_to, rest.end());
-        for extent in chain_status(source, Some(count), unknown, STATUS_EXTENTS_MAX).await? {
-            if extent.content == Content::Unallocated {
-                free_to = extent.range.end();
-                continue;
-            }
-            let skipped = ByteRange::between(rest.offset(), free_to - free_to % unit_bytes);
-            if !skipped.is_empty() {
-                return Ok((skipped, false));
-            }
-            let end = extent.range.align_outward(unit_bytes).end();
-            return Ok((ByteRange::between(rest.offset(), end.min(rest.end())), true));
-        }
-        let whole = free_to - free_to % unit_bytes;
-        if whole > rest.offset() && free_to < rest.end() {
-            return Ok((ByteRange::between(rest.offset(), whole), false));
-        }
-    }
-    Ok((rest, false))
 }
 
 #[cfg(test)]
-mod tests {
-    use blockyard_simulator::Seed;
-    use blockyard_storage::Buffer;
-
-    use super::*;
-    use crate::node::chain::tests::{BLOCK, LayerNode};
-    use crate::node::zeroes::is_zero;
-
-    #[test]
-    fn strides_grow_where_they_are_cheap_and_shrink_where_they_are_not() {
-        let mut plan = Plan::new(ByteRange::new(0, u64::MAX), Layers::All, 1);
-        for _ in 0..8 {
-            plan.took(StepKind::Zero, Duration::from_millis(1));
-            plan.took(StepKind::Share, Duration::from_secs(1));
-            plan.took(StepKind::Copy, Duration::from_secs(1));
-        }
-        assert_eq!(plan.zero_stride.now_bytes, ZERO_MAX_BYTES);
-        assert_eq!(plan.share_stride.now_bytes, STRIDE_MIN_BYTES);
-        plan.took(StepKind::Zero, STRIDE_TIME / 2);
-        assert_eq!(plan.zero_stride.now_bytes, ZERO_MAX_BYTES);
-    }
-
-    #[test]
-    fn the_position_is_below_everything_that_came_back() {
-        let mut plan = Plan::new(ByteRange::new(0, 1 << 20), Layers::All, 1);
-        plan.rest = ByteRange::between(300_000, 1 << 20);
-        plan.give_back_unshared(ByteRange::new(100_000, 50_000));
-        assert_eq!(plan.position(), 100_000);
-        plan.give_back_unshared(ByteRange::new(200_000, 50_000));
-        assert_eq!(plan.position(), 100_000);
-        assert!(!plan.is_done());
-    }
-
-    fn run<T>(future: impl Future<Output = T>) -> T {
-        blockyard_simulator::run(future, || false).expect("waits for nothing")
-    }
-
-    /// Every step of a plan, and whether the source could tell of everything.
-    fn steps(plan: &mut Plan, source: &Rc<dyn Node>, copy_max_bytes: u64) -> Vec<Step> {
-        let mut steps = Vec::new();
-        let next = async |plan: &mut Plan| {
-            plan.next(source, &**source, copy_max_bytes, false, |longest| longest)
-                .await
-        };
-        while let Some(step) = run(next(plan)) {
-            steps.push(step);
-        }
-        steps
-    }
-
-    #[test]
-    fn a_plan_of_the_whole_chain_copies_data_and_zeroes_the_rest() {
-        for seed in 0..300 {
-            let dice = Seed::new(seed);
-            let bottom: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, None));
-            let middle: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, Some(bottom)));
-            let top: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, Some(middle)));
-            let all = ByteRange::new(0, top.facts().length_bytes);
-            let unit = BLOCK << dice.below(4);
-            let longest = unit * (1 + dice.below(3));
-            let mut plan = Plan::new(all, Layers::All, unit);
-            let mut reached = 0;
-            for step in steps(&mut plan, &top, longest) {
-                assert_eq!(step.range.offset(), reached, "seed {seed}");
-                reached = step.range.end();
-                assert!(reached % unit == 0 || reached == all.end(), "seed {seed}");
-                let length = usize::try_from(step.range.length()).expect("short");
-                let read = run(top.read(step.range.offset(), Buffer::zeroed(length)));
-                let zero = is_zero(read.buffer.as_slice());
-                match step.kind {
-                    StepKind::Copy => assert!(length as u64 <= longest && !zero, "seed {seed}"),
-                    StepKind::Zero => assert!(zero, "seed {seed}"),
-                    StepKind::Share | StepKind::Skip => panic!("seed {seed}: {step:?}"),
-                }
-            }
-            assert_eq!(reached, all.end());
-        }
-    }
-
-    #[test]
-    fn a_plan_of_the_top_layer_copies_whole_units_that_it_holds_something_of() {
-        for seed in 0..300 {
-            let dice = Seed::new(seed);
-            let bottom: Rc<dyn Node> = Rc::new(LayerNode::random(&dice, None));
-            let mut layer = LayerNode::random(&dice, Some(bottom));
-            if dice.one_in(4) {
-                layer.dumb_at = Some(dice.below(20) as usize);
-            }
-            let (blocks, dumb_at) = (layer.blocks.clone(), layer.dumb_at);
-            let top: Rc<dyn Node> = Rc::new(layer);
-            let all = ByteRange::new(0, top.facts().length_bytes);
-            let unit_blocks = 1 << dice.below(4);
-            let layers = Layers::Top {
-                count: 1,
-                unit_bytes: unit_blocks as u64 * BLOCK,
-            };
-            let mut plan = Plan::new(all, layers, 1);
-            let mut reached = 0;
-            for step in steps(&mut plan, &top, 3 * BLOCK) {
-                assert_eq!(step.range.offset(), reached, "seed {seed}");
-                reached = step.range.end();
-                for piece in step.range.pieces(BLOCK) {
-                    let block = (piece.offset() / BLOCK) as usize;
-                    let unit = block - block % unit_blocks;
-                    let unit = unit..(unit + unit_blocks).min(blocks.len());
-                    let held = blocks[unit.clone()].iter().any(Option::is_some);
-                    // What cannot be told may be held.
-                    let told = dumb_at.is_none_or(|dumb| dumb >= blocks.len());
-                    assert!(
-                        (step.kind != StepKind::Skip) == held || (!told && !held),
-                        "seed {seed}: {step:?}"
-                    );
-                }
-            }
-            assert_eq!(reached, all.end());
-        }
-    }
-}
+#[path = "plan_tests.rs"]
+mod tests;

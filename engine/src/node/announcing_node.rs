@@ -152,9 +152,14 @@ impl Node for AnnouncingNode {
         self.child.discard(range)
     }
 
-    fn fill(&self, range: ByteRange, with: Fill) -> LocalFuture<'_, Result<(), NodeError>> {
+    fn fill(
+        &self,
+        range: ByteRange,
+        with: Fill,
+        memory: Option<Buffer>,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
         self.changed();
-        self.child.fill(range, with)
+        self.child.fill(range, with, memory)
     }
 
     fn backing(&self) -> Option<Rc<dyn Node>> {

@@ -229,13 +229,19 @@ pub trait Node {
 
     /// Lets this layer hold all of `range` itself, which reads as before: what it holds nothing of comes from below, in whole
     /// units of its format. What others write meanwhile stays. Durable with the next [`flush`](Self::flush). A layer that
-    /// nothing is below of holds everything already.
+    /// nothing is below of holds everything already. Bytes pass through `memory`; where several pieces do at once, or units
+    /// are longer, through as much again.
     ///
     /// # Errors
     /// [`EOPNOTSUPP`] by a filter of what has something below, else as [`read`](Self::read) of that and
     /// [`write`](Self::write); a part may have been filled.
-    fn fill(&self, range: ByteRange, with: Fill) -> LocalFuture<'_, Result<(), NodeError>> {
-        let _ = with;
+    fn fill(
+        &self,
+        range: ByteRange,
+        with: Fill,
+        memory: Option<Buffer>,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        let _ = (with, memory);
         let filled = match self.backing() {
             None => Ok(()),
             Some(_) => Err(NodeError {

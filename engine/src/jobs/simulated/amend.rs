@@ -46,7 +46,7 @@ fn form(image: &[u8]) -> Form {
     }
 }
 
-fn checked(image: &[u8]) -> CheckReport {
+pub(super) fn checked(image: &[u8]) -> CheckReport {
     let world = World::new(1);
     let disk = world.disk("image", DiskOptions::default());
     disk.fill(0, image);

@@ -1,6 +1,8 @@
 //! Jobs on simulated disks: the real works over real nodes, with faults, orders and power cuts at every step.
 
 mod amend;
+mod chain;
+mod chain_jobs;
 mod create;
 mod create_qcow2;
 mod create_raw;

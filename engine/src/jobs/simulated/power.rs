@@ -72,6 +72,8 @@ impl Copy {
             may_unmap: yard.setup.unmaps,
             zeroes_are_free: yard.setup.seed.is_multiple_of(2),
             one_error_a_round: yard.setup.seed.is_multiple_of(3),
+            counts_skipped: false,
+            leaves_out_ignored: false,
             remember_bytes: 16_384,
         };
         Self(Copier::new(source, target, options))

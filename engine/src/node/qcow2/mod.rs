@@ -216,8 +216,13 @@ impl Node for Qcow2Node {
         self.change(move |mover| async move { mover.compress_and_write(offset, from).await })
     }
 
-    fn fill(&self, range: ByteRange, with: Fill) -> LocalFuture<'_, Result<(), NodeError>> {
-        self.change(move |mover| async move { mover.fill_range(range, with).await })
+    fn fill(
+        &self,
+        range: ByteRange,
+        with: Fill,
+        memory: Option<Buffer>,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        self.change(move |mover| async move { mover.fill_range(range, with, memory).await })
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {

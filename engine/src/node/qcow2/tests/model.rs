@@ -91,7 +91,7 @@ impl Operation {
                 node.zero(*range, mode).await?;
             }
             Operation::Discard(range) => node.discard(*range).await?,
-            Operation::Fill(range, with) => node.fill(*range, *with).await?,
+            Operation::Fill(range, with) => node.fill(*range, *with, None).await?,
             Operation::Flush => node.flush().await?,
         }
         Ok(None)

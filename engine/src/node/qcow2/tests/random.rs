@@ -121,7 +121,8 @@ fn what_is_filled_needs_nothing_below() {
                     model.apply(operation, &setup);
                 }
             }
-            yard.drive(node.fill(whole, Fill::Bytes)).expect("filled");
+            yard.drive(node.fill(whole, Fill::Bytes, None))
+                .expect("filled");
             node.set_backing(None);
             assert_holds(&yard, &node, &model, &dice);
             let extents = yard.drive(node.status(whole, usize::MAX)).expect("told");
