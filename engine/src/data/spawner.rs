@@ -28,9 +28,9 @@ impl Spawner {
     }
 
     /// `work`, which once it has begun goes on to its end also when the answer is dropped.
-    pub fn to_the_end<T: 'static>(&self, work: impl Future<Output = T> + 'static) -> ToTheEnd<T> {
+    pub fn to_the_end<T: 'static>(&self, work: LocalFuture<'static, T>) -> ToTheEnd<T> {
         ToTheEnd {
-            work: Some(Box::pin(work)),
+            work: Some(work),
             begun: false,
             spawner: self.clone(),
         }
@@ -105,15 +105,15 @@ mod tests {
                 ends.set(ends.get() + 1);
             }
         };
-        drop(spawner.to_the_end(work()));
+        drop(spawner.to_the_end(Box::pin(work())));
         {
-            let mut ended = pin!(spawner.to_the_end(work()));
+            let mut ended = pin!(spawner.to_the_end(Box::pin(work())));
             assert!(poll(ended.as_mut()).is_pending());
             assert!(poll(ended.as_mut()).is_ready());
         }
         assert!(taken.borrow().is_empty());
         {
-            let mut left = pin!(spawner.to_the_end(work()));
+            let mut left = pin!(spawner.to_the_end(Box::pin(work())));
             assert!(poll(left.as_mut()).is_pending());
         }
         assert_eq!(ends.get(), 1);

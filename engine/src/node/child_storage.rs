@@ -162,13 +162,18 @@ impl Storage for ChildStorage {
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, Transfer> {
         Box::pin(async move {
             let range = ByteRange::new(offset, from.len() as u64);
-            if let Err(error) = self.make_room(Operation::Write, range).await {
+            let inside = range.end() <= self.length();
+            let room = match inside {
+                true => self.check(Operation::Write, range),
+                false => self.make_room(Operation::Write, range).await,
+            };
+            if let Err(error) = room {
                 return Transfer {
                     buffer: from,
                     outcome: Err(error),
                 };
             }
-            if range.end() <= self.length() {
+            if inside || range.end() <= self.length() {
                 return self.transfer(self.node.write(offset, from).await);
             }
             let _turn = self.growing.enter(range).await;

@@ -80,11 +80,11 @@ impl Root {
         let range = ByteRange::new(offset, from.len() as u64);
         match self.node_for(Operation::Write, range, true) {
             Ok(node) => {
-                let write = async move {
+                let write = Box::pin(async move {
                     let written = node.write(offset, from).await;
                     drop(pass);
                     written
-                };
+                });
                 self.spawner.to_the_end(write).await
             }
             Err(error) => NodeTransfer {
@@ -128,11 +128,11 @@ impl Root {
     pub async fn flush(&self) -> Result<(), NodeError> {
         let pass = self.gate.enter(Way::Write).await;
         let node = self.node_for(Operation::Sync, ByteRange::default(), false)?;
-        let flush = async move {
+        let flush = Box::pin(async move {
             let flushed = node.flush().await;
             drop(pass);
             flushed
-        };
+        });
         self.spawner.to_the_end(flush).await
     }
 
@@ -144,11 +144,11 @@ impl Root {
     ) -> Result<(), NodeError> {
         let pass = self.gate.enter(Way::Write).await;
         let change = change(self.node_for(operation, range, true)?);
-        let change = async move {
+        let change = Box::pin(async move {
             let changed = change.await;
             drop(pass);
             changed
-        };
+        });
         self.spawner.to_the_end(change).await
     }
 

@@ -73,6 +73,9 @@ impl Aligned {
 
     /// What a change of `range` has to have for itself: its blocks, and all behind them if it makes the file too long.
     fn reach(&self, range: ByteRange) -> ByteRange {
+        if self.passes(range) {
+            return range;
+        }
         let outer = range.align_outward(self.alignment);
         let too_long = outer.end() > self.length_with(range) && !self.inner.facts().fixed_length;
         if too_long || self.leftover(range).is_some() {
@@ -81,13 +84,18 @@ impl Aligned {
         outer
     }
 
+    /// Whether a request for `range` can pass as it is.
+    fn passes(&self, range: ByteRange) -> bool {
+        range.is_aligned(self.alignment) && self.leftover(range).is_none()
+    }
+
     /// Waits until a change of `range` may go ahead.
-    async fn turn(&self, range: ByteRange) -> Rc<Turn> {
+    async fn turn(&self, range: ByteRange) -> Turn {
         loop {
             let turn = self.writes.enter(self.reach(range)).await;
             // The length may have changed meanwhile.
             if turn.range().contains(&self.reach(range)) {
-                return Rc::new(turn);
+                return turn;
             }
         }
     }
@@ -122,6 +130,15 @@ impl Aligned {
                 behind.fill(0);
             }
         }
+    }
+
+    /// Writes whole blocks. The caller has the turn.
+    async fn write_blocks(&self, range: ByteRange, from: Buffer) -> Transfer {
+        let transfer = self.inner.write(range.offset(), from).await;
+        if transfer.outcome.is_ok() {
+            self.shown.grown_to(range.end());
+        }
+        transfer
     }
 
     async fn read_widened(&self, range: ByteRange, mut into: Buffer) -> Transfer {
@@ -208,7 +225,7 @@ impl Storage for Aligned {
 
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, Transfer> {
         let range = ByteRange::new(offset, into.len() as u64);
-        if range.is_aligned(self.alignment) && self.leftover(range).is_none() {
+        if self.passes(range) {
             return self.inner.read(offset, into);
         }
         Box::pin(self.read_widened(range, into))
@@ -218,6 +235,10 @@ impl Storage for Aligned {
         Box::pin(async move {
             let range = ByteRange::new(offset, from.len() as u64);
             let turn = self.turn(range).await;
+            if self.passes(range) {
+                return self.write_blocks(range, from).await;
+            }
+            let turn = Rc::new(turn);
             if let Err(error) = self.cut_leftover(&turn, range).await {
                 return Transfer {
                     buffer: from,
@@ -225,11 +246,7 @@ impl Storage for Aligned {
                 };
             }
             if range.is_aligned(self.alignment) {
-                let transfer = self.inner.write(offset, from).await;
-                if transfer.outcome.is_ok() {
-                    self.shown.grown_to(range.end());
-                }
-                return transfer;
+                return self.write_blocks(range, from).await;
             }
             let outcome = self
                 .modify(&turn, range, |bytes| bytes.copy_from_slice(from.as_slice()))
@@ -243,7 +260,7 @@ impl Storage for Aligned {
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
-            let turn = self.turn(range).await;
+            let turn = Rc::new(self.turn(range).await);
             self.cut_leftover(&turn, range).await?;
             let middle = range.align_inward(self.alignment);
             if middle.is_empty() {
@@ -306,7 +323,7 @@ impl Storage for Aligned {
                     crate::error::EINVAL,
                 ));
             }
-            let turn = self.turn(range).await;
+            let turn = Rc::new(self.turn(range).await);
             self.cut_leftover(&turn, range).await?;
             self.inner.preallocate(range, how).await?;
             self.shown.grown_to(range.end());
@@ -329,7 +346,7 @@ impl Storage for Aligned {
         to: ByteRange,
     ) -> LocalFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
-            let turn = self.turn(to).await;
+            let turn = Rc::new(self.turn(to).await);
             self.cut_leftover(&turn, to).await?;
             self.inner.share(source, from, to).await?;
             self.shown.grown_to(to.end());

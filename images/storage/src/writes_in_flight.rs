@@ -34,15 +34,19 @@ impl Everybody {
             waiting.push(waker.clone());
         }
     }
-}
 
-impl Wake for Everybody {
-    fn wake(self: Arc<Self>) {
+    fn wake_all(&self) {
         let waiting = {
             let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut *waiting)
         };
         waiting.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Wake for Everybody {
+    fn wake(self: Arc<Self>) {
+        self.wake_all();
     }
 }
 
@@ -53,10 +57,14 @@ impl WritesInFlight {
     /// Dropping the future leaves nothing behind.
     pub async fn enter(&self, range: ByteRange) -> Turn {
         poll_fn(|cx| {
-            self.0.waiting.add(cx.waker());
-            self.0.carry_on();
+            if !self.0.abandoned.borrow().is_empty() {
+                // First, so that what is carried on finds somebody to wake.
+                self.0.waiting.add(cx.waker());
+                self.0.carry_on();
+            }
             let mut ranges = self.0.ranges.borrow_mut();
             if ranges.iter().any(|other| other.overlaps(&range)) {
+                self.0.waiting.add(cx.waker());
                 return Poll::Pending;
             }
             ranges.push(range);
@@ -94,7 +102,7 @@ impl State {
     }
 
     fn wake_all(&self) {
-        Arc::clone(&self.waiting).wake();
+        self.waiting.wake_all();
     }
 }
 

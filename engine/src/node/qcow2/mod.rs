@@ -130,12 +130,13 @@ impl Qcow2Node {
         let spawner = self.spawner.clone();
         Box::pin(async move {
             let pass = gate.enter(Way::Write).await;
-            let work = work(Rc::clone(&mover.borrow()));
-            let work = async move {
-                let done = work.await;
+            let mover = Rc::clone(&mover.borrow());
+            // Made where it stays: moving such work costs more than making it.
+            let work = Box::pin(async move {
+                let done = work(mover).await;
                 drop(pass);
                 done
-            };
+            });
             spawner.to_the_end(work).await
         })
     }
@@ -282,7 +283,7 @@ impl Node for Qcow2Node {
     fn change_snapshots(&self, change: SnapshotChange) -> LocalFuture<'_, Result<(), AmendStop>> {
         let (gate, mover) = (Rc::clone(&self.gate), Rc::clone(&self.mover));
         let changed = change_snapshots(gate, mover, Rc::clone(&self.amended), change);
-        Box::pin(self.spawner.to_the_end(changed))
+        Box::pin(self.spawner.to_the_end(Box::pin(changed)))
     }
 
     fn reopen<'a>(

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 
 use blockyard_images::qcow2::lookup::Source;
-use blockyard_images::qcow2::reserve::{Reservation, WritePlan};
+use blockyard_images::qcow2::reserve::{InPlace, Reservation, WritePlan};
 use blockyard_images::qcow2::units::HostOffset;
 use blockyard_storage::{Buffer, ByteRange, Operation, Storage, ZeroMode};
 use futures_util::future::join3;
@@ -52,14 +52,31 @@ impl Mover {
         let outcome = match self.refusal(Operation::Write, range) {
             Some(error) => Err(error),
             None => match self.zeroes_instead(from.as_slice()) {
-                Some(mode) => self.zero(range, mode).await,
-                None => return self.write_range(range, from).await,
+                // Boxed, as what is rare would make every write larger, which has its price in moving it.
+                Some(mode) => Box::pin(self.zero(range, mode)).await,
+                None => {
+                    return match self.place_now(range) {
+                        Some(place) => self.write_in_place(place, from).await,
+                        None => Box::pin(self.write_range(range, from)).await,
+                    };
+                }
             },
         };
         NodeTransfer {
             buffer: from,
             outcome,
         }
+    }
+
+    /// Where the whole of `range` is, if it is to be written there and that is known at once.
+    fn place_now(&self, range: ByteRange) -> Option<InPlace> {
+        let place = self.image.prepare_write_now(range)?;
+        if place.range() == range {
+            return Some(place);
+        }
+        // Nobody writes there yet.
+        place.done();
+        None
     }
 
     /// See [`Node::flush`](crate::node::Node::flush).
@@ -139,11 +156,7 @@ impl Mover {
     /// Writes `from` where the plan says.
     pub(super) async fn carry_out(&self, plan: WritePlan, from: Buffer) -> NodeTransfer {
         match plan {
-            WritePlan::InPlace(place) => {
-                let written = self.write_data(place.at(), from).await;
-                place.done();
-                written
-            }
+            WritePlan::InPlace(place) => self.write_in_place(place, from).await,
             WritePlan::Allocate(reservation) => {
                 let range = reservation.range();
                 let NodeTransfer { buffer, outcome } = self.fill(&reservation, from).await;
@@ -162,6 +175,12 @@ impl Mover {
                 NodeTransfer { buffer, outcome }
             }
         }
+    }
+
+    async fn write_in_place(&self, place: InPlace, from: Buffer) -> NodeTransfer {
+        let written = self.write_data(place.at(), from).await;
+        place.done();
+        written
     }
 
     async fn write_data(&self, at: HostOffset, from: Buffer) -> NodeTransfer {
