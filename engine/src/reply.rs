@@ -24,6 +24,8 @@ pub enum Reply {
     Nodes(Vec<NodeView>),
     /// The graph with permissions.
     Graph(GraphView),
+    /// A chain, from the top down.
+    Chain(Vec<LayerView>),
     /// An internal snapshot that is gone.
     Snapshot(SnapshotInfo),
     /// What work on an image came to.
@@ -45,10 +47,27 @@ pub struct JobView {
     pub total_progress: u64,
     /// Why it failed.
     pub error: Option<String>,
+    /// The chain it has worked on, as it is now that the job has concluded, from the top down.
+    pub chain: Option<Vec<LayerView>>,
     /// On which node and bytes it failed, where it was a request that failed. Not on the wire.
     pub failed_at: Option<String>,
     /// How long its requests took. Not on the wire.
     pub latency: LatencyView,
+}
+
+/// One image of a chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerView {
+    /// Its node.
+    pub node_name: String,
+    /// The node's driver, which is the image's format.
+    pub driver: &'static str,
+    /// The file, as all queries show it.
+    pub filename: String,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// What its header says is below it.
+    pub backing_filename: Option<String>,
 }
 
 /// What errors have done to a block job so far.

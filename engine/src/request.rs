@@ -62,6 +62,11 @@ pub enum Request {
     },
     /// The graph with permissions, for debugging.
     QueryBlockGraph,
+    /// The chain of a node.
+    QueryChain {
+        /// Its name.
+        node_name: String,
+    },
     /// Start a job.
     StartJob(JobSpec),
     /// Start several jobs, all or none.
@@ -368,6 +373,10 @@ pub enum WorkSpec {
     Backup(BackupSpec),
     /// `blockdev-mirror`.
     Mirror(MirrorSpec),
+    /// `block-commit`.
+    Commit(CommitSpec),
+    /// `block-stream`.
+    Stream(StreamSpec),
     /// `blockdev-create`.
     Create(CreateSpec),
     /// `x-blockdev-amend`.
@@ -380,6 +389,8 @@ impl WorkSpec {
         match self {
             WorkSpec::Backup(_) => JobType::Backup,
             WorkSpec::Mirror(_) => JobType::Mirror,
+            WorkSpec::Commit(_) => JobType::Commit,
+            WorkSpec::Stream(_) => JobType::Stream,
             WorkSpec::Create(_) => JobType::Create,
             WorkSpec::Amend(_) => JobType::Amend,
         }
@@ -499,6 +510,54 @@ pub struct MirrorSpec {
     pub filter_node_name: Option<String>,
     /// How writes are treated.
     pub copy_mode: CopyMode,
+}
+
+/// Arguments of `block-commit`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CommitSpec {
+    /// Root node of the chain.
+    pub device: String,
+    /// The image that takes in what those above it hold; `None`: the lowest.
+    pub base_node: Option<String>,
+    /// The same by its file name.
+    pub base: Option<String>,
+    /// The highest image that is taken in; `None`: the device.
+    pub top_node: Option<String>,
+    /// The same by its file name.
+    pub top: Option<String>,
+    /// What the overlay's header calls its new backing file; `None`: the base's file name.
+    pub backing_file: Option<String>,
+    /// A base that is a file itself is called raw in the header.
+    pub backing_mask_protocol: bool,
+    /// Limit in bytes per second; 0: none.
+    pub speed: i64,
+    /// When reading or writing fails.
+    pub on_error: OnError,
+    /// Name of the filter node.
+    pub filter_node_name: Option<String>,
+}
+
+/// Arguments of `block-stream`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StreamSpec {
+    /// The node that comes to hold what is below it.
+    pub device: String,
+    /// File name of the first image below it that stays where it is; `None`: none does.
+    pub base: Option<String>,
+    /// The same by its node.
+    pub base_node: Option<String>,
+    /// Node of the last image that does not stay below it.
+    pub bottom: Option<String>,
+    /// What the device's header calls its new backing file; `None`: the base's file name.
+    pub backing_file: Option<String>,
+    /// A base that is a file itself is called raw in the header.
+    pub backing_mask_protocol: bool,
+    /// Limit in bytes per second; 0: none.
+    pub speed: i64,
+    /// When reading or writing fails.
+    pub on_error: OnError,
+    /// Name of the filter node.
+    pub filter_node_name: Option<String>,
 }
 
 /// Arguments of `x-blockdev-amend`. Options left out stay as they are; values are as the client gave them.

@@ -2,7 +2,7 @@
 
 use blockyard_engine::reply::{
     BitmapInfo, BlockJobView, Compression, FormatSpecific, GraphNodeKind, GraphView, ImageView,
-    IoStatus, JobView, NodeView, Reply, SnapshotInfo, Version3Info,
+    IoStatus, JobView, LayerView, NodeView, Reply, SnapshotInfo, Version3Info,
 };
 use blockyard_engine::request::{DetectZeroes, Permission};
 use serde_json::{Value, json};
@@ -16,6 +16,7 @@ pub fn value(reply: &Reply) -> Value {
         Reply::BlockJobs(jobs) => jobs.iter().map(block_job).collect(),
         Reply::Nodes(nodes) => nodes.iter().map(node).collect(),
         Reply::Graph(view) => graph(view),
+        Reply::Chain(layers) => layers.iter().map(layer).collect(),
         Reply::Snapshot(gone) => snapshot(gone),
     }
 }
@@ -30,6 +31,22 @@ fn job(job: &JobView) -> Value {
     });
     if let Some(error) = &job.error {
         value["error"] = json!(error);
+    }
+    if let Some(chain) = &job.chain {
+        value["x-chain"] = chain.iter().map(layer).collect();
+    }
+    value
+}
+
+fn layer(layer: &LayerView) -> Value {
+    let mut value = json!({
+        "node-name": layer.node_name,
+        "driver": layer.driver,
+        "filename": layer.filename,
+        "read-only": layer.read_only,
+    });
+    if let Some(name) = &layer.backing_filename {
+        value["backing-filename"] = json!(name);
     }
     value
 }

@@ -99,6 +99,8 @@ fn without_progress(value: Value) -> Value {
                 members.remove("busy");
             }
             members.remove("dirty-bitmaps");
+            // Ours alone: what the chain has become.
+            members.remove("x-chain");
             // Bytes here, one step there.
             let is_create = members.get("type") == Some(&json!("create"));
             // How much a file system gave for it.

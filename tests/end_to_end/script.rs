@@ -4,6 +4,7 @@
 //! - `{...}` is a command, sent after the reply to the one before;
 //! - `wait JOB STATUS` waits until that status has been reported as often as it was waited for;
 //! - `wait JOB stopped` waits until an error has paused the job as often as that was waited for;
+//! - `gone JOB` waits until the job is not there, whether or not it ever was;
 //! - `moving JOB` waits until the job has got somewhere, which no event tells;
 //! - `$ COMMAND` runs a shell command in the daemon's folder; what it prints and its exit code are compared;
 //! - `locks FILE` looks at which bytes of the file are locked;
@@ -75,6 +76,9 @@ pub(crate) fn run(script: &str, client: &mut Client, ground: &Ground<'_>) -> Out
             continue;
         } else if let Some(job) = line.strip_prefix("moving ") {
             until_moving(client, &mut log, job);
+            continue;
+        } else if let Some(job) = line.strip_prefix("gone ") {
+            until_gone(client, &mut log, job);
             continue;
         } else if let Some(command) = line.strip_prefix("$ ") {
             shell(command, ground.folder)
@@ -166,6 +170,19 @@ fn until_moving(client: &mut Client, log: &mut Vec<Entry>, job: &str) {
             return;
         }
         assert!(started.elapsed() < DEADLINE, "{job} does not move");
+    }
+}
+
+fn until_gone(client: &mut Client, log: &mut Vec<Entry>, job: &str) {
+    let started = Instant::now();
+    loop {
+        client.send(b"{\"execute\": \"query-jobs\"}\n");
+        let jobs = reply(client, log);
+        let jobs = jobs["return"].as_array().expect("a list");
+        if jobs.iter().all(|one| one["id"] != job) {
+            return;
+        }
+        assert!(started.elapsed() < DEADLINE, "{job} stays");
     }
 }
 

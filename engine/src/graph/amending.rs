@@ -122,7 +122,7 @@ impl Graph {
     }
 
     /// Rewrites what the header of an image says, which an edge keeps where it is, and which may be read-only.
-    async fn rewrite_backing(
+    pub(super) async fn rewrite_backing(
         &self,
         image: NodeId,
         format: &str,

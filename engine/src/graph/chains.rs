@@ -4,7 +4,7 @@ use blockyard_ring::HostFile;
 
 use crate::data::NodeId;
 use crate::graph::filenames::{FileName, ShownBacking};
-use crate::graph::records::{BACKING_ROLE, DATA_FILE_ROLE, NodeRecord, Records, TARGET_ROLE};
+use crate::graph::records::{BACKING_ROLE, DATA_FILE_ROLE, NodeRecord, Records, TARGET_ROLE, User};
 use crate::node::build::NodePlan;
 
 impl Records {
@@ -39,6 +39,41 @@ impl Records {
         } else {
             self.backing(id)
         }
+    }
+
+    /// The nodes of a chain from the top down, filters included.
+    pub(super) fn chain(&self, top: NodeId) -> impl Iterator<Item = NodeId> {
+        std::iter::successors(Some(top), |id| self.next_in_chain(*id))
+    }
+
+    /// All nodes that have this one anywhere below them.
+    pub(super) fn above(&self, id: NodeId) -> Vec<NodeId> {
+        let mut above: Vec<NodeId> = Vec::new();
+        let mut next = vec![id];
+        while let Some(below) = next.pop() {
+            for edge in self.users(below) {
+                if let User::Node(parent) = edge.user
+                    && !above.contains(&parent)
+                {
+                    above.push(parent);
+                    next.push(parent);
+                }
+            }
+        }
+        above
+    }
+
+    /// What is below the filters that a node may be.
+    pub(super) fn unfiltered(&self, id: NodeId) -> NodeId {
+        let is_filter = |id: &NodeId| self.node(*id).is_some_and(NodeRecord::is_filter);
+        let mut chain = self.chain(id);
+        chain.find(|id| !is_filter(id)).unwrap_or(id)
+    }
+
+    /// How many of these nodes are no filters.
+    pub(super) fn layers(&self, nodes: &[NodeId]) -> usize {
+        let layers = nodes.iter().filter_map(|id| self.node(*id));
+        layers.filter(|node| !node.is_filter()).count()
     }
 
     /// How many nodes of its chain are below a node.

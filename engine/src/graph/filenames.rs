@@ -109,6 +109,11 @@ impl FileName {
         }
     }
 
+    /// Whether it is a file, a device or the like, not something that is in one.
+    pub(super) fn is_protocol(&self) -> bool {
+        self.is_protocol
+    }
+
     fn shown(&self) -> Shown {
         Shown::Members(self.options.clone())
     }

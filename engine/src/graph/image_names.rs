@@ -197,7 +197,7 @@ fn protocol(name: &[u8]) -> Option<&[u8]> {
     rest.starts_with(b":").then_some(protocol)
 }
 
-fn in_folder(name: &[u8], folder: &str) -> PathBuf {
+pub(super) fn in_folder(name: &[u8], folder: &str) -> PathBuf {
     if name.starts_with(b"/") {
         return PathBuf::from(OsString::from_vec(name.to_vec()));
     }

@@ -5,6 +5,7 @@ use tokio::sync::MutexGuard;
 use crate::data::NodeId;
 use crate::error::{EngineError, JobError};
 use crate::graph::amending::AmendEffect;
+use crate::graph::chain_jobs::ChainPart;
 use crate::graph::creating::{Opened, image_edges};
 use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{
@@ -43,6 +44,8 @@ pub struct JobNodes {
     pub amends: Option<AmendEffect>,
     /// What was opened for it, and goes with it.
     pub opened: Opened,
+    /// What it takes of a chain, if it moves data within one.
+    pub chain: Option<ChainPart>,
 }
 
 impl Graph {
@@ -86,12 +89,19 @@ impl Graph {
                 [name(Some(&spec.file)), name(spec.data_file.as_ref()), None]
             }
             WorkSpec::Create(_) => [None; 3],
+            WorkSpec::Commit(spec) => [Some(&*spec.device), None, None],
+            WorkSpec::Stream(spec) => [Some(&*spec.device), None, None],
             WorkSpec::Amend(spec) => [Some(&*spec.node), None, None],
         };
+        let in_chain = matches!(work, WorkSpec::Commit(_) | WorkSpec::Stream(_));
         self.hold_while(|records| {
             let names = names.iter().flatten();
             let named = names.filter_map(|name| records.by_name(name, None));
-            named.map(|node| node.id).chain(opened.all()).collect()
+            let named = named.flat_map(|node| match in_chain {
+                true => records.component(node.id),
+                false => vec![node.id],
+            });
+            named.chain(opened.all()).collect()
         })
         .await
     }
@@ -109,6 +119,8 @@ impl Graph {
         match work {
             WorkSpec::Backup(spec) => self.prepare_backup(spec).await,
             WorkSpec::Mirror(spec) => self.prepare_mirror(spec).await,
+            WorkSpec::Commit(spec) => self.prepare_commit(spec).await,
+            WorkSpec::Stream(spec) => self.prepare_stream(spec).await,
             WorkSpec::Create(CreateSpec::File { .. }) => Ok(JobNodes::default()),
             WorkSpec::Create(CreateSpec::Raw { file, size, .. }) => {
                 self.prepare_create_raw(file, *size, opened).await
@@ -368,13 +380,13 @@ impl Graph {
                     child: source,
                     kind,
                 },
+                read_only: below.read_only || driver == "commit_top",
                 locked: None,
                 ..below
             });
-            let role = if driver == "mirror_top" {
-                BACKING_ROLE
-            } else {
-                FILE_ROLE
+            let role = match driver {
+                "mirror_top" | "commit_top" => BACKING_ROLE,
+                _ => FILE_ROLE,
             };
             let linked = records.change_edges(|edges| {
                 for edge in edges.iter_mut().filter(|edge| edge.child == source) {
@@ -499,6 +511,10 @@ impl Graph {
         let job = |node, role, taken, shared| edge(User::Job(key), node, role, taken, shared);
         let (none, every) = (Permissions::NONE, Permissions::EVERY);
         let edges = match job_type {
+            JobType::Commit | JobType::Stream => match &nodes.chain {
+                Some(part) => records.chain_edges(key, nodes, part),
+                None => Vec::new(),
+            },
             JobType::Backup => vec![
                 job(above, "main node", none, every),
                 job(target, TARGET_ROLE, none, every),
@@ -548,6 +564,10 @@ impl Graph {
                 tracing::error!(%error, "a job that never began keeps its edges");
             }
             return Err(error);
+        }
+        if let Some(part) = &nodes.chain {
+            records.guard_chain(key, job_type, nodes, part);
+            return Ok(());
         }
         let blocked = match job_type {
             JobType::Create => vec![target],
@@ -605,6 +625,7 @@ impl Graph {
         {
             let mut records = self.records.borrow_mut();
             records.blockers.retain(|blocker| blocker.job != key);
+            records.frozen.retain(|frozen| frozen.job != key);
             let detached = records.change_edges(|edges| {
                 edges.retain(|edge| !edge.is_of(key));
             });
@@ -618,6 +639,10 @@ impl Graph {
             self.take_in_amended(target).await;
         }
         self.take_away(nodes).await;
+        if let Some(part) = &nodes.chain {
+            self.close_for_writing(key).await;
+            self.drop_out_of_chain(part).await;
+        }
     }
 
     /// A dismissed job is not shown any more.

@@ -470,6 +470,9 @@ fn child_permissions(
         .without(Permission::Resize);
     match (node.driver, role) {
         ("copy-before-write", _) => (taken.with(Permission::ConsistentRead), fixed),
+        // What is below changes under its users, as the job's own edges say.
+        ("commit_top", _) => (Permissions::NONE, Permissions::EVERY),
+        ("copy-on-read", _) if !node.read_only => (taken.with(Permission::WriteUnchanged), shared),
         // What a backing holds must not change under those who read it through the overlay, unless they do not mind.
         ("qcow2", BACKING_ROLE) => {
             let reads = Permissions::NONE.with(Permission::ConsistentRead);

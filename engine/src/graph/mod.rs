@@ -6,6 +6,9 @@
 mod add;
 mod amending;
 mod blkdebug;
+mod chain_ends;
+mod chain_jobs;
+mod chain_views;
 mod chains;
 mod creating;
 mod disk_facts;
@@ -45,6 +48,7 @@ use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
 use crate::request::{ObjectSpec, Permission};
 
+pub use chain_jobs::ChainPart;
 pub use jobs::JobNodes;
 pub(crate) use names::is_identifier;
 pub use reopen::Writable;
@@ -56,7 +60,7 @@ pub struct Graph {
     threads: ThreadSet,
     policy: ImagePolicy,
     changes: Mutex<()>,
-    /// Told when nodes have arrived on another thread.
+    /// Told when nodes have arrived on another thread, and when a command has changed one.
     arrived: Notify,
 }
 
@@ -279,6 +283,7 @@ impl Graph {
             }
             records.node(id).is_none_or(|node| node.monitor_owned)
         };
+        self.arrived.notify_waiters();
         // Its parent may have gone meanwhile.
         if !is_owned {
             self.close_unused(id).await;

@@ -12,6 +12,7 @@ use crate::graph::filenames::FileName;
 use crate::graph::image_locks::HeldLocks;
 use crate::graph::image_names::BackingName;
 use crate::graph::permissions::{ExtraPermissions, Permissions};
+use crate::graph::reopen::Writable;
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
@@ -28,6 +29,10 @@ pub(super) const BACKING_ROLE: &str = "backing";
 pub(super) const DATA_FILE_ROLE: &str = "data-file";
 /// Role of a node that somebody outside of the graph uses.
 pub(super) const ROOT_ROLE: &str = "root";
+/// Role of the node that a commit writes to.
+pub(super) const BASE_ROLE: &str = "base";
+/// Role of the nodes that a job takes out of a chain.
+pub(super) const INTERMEDIATE_ROLE: &str = "intermediate node";
 /// Role of a node that a job, or its filter, writes to. Permissions on such an edge are fixed.
 pub(super) const TARGET_ROLE: &str = "target";
 
@@ -72,6 +77,11 @@ pub(super) struct NodeRecord {
 }
 
 impl NodeRecord {
+    /// Whether it is a file, a device or the like, and not something that is in one.
+    pub(super) fn is_protocol(&self) -> bool {
+        self.filename.is_protocol()
+    }
+
     /// Whether it shows its child's data as its own.
     pub(super) fn is_filter(&self) -> bool {
         matches!(
@@ -164,6 +174,14 @@ pub(super) struct Blocker {
     pub(super) job_type: JobType,
 }
 
+/// A link down a chain that a job relies on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Frozen {
+    #[expect(dead_code, reason = "asked for by blockdev-reopen, which comes next")]
+    pub(super) parent: NodeId,
+    pub(super) job: JobKey,
+}
+
 /// A job as texts name it.
 #[derive(Clone, Debug)]
 pub(super) struct JobLabel {
@@ -179,7 +197,11 @@ pub(super) struct Records {
     pub(super) nodes: Vec<NodeRecord>,
     pub(super) edges: Vec<Edge>,
     pub(super) blockers: Vec<Blocker>,
+    /// Backings, and what filters are above, that must stay what they are.
+    pub(super) frozen: Vec<Frozen>,
     pub(super) jobs: Vec<JobLabel>,
+    /// What was opened for writing for a job.
+    pub(super) writable: Vec<(JobKey, Writable)>,
     /// Names of nodes that are being opened.
     pub(super) reserved: Vec<String>,
     /// Nodes on their way to another thread.
@@ -426,6 +448,12 @@ impl Records {
                 Err(EngineError::generic(text))
             }
         }
+    }
+
+    /// Whether a command is changing one of these nodes.
+    pub(super) fn has_command(&self, nodes: &[NodeId]) -> bool {
+        let mut edges = self.edges.iter();
+        edges.any(|edge| edge.user == User::Command && nodes.contains(&edge.child))
     }
 
     /// Memory that the images take that a command has opened so far, in bytes.

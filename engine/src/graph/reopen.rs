@@ -124,7 +124,11 @@ impl Graph {
                 let text = format!("Node '{}' has nothing below it", node.name);
                 return Err(EngineError::generic(text));
             };
-            let from = std::mem::replace(below, backing);
+            *below = backing;
+            // In the records the filter of a job may be in between.
+            let mut children = records.children(overlay);
+            let from = children.find(|edge| edge.role == BACKING_ROLE);
+            let from = from.map(|edge| edge.child);
             if backing.is_some_and(|new| self.thread_of(new) != node.thread) {
                 return Err(EngineError::generic(
                     "Layers of one chain are on different threads (bug)",
@@ -229,15 +233,25 @@ impl Graph {
         reopened.await?
     }
 
-    /// Keeps a node, and what is connected with it, on its thread until the edge of [`pin`] is released.
+    /// Keeps a node, and what is connected with it, on its thread until the edge of [`pin`] is released. Waits for whoever is
+    /// changing one of them.
     ///
     /// # Errors
-    /// A command is changing one of them.
+    /// One of them is being opened.
     pub(super) async fn pin(&self, id: NodeId) -> Result<(), EngineError> {
-        self.wait_until_still(id).await;
-        let mut records = self.records.borrow_mut();
-        records.check_unpinned(&records.component(id), None)?;
-        records.change_edges(|edges| edges.push(pin(id)))
+        loop {
+            self.wait_until_still(id).await;
+            let released = self.arrived.notified();
+            {
+                let mut records = self.records.borrow_mut();
+                let component = records.component(id);
+                if !records.has_command(&component) {
+                    records.check_unpinned(&component, None)?;
+                    return records.change_edges(|edges| edges.push(pin(id)));
+                }
+            }
+            released.await;
+        }
     }
 
     /// Waits until a node is not on its way to another thread.

@@ -214,7 +214,6 @@ impl Graph {
     ///
     /// # Errors
     /// When requests do not end, or a conflict in QEMU's words: nothing has changed then.
-    #[allow(dead_code, reason = "for blockdev-snapshot")]
     pub(super) async fn move_users(
         &self,
         from: NodeId,

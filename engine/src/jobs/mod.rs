@@ -2,13 +2,6 @@
 
 mod amend;
 mod backup;
-#[cfg_attr(
-    not(test),
-    expect(
-        dead_code,
-        reason = "no command leads here before the graph links chains anew"
-    )
-)]
 mod commit;
 mod copier;
 #[cfg(test)]
@@ -22,13 +15,6 @@ mod runs;
 #[cfg(test)]
 mod simulated;
 mod steps;
-#[cfg_attr(
-    not(test),
-    expect(
-        dead_code,
-        reason = "no command leads here before the graph links chains anew"
-    )
-)]
 mod stream;
 #[cfg(test)]
 mod test_support;
@@ -41,7 +27,7 @@ use crate::graph::JobNodes;
 use crate::job::context::ErrorPolicies;
 use crate::job::work::Work;
 use crate::node::Node;
-use crate::request::{CreatePreallocation, CreateSpec, WorkSpec};
+use crate::request::{CommitSpec, CreatePreallocation, CreateSpec, StreamSpec, WorkSpec};
 
 /// The work that a job's description asks for, on the thread where its nodes live.
 ///
@@ -56,6 +42,8 @@ pub fn work(
         id.and_then(|id| context.node(id))
             .ok_or_else(|| JobError::text("Internal error: a node is not where it should be (bug)"))
     };
+    let chain = nodes.chain.as_ref();
+    let (layers, seen_bytes) = chain.map_or((1, 0), |part| (part.layers, part.seen_bytes));
     Ok(match spec {
         WorkSpec::Backup(spec) => Box::new(backup::Backup::new(
             node(nodes.source)?,
@@ -67,6 +55,13 @@ pub fn work(
             node(nodes.target)?,
             spec.clone(),
         )),
+        WorkSpec::Commit(_) => Box::new(commit::Commit::new(
+            node(nodes.source)?,
+            node(nodes.target)?,
+            layers,
+            seen_bytes,
+        )),
+        WorkSpec::Stream(_) => Box::new(stream::Stream::new(node(nodes.source)?, layers)),
         WorkSpec::Create(CreateSpec::File {
             filename,
             size,
@@ -129,6 +124,11 @@ impl ErrorPolicies {
             WorkSpec::Mirror(spec) => Self {
                 on_source_error: spec.on_source_error,
                 on_target_error: spec.on_target_error,
+            },
+            WorkSpec::Commit(CommitSpec { on_error, .. })
+            | WorkSpec::Stream(StreamSpec { on_error, .. }) => Self {
+                on_source_error: *on_error,
+                on_target_error: *on_error,
             },
             WorkSpec::Create(_) | WorkSpec::Amend(_) => Self::default(),
         }

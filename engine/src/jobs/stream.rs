@@ -70,13 +70,12 @@ impl Stream {
 impl Work for Stream {
     fn run<'a>(&'a mut self, cx: &'a JobContext) -> LocalFuture<'a, Result<(), Stop>> {
         Box::pin(async move {
-            let length_bytes = self.device.facts().length_bytes;
-            cx.progress().set_remaining(length_bytes);
-            cx.checkpoint().await?;
             if self.layers <= 1 || self.device.backing().is_none() {
-                cx.progress().done(length_bytes);
                 return Ok(());
             }
+            cx.progress()
+                .set_remaining(self.device.facts().length_bytes);
+            cx.checkpoint().await?;
             self.copier().run(cx).await
         })
     }

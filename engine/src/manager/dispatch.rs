@@ -145,6 +145,9 @@ impl Manager {
                 return Ok(Reply::Nodes(self.graph.views(flat).await));
             }
             Request::QueryBlockGraph => return Ok(Reply::Graph(self.graph.block_graph())),
+            Request::QueryChain { node_name } => {
+                return Ok(Reply::Chain(self.graph.chain_view(&node_name)?));
+            }
             Request::StartJob(spec) => self.start(spec).await?,
             Request::StartJobs { jobs, grouped } => self.start_all(jobs, grouped).await?,
             Request::JobVerb { family, id, verb } => self.verb(family, &id, verb).await?,

@@ -12,7 +12,6 @@ use crate::event::EventKind;
 use crate::job::context::{CancelMode, JobKey, Report};
 use crate::job::error_policy::ErrorAction;
 use crate::job::status::{Status, Step, next};
-use crate::job::verb::JobType;
 use crate::job::work::Stop;
 use crate::manager::Manager;
 use crate::manager::driver::{DriverOrder, bug};
@@ -195,24 +194,29 @@ impl Manager {
     /// The last chance of one job to fail: graph changes first, then its own.
     async fn prepare(&self, key: JobKey) -> Result<(), JobError> {
         let facts = self.with_job(key, |job| {
-            let pivots = job.job_type == JobType::Mirror && job.shared.complete_ordered();
+            let pivots = job.keeps_equal() && job.shared.complete_ordered();
             let replaces = match &job.work {
                 WorkSpec::Mirror(spec) => spec.replaces.clone(),
                 _ => None,
             };
             (
                 job.error.is_some(),
+                job.keeps_equal(),
                 pivots,
                 replaces,
                 job.nodes.clone(),
                 job.driver.clone(),
             )
         });
-        let Some((false, pivots, replaces, nodes, driver)) = facts else {
+        let Some((false, keeps_equal, pivots, replaces, nodes, driver)) = facts else {
             return Ok(());
         };
-        if pivots && let Some(nodes) = nodes {
-            self.graph.pivot(key, &nodes, replaces.as_deref()).await?;
+        if let Some(nodes) = nodes {
+            if pivots {
+                self.graph.pivot(key, &nodes, replaces.as_deref()).await?;
+            } else if !keeps_equal {
+                self.graph.finish_chain(key, &nodes).await?;
+            }
         }
         let Some(driver) = driver else {
             return Ok(());
@@ -264,6 +268,10 @@ impl Manager {
         self.settle_work(key, aborts).await;
         if let Some(Some(nodes)) = self.with_job(key, |job| job.nodes.take()) {
             self.graph.detach_job(key, &nodes).await;
+            self.with_job(key, |job| {
+                let has_pivoted = !aborts && job.keeps_equal() && job.shared.complete_ordered();
+                job.chain = self.graph.chain_after(&nodes, has_pivoted);
+            });
         }
         let end = self.with_job(key, |job| {
             if let Some(thread) = job.thread.take() {
@@ -314,7 +322,7 @@ impl Manager {
     /// Asks a job to end early. Does not wait for it.
     pub(super) fn request_cancel(&self, key: JobKey, force: bool) {
         self.with_job(key, |job| {
-            let soft_allowed = job.job_type == JobType::Mirror && job.is_ready();
+            let soft_allowed = job.keeps_equal() && job.is_ready();
             let force = force || !soft_allowed;
             job.end_user_pause();
             if force || !job.finished {

@@ -12,7 +12,7 @@ use crate::job::context::{JobKey, JobShared};
 use crate::job::status::Status;
 use crate::job::verb::JobType;
 use crate::manager::driver::DriverOrder;
-use crate::reply::{BlockJobView, IoStatus, JobView};
+use crate::reply::{BlockJobView, IoStatus, JobView, LayerView};
 use crate::request::WorkSpec;
 
 /// Jobs that end together or not at all; never reused.
@@ -41,6 +41,10 @@ pub(super) struct JobRecord {
     /// The failed request that was logged last.
     pub(super) logged_failure: Option<NodeError>,
     pub(super) io_status: IoStatus,
+    /// The chain it has worked on, once it has concluded.
+    pub(super) chain: Option<Vec<LayerView>>,
+    /// A commit of a node that goes on to be written to.
+    pub(super) is_active_commit: bool,
     pub(super) auto_finalize: bool,
     pub(super) auto_dismiss: bool,
     /// `None` once concluded.
@@ -108,16 +112,26 @@ impl JobRecord {
             current_progress: self.shared.progress.current_bytes(),
             total_progress: self.shared.progress.total_bytes(),
             error: self.error.as_ref().map(|error| error.text.clone()),
+            chain: self.chain.clone(),
             failed_at: self.error.as_ref().and_then(JobError::place),
             latency: self.shared.latency.view(),
+        }
+    }
+
+    /// Whether it becomes ready, and keeps both sides equal until its client decides.
+    pub(super) fn keeps_equal(&self) -> bool {
+        match self.job_type {
+            JobType::Mirror => true,
+            JobType::Commit => self.is_active_commit,
+            _ => false,
         }
     }
 
     /// As `query-block-jobs` shows it. A mirror that has ended well and waits keeps its source quiet, which counts as
     /// a pause.
     pub(super) fn block_view(&self) -> BlockJobView {
-        let holds_source = self.job_type == JobType::Mirror
-            && matches!(self.status, Status::Waiting | Status::Pending);
+        let holds_source =
+            self.keeps_equal() && matches!(self.status, Status::Waiting | Status::Pending);
         BlockJobView {
             id: self.id.clone(),
             job_type: self.job_type,

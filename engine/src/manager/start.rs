@@ -89,13 +89,15 @@ impl Manager {
                 return Err(error);
             }
         };
+        let mut nodes = nodes;
         let brought_up = match (held, missing) {
-            (Some(held), None) => self.bring_up(held, key, &spec, &nodes).await,
+            (Some(held), None) => self.bring_up(held, key, &spec, &mut nodes).await,
             (_, Some(error)) => Err(error),
             (None, None) => Err(EngineError::generic("The graph is not held (bug)")),
         };
         let error = match brought_up {
             Ok(thread) => {
+                self.with_job(key, |job| job.nodes = Some(nodes.clone()));
                 return Ok(Admitted {
                     key,
                     thread,
@@ -156,6 +158,8 @@ impl Manager {
         let (speed, copy_mode) = match &spec.work {
             WorkSpec::Backup(backup) => (backup.speed, CopyMode::Background),
             WorkSpec::Mirror(mirror) => (mirror.speed, mirror.copy_mode),
+            WorkSpec::Commit(commit) => (commit.speed, CopyMode::Background),
+            WorkSpec::Stream(stream) => (stream.speed, CopyMode::Background),
             WorkSpec::Create(_) | WorkSpec::Amend(_) => (0, CopyMode::Background),
         };
         let mut jobs = self.jobs.borrow_mut();
@@ -176,6 +180,8 @@ impl Manager {
             error: None,
             logged_failure: None,
             io_status: IoStatus::Ok,
+            chain: None,
+            is_active_commit: nodes.chain.as_ref().is_some_and(|part| part.is_whole),
             auto_finalize: spec.auto_finalize,
             auto_dismiss: spec.auto_dismiss,
             group: Some(group),
@@ -195,7 +201,7 @@ impl Manager {
         held: MutexGuard<'_, ()>,
         key: JobKey,
         spec: &JobSpec,
-        nodes: &JobNodes,
+        nodes: &mut JobNodes,
     ) -> Result<ThreadId, EngineError> {
         let (id, speed) = self
             .with_job(key, |job| (job.id.clone(), job.shared.speed()))
@@ -203,10 +209,13 @@ impl Manager {
         if speed < 0 {
             return Err(negative_speed());
         }
+        self.graph.insert_late_filter(&spec.work, nodes).await?;
         self.graph
             .attach_job(key, &id, spec.work.job_type(), nodes)
             .await?;
-        self.graph.place(held, nodes).await
+        let thread = self.graph.place(held, nodes).await?;
+        self.graph.open_chain_for_writing(key, nodes).await?;
+        Ok(thread)
     }
 
     /// Starts the work on its thread. From here on everything is the lifecycle's.

@@ -168,7 +168,7 @@ impl Manager {
 
     fn complete(&self, key: JobKey) -> Result<(), EngineError> {
         let replaces = self.check(key, Verb::Complete, |job| {
-            if job.cancelled || job.job_type != JobType::Mirror {
+            if job.cancelled || !job.keeps_equal() {
                 return Err(EngineError::generic(format!(
                     "The active block job '{}' cannot be completed",
                     job.id

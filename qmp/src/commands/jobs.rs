@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::request::{
-    AmendSpec, BackupPerf, BackupSpec, BitmapMode, CopyMode, CreateEncryption, CreatePreallocation,
-    CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    AmendSpec, BackupPerf, BackupSpec, BitmapMode, CommitSpec, CopyMode, CreateEncryption,
+    CreatePreallocation, CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec, Request, StreamSpec,
+    SyncMode, VerbFamily, WorkSpec,
 };
 
 use crate::commands::nodes::node_reference;
@@ -14,8 +15,8 @@ use crate::commands::{Action, Command, call};
 use crate::error::QmpError;
 use crate::schema::fields::Fields;
 use crate::schema::jobs::{
-    AMEND, BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, CREATE, JOB_INFO, MIRROR,
-    SET_SPEED,
+    AMEND, BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, COMMIT, CREATE, JOB_INFO,
+    MIRROR, SET_SPEED, STREAM,
 };
 use crate::schema::{EMPTY, Type};
 
@@ -69,6 +70,8 @@ pub(super) static COMMANDS: &[Command] = &[
     }),
     Command::act("blockdev-backup", &BACKUP, backup),
     Command::act("blockdev-mirror", &MIRROR, mirror),
+    Command::act("block-commit", &COMMIT, commit),
+    Command::act("block-stream", &STREAM, stream),
     Command::act("blockdev-create", &CREATE, create),
     Command::act("x-blockdev-amend", &AMEND, amend).unstable(),
 ];
@@ -184,6 +187,39 @@ fn mirror(mut arguments: Fields) -> Result<Action, QmpError> {
         copy_mode: arguments
             .word("copy-mode", COPY_MODES)
             .unwrap_or(CopyMode::Background),
+    });
+    let id = arguments.text("job-id");
+    start(&arguments, id, work)
+}
+
+fn commit(mut arguments: Fields) -> Result<Action, QmpError> {
+    let work = WorkSpec::Commit(CommitSpec {
+        device: arguments.required_text("device"),
+        base_node: arguments.text("base-node"),
+        base: arguments.text("base"),
+        top_node: arguments.text("top-node"),
+        top: arguments.text("top"),
+        backing_file: arguments.text("backing-file"),
+        backing_mask_protocol: arguments.flag("backing-mask-protocol").unwrap_or(false),
+        speed: arguments.int("speed").unwrap_or(0),
+        on_error: on_error(&arguments, "on-error"),
+        filter_node_name: arguments.text("filter-node-name"),
+    });
+    let id = arguments.text("job-id");
+    start(&arguments, id, work)
+}
+
+fn stream(mut arguments: Fields) -> Result<Action, QmpError> {
+    let work = WorkSpec::Stream(StreamSpec {
+        device: arguments.required_text("device"),
+        base: arguments.text("base"),
+        base_node: arguments.text("base-node"),
+        bottom: arguments.text("bottom"),
+        backing_file: arguments.text("backing-file"),
+        backing_mask_protocol: arguments.flag("backing-mask-protocol").unwrap_or(false),
+        speed: arguments.int("speed").unwrap_or(0),
+        on_error: on_error(&arguments, "on-error"),
+        filter_node_name: arguments.text("filter-node-name"),
     });
     let id = arguments.text("job-id");
     start(&arguments, id, work)

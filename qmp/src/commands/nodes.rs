@@ -16,6 +16,7 @@ use crate::error::QmpError;
 use crate::schema::check::{Spelling, check};
 use crate::schema::fields::Fields;
 use crate::schema::images::{DEVICE_INFO, SNAPSHOT_INFO};
+use crate::schema::jobs::CHAIN_LAYER;
 use crate::schema::nodes::{
     BY_NAME, CHANGE_BACKING_FILE, GRAPH, INTERNAL_SNAPSHOT, INTERNAL_SNAPSHOT_BY_NAME, OBJECT,
     OBJECT_BY_ID, OPTIONS, QUERY, RESIZE, SET_IOTHREAD,
@@ -48,6 +49,17 @@ pub(super) static COMMANDS: &[Command] = &[
         &EMPTY,
         Type::Object(&GRAPH),
         |_| call(Request::QueryBlockGraph),
+    )
+    .unstable(),
+    Command::new(
+        "x-query-chain",
+        &BY_NAME,
+        Type::List(&Type::Object(&CHAIN_LAYER)),
+        |mut a| {
+            call(Request::QueryChain {
+                node_name: a.required_text("node-name"),
+            })
+        },
     )
     .unstable(),
     Command::act("block_resize", &RESIZE, |mut a| {

@@ -90,6 +90,37 @@ pub static MIRROR: Object = Object::of(&[
     optional("auto-finalize", Type::Bool),
     optional("auto-dismiss", Type::Bool),
 ]);
+/// Arguments of `block-commit`.
+pub static COMMIT: Object = Object::of(&[
+    optional("job-id", Type::Text),
+    required("device", Type::Text),
+    optional("base-node", Type::Text),
+    optional("base", Type::Text).deprecated(),
+    optional("top-node", Type::Text),
+    optional("top", Type::Text).deprecated(),
+    optional("backing-file", Type::Text),
+    optional("backing-mask-protocol", Type::Bool),
+    optional("speed", Type::Int),
+    optional("on-error", Type::Word(&ON_ERROR)),
+    optional("filter-node-name", Type::Text),
+    optional("auto-finalize", Type::Bool),
+    optional("auto-dismiss", Type::Bool),
+]);
+/// Arguments of `block-stream`.
+pub static STREAM: Object = Object::of(&[
+    optional("job-id", Type::Text),
+    required("device", Type::Text),
+    optional("base", Type::Text),
+    optional("base-node", Type::Text),
+    optional("backing-file", Type::Text),
+    optional("backing-mask-protocol", Type::Bool),
+    optional("bottom", Type::Text),
+    optional("speed", Type::Int),
+    optional("on-error", Type::Word(&ON_ERROR)),
+    optional("filter-node-name", Type::Text),
+    optional("auto-finalize", Type::Bool),
+    optional("auto-dismiss", Type::Bool),
+]);
 /// Arguments of `blockdev-create`.
 pub static CREATE: Object = Object::of(&[
     required("job-id", Type::Text),
@@ -112,6 +143,15 @@ pub static JOB_INFO: Object = Object::of(&[
     required("current-progress", Type::Int),
     required("total-progress", Type::Int),
     optional("error", Type::Text),
+    optional("x-chain", Type::List(&Type::Object(&CHAIN_LAYER))).unstable(),
+]);
+/// One image of a chain.
+pub static CHAIN_LAYER: Object = Object::of(&[
+    required("node-name", Type::Text),
+    required("driver", Type::Text),
+    required("filename", Type::Text),
+    required("read-only", Type::Bool),
+    optional("backing-filename", Type::Text),
 ]);
 static MIRROR_INFO: Object = Object::of(&[required("actively-synced", Type::Bool)]);
 /// `BlockJobInfo`.

@@ -1,0 +1,144 @@
+//! The good end of commit and stream: headers tell of the new backing, then the chain is linked like that.
+//!
+//! What is seen through every overlay is the same before and after, so the two may be apart: a power cut in between leaves
+//! a header that tells of either, and requests in flight end on the old chain.
+
+use crate::data::NodeId;
+use crate::error::{EngineError, JobError};
+use crate::graph::Graph;
+use crate::graph::chain_jobs::{ChainPart, NewBacking};
+use crate::graph::jobs::JobNodes;
+use crate::graph::records::{BACKING_ROLE, User};
+use crate::graph::reopen::{Writable, pin};
+use crate::job::context::JobKey;
+use crate::node::build::NodePlan;
+
+impl Graph {
+    /// Links the chain anew for a commit or a stream that has moved everything, durably.
+    ///
+    /// # Errors
+    /// When a header cannot be written. Everything reads as before, whichever way its header tells of the chain.
+    pub async fn finish_chain(&self, key: JobKey, nodes: &JobNodes) -> Result<(), JobError> {
+        let (Some(part), Some(source), Some(target)) = (&nodes.chain, nodes.source, nodes.target)
+        else {
+            return Ok(());
+        };
+        let finished = match source == target {
+            true => self.finish_stream(source, part).await,
+            false => self.finish_commit(key, nodes, part, target).await,
+        };
+        finished.map_err(|error| JobError::text(error.text))
+    }
+
+    async fn finish_stream(&self, device: NodeId, part: &ChainPart) -> Result<(), EngineError> {
+        let stays = {
+            let records = self.records.borrow();
+            let device = records.unfiltered(device);
+            if records.backing(device).is_none() {
+                return Ok(());
+            }
+            let last = part.inner.last().copied().unwrap_or(device);
+            match part.is_whole {
+                true => None,
+                // What is there now: it may have been replaced meanwhile.
+                false => records.next_in_chain(last),
+            }
+        };
+        let device = self.records.borrow().unfiltered(device);
+        self.name_backing(device, stays, &part.named).await?;
+        self.set_backing_live(device, stays).await
+    }
+
+    async fn finish_commit(
+        &self,
+        key: JobKey,
+        nodes: &JobNodes,
+        part: &ChainPart,
+        base: NodeId,
+    ) -> Result<(), EngineError> {
+        let Some(filter) = nodes.filter else {
+            return Ok(());
+        };
+        let overlays: Vec<NodeId> = {
+            let records = self.records.borrow();
+            let users = records.users(filter);
+            let overlays = users.filter(|edge| edge.role == BACKING_ROLE);
+            overlays
+                .filter_map(|edge| match edge.user {
+                    User::Node(overlay) => Some(overlay),
+                    _ => None,
+                })
+                .collect()
+        };
+        for overlay in &overlays {
+            self.name_backing(*overlay, Some(base), &part.named).await?;
+        }
+        for overlay in &overlays {
+            self.set_backing_live(*overlay, Some(base)).await?;
+        }
+        // Users that are no images see the same from the base on.
+        self.move_users(filter, base, Some(key), |_| ()).await
+    }
+
+    /// Lets the header of an image tell of another backing, durably. An image that is read-only is opened for writing for it.
+    async fn name_backing(
+        &self,
+        image: NodeId,
+        backing: Option<NodeId>,
+        named: &NewBacking,
+    ) -> Result<(), EngineError> {
+        let (name, format) = {
+            let records = self.records.borrow();
+            let is_image = records
+                .node(image)
+                .is_some_and(|node| matches!(node.plan, NodePlan::Qcow2 { .. }));
+            if !is_image {
+                return Ok(());
+            }
+            let shown = backing.and_then(|backing| records.node(records.unfiltered(backing)));
+            match shown {
+                None => (String::new(), ""),
+                Some(node) => {
+                    let shown = node.filename.to_string();
+                    let format = match named.mask_protocol && node.is_protocol() {
+                        true => "raw",
+                        false => node.driver,
+                    };
+                    (named.name.clone().unwrap_or(shown), format)
+                }
+            }
+        };
+        self.pin(image).await?;
+        let renamed = self.rewrite_backing(image, format, &name).await;
+        self.release(image, &pin(image)).await;
+        renamed
+    }
+
+    /// What was opened for writing for a job is read-only again.
+    pub(super) async fn close_for_writing(&self, key: JobKey) {
+        let opened: Vec<Writable> = {
+            let mut records = self.records.borrow_mut();
+            let mut all = std::mem::take(&mut records.writable);
+            let own = all.extract_if(.., |(job, _)| *job == key);
+            let own = own.map(|(_, writable)| writable).collect();
+            records.writable = all;
+            own
+        };
+        for writable in opened {
+            self.restore_read_only(writable).await;
+        }
+    }
+
+    /// What is not of a chain any more goes, unless somebody has named it or uses it.
+    pub(super) async fn drop_out_of_chain(&self, part: &ChainPart) {
+        for id in &part.inner {
+            let is_owned = {
+                let records = self.records.borrow();
+                records.node(*id).is_none_or(|node| node.monitor_owned)
+            };
+            if !is_owned {
+                self.close_unused(*id).await;
+            }
+        }
+    }
+}

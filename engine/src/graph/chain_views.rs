@@ -1,0 +1,47 @@
+//! The chain of a node as clients see it: which files, in which formats, and what each image says is below it.
+
+use crate::data::NodeId;
+use crate::error::EngineError;
+use crate::graph::jobs::JobNodes;
+use crate::graph::{Graph, not_found};
+use crate::reply::LayerView;
+
+impl Graph {
+    /// The layers of a node's chain, itself first. Filters are not layers.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn chain_view(&self, name: &str) -> Result<Vec<LayerView>, EngineError> {
+        let id = self.find(name).ok_or_else(|| not_found("", name))?;
+        Ok(self.layers_from(id))
+    }
+
+    /// What the chain has become that a job has worked on; `None`: it was no job on a chain.
+    pub fn chain_after(&self, nodes: &JobNodes, has_pivoted: bool) -> Option<Vec<LayerView>> {
+        let part = nodes.chain.as_ref()?;
+        let top = match has_pivoted {
+            true => nodes.target?,
+            false => part.device,
+        };
+        Some(self.layers_from(top))
+    }
+
+    fn layers_from(&self, top: NodeId) -> Vec<LayerView> {
+        let records = self.records.borrow();
+        let nodes = records.chain(top).filter_map(|id| records.node(id));
+        let layers = nodes.filter(|node| !node.is_filter());
+        layers
+            .map(|node| LayerView {
+                node_name: node.name.clone(),
+                driver: node.driver,
+                filename: node.filename.to_string(),
+                read_only: node.read_only,
+                backing_filename: node
+                    .image
+                    .as_ref()
+                    .and_then(|image| image.backing.as_ref())
+                    .map(|backing| backing.shown()),
+            })
+            .collect()
+    }
+}
