@@ -75,13 +75,14 @@ fn copy(client: &mut Client, job: JobKind, compress: bool) -> Result<(), Failure
                 false => return require_success(client),
             }
         }
+        _ => return Err(Failure::new("a job of the chain scenarios")),
     };
     client
         .wait_for("concluded", |event| is_status(event, &["concluded"]))
         .map(|_| ())
 }
 
-fn is_status(event: &Value, wanted: &[&str]) -> bool {
+pub(crate) fn is_status(event: &Value, wanted: &[&str]) -> bool {
     event["event"] == "JOB_STATUS_CHANGE"
         && event["data"]["id"] == "copy"
         && wanted
@@ -89,7 +90,7 @@ fn is_status(event: &Value, wanted: &[&str]) -> bool {
             .any(|status| event["data"]["status"] == *status)
 }
 
-fn require_success(client: &mut Client) -> Result<(), Failure> {
+pub(crate) fn require_success(client: &mut Client) -> Result<(), Failure> {
     let jobs = client.call("query-jobs", json!({}))?;
     match jobs[0].get("error") {
         None if jobs[0]["status"] == "concluded" => Ok(()),

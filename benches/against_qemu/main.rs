@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod case;
+mod chain;
 mod cleanup;
 mod client;
 mod control;
@@ -100,6 +101,11 @@ fn measure(options: &Options, scenario: Scenario) -> Result<(), Failure> {
         | Scenario::Zstd
         | Scenario::Huge => {
             for result in copy::run(options, scenario)? {
+                print(options, || result.json().to_string(), || result.table());
+            }
+        }
+        Scenario::Chain | Scenario::ChainDisk | Scenario::Far => {
+            for result in chain::run(options, scenario)? {
                 print(options, || result.json().to_string(), || result.table());
             }
         }

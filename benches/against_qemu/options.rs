@@ -106,6 +106,12 @@ pub(crate) enum Scenario {
     Zstd,
     /// qcow2 of 8 TiB with 1 GiB of data spread over it: opening, backup to qcow2, mirror to raw; as in `ram`.
     Huge,
+    /// Base full of noise, half of it overwritten in an overlay: commit below an empty top, stream, active commit; as in `ram`.
+    Chain,
+    /// The same in a directory on a real disk.
+    ChainDisk,
+    /// A base that answers after 10 ms, then 1 ms: commit into it, stream from it, 256 MiB; the rest as in `ram`.
+    Far,
     /// 4 KiB at a time in mixed order, 32 in flight, on a node: `qemu-img bench` and the engine alone; raw, as in `ram`.
     RawNode,
     /// The same on qcow2: reads, writes in place, and writes to an empty image.
@@ -141,6 +147,15 @@ pub(crate) enum JobKind {
     Backup,
     /// `blockdev-mirror`, sync=full, completed once ready.
     Mirror,
+    /// `block-commit` below the top.
+    #[value(skip)]
+    Commit,
+    /// `block-stream` of the whole chain.
+    #[value(skip)]
+    Stream,
+    /// `block-commit` of the top, completed once ready.
+    #[value(skip)]
+    ActiveCommit,
 }
 
 impl JobKind {
@@ -149,6 +164,9 @@ impl JobKind {
         match self {
             JobKind::Backup => "backup",
             JobKind::Mirror => "mirror",
+            JobKind::Commit => "commit",
+            JobKind::Stream => "stream",
+            JobKind::ActiveCommit => "active commit",
         }
     }
 }
