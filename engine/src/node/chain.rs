@@ -57,7 +57,12 @@ pub async fn chain_status(
     };
     let (mut rest, mut found) = (range, Vec::<ChainExtent>::new());
     while !rest.is_empty() {
-        let extent = match first_extent(&mut layers, rest, beyond, extents_max).await {
+        let question = Question {
+            rest,
+            beyond,
+            extents_max,
+        };
+        let extent = match first_extent(&mut layers, question).await {
             Ok(extent) => extent,
             Err(error) if found.is_empty() => return Err(error),
             Err(_) => break,
@@ -75,11 +80,28 @@ pub async fn chain_status(
     Ok(found)
 }
 
+/// What is asked of each layer.
+#[derive(Clone, Copy)]
+struct Question {
+    /// All that is not known yet.
+    rest: ByteRange,
+    /// What none of the layers holds.
+    beyond: Content,
+    /// Most extents of one answer.
+    extents_max: usize,
+}
+
+/// How much more a layer is asked for than the last time, as a factor: in a chain of many layers of small extents, each of them
+/// is asked a few times, and tells little that nobody wants to know.
+const MORE_EACH_TIME: u64 = 4;
+
 /// One layer, and what it has told of the bytes ahead.
 struct Layer {
     node: Rc<dyn Node>,
     length_bytes: u64,
     known: VecDeque<StatusExtent>,
+    /// What it is asked for next, at least, in bytes.
+    ahead_bytes: u64,
 }
 
 impl Layer {
@@ -89,6 +111,7 @@ impl Layer {
             node,
             length_bytes,
             known: VecDeque::new(),
+            ahead_bytes: 0,
         }
     }
 
@@ -96,7 +119,7 @@ impl Layer {
     async fn first(
         &mut self,
         range: ByteRange,
-        extents_max: usize,
+        question: Question,
     ) -> Result<StatusExtent, NodeError> {
         while let Some(extent) = self.known.front()
             && extent.range.end() <= range.offset()
@@ -104,7 +127,12 @@ impl Layer {
             self.known.pop_front();
         }
         if self.known.is_empty() {
-            self.known = self.node.status(range, extents_max).await?.into();
+            let end = question.rest.end().min(self.length_bytes);
+            let ahead = ByteRange::between(range.offset(), end);
+            let (asked, _) = ahead.split_at(self.ahead_bytes.max(range.length()));
+            self.ahead_bytes = asked.length().saturating_mul(MORE_EACH_TIME);
+            let told = self.node.status(asked, question.extents_max).await?;
+            self.known = told.into();
         }
         let covers =
             |extent: &&StatusExtent| extent.range.contains(&ByteRange::new(range.offset(), 1));
@@ -123,13 +151,8 @@ impl Layer {
 }
 
 /// What the first byte of `rest` is, and all behind it of which the same is known.
-async fn first_extent(
-    layers: &mut [Layer],
-    rest: ByteRange,
-    beyond: Content,
-    extents_max: usize,
-) -> Result<ChainExtent, NodeError> {
-    let mut bound = rest;
+async fn first_extent(layers: &mut [Layer], question: Question) -> Result<ChainExtent, NodeError> {
+    let mut bound = question.rest;
     let deepest = layers.len().saturating_sub(1);
     for (depth, layer) in layers.iter_mut().enumerate() {
         let inside = bound.clamp_end(layer.length_bytes);
@@ -140,7 +163,7 @@ async fn first_extent(
                 depth,
             });
         }
-        let extent = layer.first(inside, extents_max).await?;
+        let extent = layer.first(inside, question).await?;
         bound = extent.range;
         if extent.allocated {
             let content = match extent.zero {
@@ -156,7 +179,7 @@ async fn first_extent(
     }
     Ok(ChainExtent {
         range: bound,
-        content: beyond,
+        content: question.beyond,
         depth: deepest,
     })
 }

@@ -1,5 +1,7 @@
 //! Tests of status through chains, against a model that looks at every block by itself.
 
+use std::cell::Cell;
+
 use blockyard_simulator::Seed;
 use blockyard_storage::error::EIO;
 use blockyard_storage::{Buffer, LocalFuture, Operation, StorageError, ZeroMode};
@@ -18,6 +20,8 @@ pub(crate) struct LayerNode {
     pub(crate) dumb_at: Option<usize>,
     /// Status covers this many blocks at most.
     pub(crate) status_max: usize,
+    /// How often status was asked for.
+    pub(crate) asked: Cell<usize>,
 }
 
 impl LayerNode {
@@ -27,6 +31,7 @@ impl LayerNode {
             backing,
             dumb_at: None,
             status_max: usize::MAX,
+            asked: Cell::new(0),
         }
     }
 
@@ -76,6 +81,7 @@ impl Node for LayerNode {
         range: ByteRange,
         extents_max: usize,
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
+        self.asked.set(self.asked.get() + 1);
         Box::pin(async move {
             assert!(
                 range.end() <= self.facts().length_bytes,
@@ -268,4 +274,38 @@ fn what_a_shorter_layer_hides_is_not_seen() {
         run(chain_status(&top, Some(1), all, 10)),
         Ok(vec![extent(0, 8, Content::Unallocated, 0)])
     );
+}
+
+#[test]
+fn each_of_many_layers_is_asked_a_few_times_only() {
+    const LAYERS: usize = 200;
+    const BLOCKS: usize = 2000;
+    let dice = Seed::new(5);
+    let owners: Vec<usize> = (0..BLOCKS)
+        .map(|_| dice.below(LAYERS as u64) as usize)
+        .collect();
+    let mut layers: Vec<Rc<LayerNode>> = Vec::new();
+    for depth in (0..LAYERS).rev() {
+        let below = layers.first().map(|layer| layer.clone() as Rc<dyn Node>);
+        let held = owners.iter().map(|owner| (*owner == depth).then_some(1));
+        layers.insert(0, Rc::new(LayerNode::new(held.collect(), below)));
+    }
+    let top: Rc<dyn Node> = layers[0].clone();
+    let mut rest = ByteRange::new(0, BLOCKS as u64 * BLOCK);
+    let mut questions = 0;
+    while !rest.is_empty() {
+        let found = run(chain_status(&top, Some(LAYERS), rest, 256)).expect("told");
+        for extent in found {
+            for piece in extent.range.pieces(BLOCK) {
+                let owner = owners[(piece.offset() / BLOCK) as usize];
+                assert_eq!((extent.content, extent.depth), (Content::Data, owner));
+            }
+            rest = ByteRange::between(extent.range.end(), rest.end());
+        }
+        questions += 1;
+    }
+    for layer in layers {
+        let asked = layer.asked.get();
+        assert!(asked <= 8 * questions, "{asked} times for {questions}");
+    }
 }

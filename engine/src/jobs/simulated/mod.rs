@@ -3,6 +3,7 @@
 mod amend;
 mod chain;
 mod chain_jobs;
+mod chain_speed;
 mod create;
 mod create_qcow2;
 mod create_raw;
