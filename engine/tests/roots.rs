@@ -3,6 +3,8 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -17,6 +19,7 @@ use blockyard_engine::request::{
     BackupPerf, BackupSpec, CommonOptions, CopyMode, DriverSpec, FileSpec, JobSpec, MirrorSpec,
     NodeRef, NodeSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
+use blockyard_engine::root_handle::RootHandle;
 use blockyard_storage::ByteRange;
 
 const LENGTH: u64 = 4 << 20;
@@ -24,7 +27,7 @@ const LENGTH: u64 = 4 << 20;
 /// An engine, its events, and a folder for its files.
 struct Yard {
     engine: EngineHandle,
-    events: Receiver<Event>,
+    events: Mutex<Receiver<Event>>,
     folder: tempfile::TempDir,
 }
 
@@ -42,7 +45,7 @@ impl Yard {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         Self {
             engine,
-            events,
+            events: events.into(),
             folder,
         }
     }
@@ -113,8 +116,8 @@ impl Yard {
     /// Waits for a status of the job.
     fn until(&self, wanted: Status) {
         loop {
-            let event = self
-                .events
+            let events = self.events.lock().expect("one waits");
+            let event = events
                 .recv_timeout(Duration::from_secs(30))
                 .expect("an event");
             if let EventKind::BlockJobCompleted {
@@ -255,4 +258,109 @@ fn a_writer_keeps_a_backup_from_beginning_and_a_reader_goes_with_a_mirror() {
         reader.close().await.expect("closed");
         yard.remove("t").await.expect("nobody uses it");
     });
+}
+
+/// Writes here and there until it is told to stop, always something else, and says what it has been told to be there.
+async fn write_until(root: &RootHandle, stop: &AtomicBool, written: &AtomicU64) -> Vec<u8> {
+    let mut model = vec![1; LENGTH as usize];
+    let mut number = 0_u64;
+    while !stop.load(Ordering::Acquire) {
+        number += 1;
+        let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
+        let offset = mixed % (LENGTH - 100_000);
+        let length = 1 + mixed
+            % if number.is_multiple_of(8) {
+                100_000
+            } else {
+                5000
+            };
+        let place = offset as usize..(offset + length) as usize;
+        match number % 11 {
+            0 => {
+                let range = ByteRange::new(offset, length);
+                root.zero(range, true).await.expect("zeroed");
+                model[place].fill(0);
+            }
+            5 => {
+                let range = ByteRange::new(offset, length);
+                let read = root.read(range).await.expect("read");
+                assert!(read == model[place], "wrong bytes at {offset}");
+            }
+            7 => root.flush().await.expect("flushed"),
+            _ => {
+                let byte = (number % 251) as u8;
+                root.write(offset, vec![byte; length as usize])
+                    .await
+                    .expect("written");
+                model[place].fill(byte);
+            }
+        }
+        written.fetch_add(1, Ordering::AcqRel);
+    }
+    model
+}
+
+/// A writer on a thread of its own while a mirror begins, gets ready and ends. Names of the file that has all in the end.
+fn writer_beside_mirror(copy_mode: CopyMode, last: VerbCall, end: Status, winner: &str) {
+    let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
+    let go_on = |count: u64| {
+        let goal = written.load(Ordering::Acquire) + count;
+        while written.load(Ordering::Acquire) < goal {
+            std::thread::yield_now();
+        }
+    };
+    block_on(async {
+        let yard = Yard::new();
+        let paths = [yard.add("s", 1).await, yard.add("t", 2).await];
+        let root = yard.engine.open_root("s", true).await.expect("opened");
+        let model = std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let runtime = tokio::runtime::Builder::new_current_thread().build();
+                let runtime = runtime.expect("a runtime");
+                runtime.block_on(write_until(&root, &stop, &written))
+            });
+            let jobs = scope.spawn(|| {
+                block_on(async {
+                    go_on(20);
+                    yard.start(mirror(copy_mode)).await.expect("started");
+                    yard.until(Status::Ready);
+                    go_on(100);
+                    yard.verb(last.clone()).await;
+                    yard.until(end);
+                    go_on(50);
+                });
+                stop.store(true, Ordering::Release);
+            });
+            if let Err(panic) = jobs.join() {
+                stop.store(true, Ordering::Release);
+                std::panic::resume_unwind(panic);
+            }
+            writer.join().expect("the writer")
+        });
+        root.flush().await.expect("flushed");
+        assert_eq!(yard.roots().await, [winner]);
+        root.close().await.expect("closed");
+        let path = paths.iter().find(|path| path.ends_with(winner));
+        let bytes = std::fs::read(path.expect("one of them")).expect("read");
+        let differs = bytes
+            .iter()
+            .zip(&model)
+            .position(|(one, other)| one != other);
+        assert_eq!(differs, None);
+    });
+}
+
+#[test]
+fn a_writer_goes_over_to_the_target_with_all_that_it_has_written() {
+    for copy_mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        writer_beside_mirror(copy_mode, VerbCall::Complete, Status::Null, "t");
+    }
+}
+
+#[test]
+fn a_writer_stays_when_a_mirror_is_cancelled() {
+    for force in [false, true] {
+        let last = VerbCall::Cancel { force };
+        writer_beside_mirror(CopyMode::WriteBlocking, last, Status::Null, "s");
+    }
 }

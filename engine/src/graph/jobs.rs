@@ -25,6 +25,10 @@ use crate::request::{
 /// Unit of a backup in bytes.
 const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
 
+/// Unit of tracking of a mirror, in bytes, if the client does not say.
+const GRANULARITY_MIN_BYTES: u64 = 4 << 10;
+const GRANULARITY_MAX_BYTES: u64 = 64 << 10;
+
 /// The nodes of one job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JobNodes {
@@ -297,7 +301,10 @@ impl Graph {
             return Err(EngineError::generic("Can't mirror node into itself"));
         }
         let name = spec.filter_node_name.as_deref();
-        let kind = FilterKind::Refuses;
+        let granularity = self.granularity_bytes(spec.granularity, target).await?;
+        let kind = FilterKind::Tracks {
+            granularity_bytes: granularity,
+        };
         let filter = self
             .insert_filter(source, None, "mirror_top", kind, name)
             .await?;
@@ -307,6 +314,23 @@ impl Graph {
             filter: Some(filter),
             ..JobNodes::default()
         })
+    }
+
+    /// Unit in which writes above a mirror's source are tracked, in bytes: what the client says, or what the target keeps
+    /// together.
+    pub(super) async fn granularity_bytes(
+        &self,
+        asked: Option<u32>,
+        target: NodeId,
+    ) -> Result<u64, EngineError> {
+        match asked.filter(|granularity| *granularity != 0) {
+            Some(granularity) => Ok(granularity.into()),
+            None => {
+                let cluster = self.facts(target).await?.cluster_size_bytes;
+                let cluster = cluster.map_or(GRANULARITY_MAX_BYTES, u64::from);
+                Ok(cluster.clamp(GRANULARITY_MIN_BYTES, GRANULARITY_MAX_BYTES))
+            }
+        }
     }
 
     /// Only the source may be replaced: everything else would change under its users.
@@ -616,8 +640,21 @@ impl Graph {
             moved.map_err(|error| JobError::text(error.text))?;
             roots
         };
-        let put = self.put_on(&roots, target).await;
-        put.map_err(|error| JobError::text(error.text))
+        let went_over = self.threads.run(self.thread_of(target), move |context| {
+            Box::pin(async move {
+                let filter = context.node(from).and_then(|filter| filter.tracker());
+                if let (Some(filter), Some(target)) = (filter, context.node(target)) {
+                    // What waits in the filter is the target's, too.
+                    filter.go_over_to(target);
+                }
+            })
+        });
+        let put = async {
+            went_over.await?;
+            self.put_on(&roots, target).await
+        };
+        put.await
+            .map_err(|error: EngineError| JobError::text(error.text))
     }
 
     /// A job's edges and filter go, and its nodes are free again.

@@ -4,7 +4,7 @@
 //! flight ends first, and the window shrinks when requests are slow, so that this takes a fraction of a second.
 
 use std::collections::VecDeque;
-use std::future::poll_fn;
+use std::future::{poll_fn, ready};
 use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
@@ -18,9 +18,11 @@ use crate::error::{JobError, NodeError};
 use crate::job::context::{Cursor, JobContext};
 use crate::job::error_policy::{ErrorAction, Side};
 use crate::job::work::Stop;
+use crate::jobs::changes::{Changes, Goal};
 use crate::jobs::plan::{Layers, Plan, Step, StepKind};
 use crate::jobs::steps::{Failure, carry_out};
 use crate::node::Node;
+use crate::node::mirror_top::{Doing, Tracker, Turn};
 
 /// Requests in flight at first, before it is known how slow they are.
 const WINDOW_START: usize = 4;
@@ -93,6 +95,7 @@ pub(crate) struct Copier {
     /// The first error that was ignored for good.
     left_out: Option<JobError>,
     skipped_in_a_row: usize,
+    changes: Option<Changes>,
 }
 
 impl Copier {
@@ -123,7 +126,36 @@ impl Copier {
             remembered_bytes: 0,
             left_out: None,
             skipped_in_a_row: 0,
+            changes: None,
         }
+    }
+
+    /// Copies what `tracker` says has changed as well. Durable points are none any more then: nobody would know after a crash
+    /// what has changed since.
+    pub(crate) fn with_changes(self, tracker: Rc<Tracker>) -> Self {
+        let changes = Some(Changes::new(tracker));
+        Self { changes, ..self }
+    }
+
+    /// How far it has to come from now on.
+    pub(crate) fn aim(&mut self, goal: Goal) {
+        if let Some(changes) = &mut self.changes {
+            changes.aim(goal);
+        }
+    }
+
+    /// Copies until everything is copied, and of what has changed no more is left than `goal` says; `false`: it stopped before,
+    /// as [`Goal::holds_writers`] wants. When it returns nothing is in flight.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(crate) async fn copy_to(&mut self, cx: &JobContext, goal: Goal) -> Result<bool, Stop> {
+        self.aim(goal);
+        let whole = self.copy_all(cx).await?;
+        if let Some(changes) = &self.changes {
+            changes.count(cx);
+        }
+        Ok(whole)
     }
 
     /// Copies everything. When it returns nothing is in flight; on success everything is on the target and durable.
@@ -169,14 +201,23 @@ impl Copier {
         Ok(())
     }
 
-    async fn copy_all(&mut self, cx: &JobContext) -> Result<(), Stop> {
+    /// `false`: it stopped because writers wait.
+    async fn copy_all(&mut self, cx: &JobContext) -> Result<bool, Stop> {
         // The window borrows only clones of the nodes, so that `self` stays free.
         let (source, target) = (self.source.clone(), self.target.clone());
         let mut window: Window<'_> = FuturesUnordered::new();
         let mut failed: Option<Stop> = None;
         let mut round_error: Option<(ByteRange, Side, NodeError)> = None;
+        let mut interrupted = false;
         loop {
-            let stopping = failed.is_some() || round_error.is_some() || cx.must_stop();
+            let failure = self.changes.as_ref().and_then(|changes| changes.look(cx));
+            if let (Some(error), None) = (failure, &failed) {
+                interrupted = self.holds_writers();
+                let nothing = ByteRange::default();
+                failed = self.by_policy(cx, nothing, Side::Target, error).await;
+            }
+            let stopping =
+                failed.is_some() || round_error.is_some() || interrupted || cx.must_stop();
             if stopping && window.is_empty() {
                 if let Some((range, side, error)) = round_error.take() {
                     failed = self.by_policy(cx, range, side, error).await;
@@ -185,7 +226,13 @@ impl Copier {
                 if let Some(stop) = failed {
                     return Err(stop);
                 }
+                if self.holds_writers() {
+                    return Ok(false);
+                }
                 cx.checkpoint().await?;
+                if let Some(changes) = &self.changes {
+                    changes.forget_failures();
+                }
                 continue;
             }
             let mut wait_until = None;
@@ -206,14 +253,19 @@ impl Copier {
                     cx.charge(step.range.length());
                 }
                 self.in_flight.push(step.range);
+                let turn = self.begin(step);
                 let outcome = carry_out(step, &*source, &*target, cx, self.options);
-                window.push(Box::pin(timed(step, outcome, cx)));
+                let outcome = timed(step, outcome, cx);
+                window.push(match turn {
+                    None => Box::pin(outcome),
+                    Some(turn) => begun(Box::pin(in_its_turn(turn, outcome))).await,
+                });
             }
             if window.is_empty() {
                 match wait_until {
                     Some(moment) => cx.rest_until(moment).await,
                     None if round_error.is_none() && failed.is_none() && self.is_done() => {
-                        return Ok(());
+                        return Ok(true);
                     }
                     None => {}
                 }
@@ -234,9 +286,17 @@ impl Copier {
                         failed = self.remember(cx).await.err();
                     }
                 }
-                Err(Failure::NotShared) => self.plan.give_back_unshared(ended.step.range),
+                Err(Failure::NotShared) => {
+                    self.plan.give_back_unshared(ended.step.range);
+                    self.tell_planned();
+                }
                 Err(Failure::Io(side, error)) => {
-                    self.retry.push_back(ended.step);
+                    interrupted = self.holds_writers();
+                    match &self.changes {
+                        // It may have changed by the time that it is tried again.
+                        Some(changes) => changes.give_back(cx, ended.step.range),
+                        None => self.retry.push_back(ended.step),
+                    }
                     if self.options.one_error_a_round {
                         round_error.get_or_insert((ended.step.range, side, error));
                     } else if failed.is_none() {
@@ -270,6 +330,25 @@ impl Copier {
         }
     }
 
+    /// Begins a step, which has its place among the writers from now on.
+    fn begin(&self, step: Step) -> Option<Turn> {
+        let changes = self.changes.as_ref()?;
+        let turn = changes.tracker.turn(step.range, Doing::Copy);
+        self.tell_planned();
+        Some(turn)
+    }
+
+    /// Writers have to know what is planned by what was known before.
+    fn tell_planned(&self) {
+        if let Some(changes) = &self.changes {
+            changes.tracker.set_planned(self.plan.planned());
+        }
+    }
+
+    fn holds_writers(&self) -> bool {
+        self.changes.as_ref().is_some_and(Changes::holds_writers)
+    }
+
     fn held_until(&mut self, cx: &JobContext) -> Option<Moment> {
         if let Some(moment) = self.hold_until {
             if moment > cx.clock().now() {
@@ -277,15 +356,30 @@ impl Copier {
             }
             self.hold_until = None;
         }
-        cx.held_until()
+        // Whoever waits for the copy has written at his own speed.
+        match self.holds_writers() {
+            true => None,
+            false => cx.held_until(),
+        }
     }
 
     async fn next_step(&mut self, cx: &JobContext) -> Option<Step> {
         if let Some(step) = self.retry.pop_front() {
             return Some(step);
         }
+        if self.plan.is_done()
+            && let Some(changes) = &mut self.changes
+            && let Some(run) = changes.next_run(cx, self.options.unit_bytes)
+        {
+            self.plan.add(run);
+        }
+        self.tell_planned();
         let options = self.options;
-        let chunk = |longest: u64| cx.chunk_bytes(options.granularity_bytes, longest);
+        let is_paced = !self.holds_writers();
+        let chunk = |longest: u64| match is_paced {
+            true => cx.chunk_bytes(options.granularity_bytes, longest),
+            false => longest,
+        };
         self.plan
             .next(
                 &self.source,
@@ -310,7 +404,10 @@ impl Copier {
     }
 
     fn is_done(&self) -> bool {
-        self.retry.is_empty() && self.plan.is_done()
+        let changes = self.changes.as_ref();
+        self.retry.is_empty()
+            && self.plan.is_done()
+            && changes.is_none_or(|changes| !changes.wants_more())
     }
 
     /// Asks the policy about `range`, which is to be tried again; what the job has to end with, if it has to.
@@ -369,8 +466,9 @@ impl Copier {
     /// Makes a durable point when enough was copied since the last one.
     async fn remember(&mut self, cx: &JobContext) -> Result<(), Stop> {
         let low_water = self.low_water();
-        // What was left out has to be tried again by whoever goes on from there.
+        // What was left out has to be tried again by whoever goes on from there; what has changed, nobody knows then.
         if self.left_out.is_some()
+            || self.changes.is_some()
             || low_water < self.remembered_bytes + self.options.remember_bytes
         {
             return Ok(());
@@ -398,12 +496,46 @@ impl Copier {
             return Err(stop);
         }
         self.check_whole()?;
+        self.rest_after_error(cx).await;
+        cx.checkpoint().await
+    }
+
+    /// Makes the copy durable while writers wait; `false`: it failed, and is to be tried again once they do not.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(crate) async fn flush_once(&mut self, cx: &JobContext) -> Result<bool, Stop> {
+        let Err(error) = self.target.flush().await else {
+            return Ok(true);
+        };
+        let nothing = ByteRange::default();
+        match self.by_policy(cx, nothing, Side::Target, error).await {
+            Some(stop) => Err(stop),
+            None => Ok(false),
+        }
+    }
+
+    /// Waits as long as an ignored error wants, unless the job has to stop.
+    pub(crate) async fn rest_after_error(&mut self, cx: &JobContext) {
         while let Some(moment) = self.hold_until.take() {
             while !cx.must_stop() && cx.clock().now() < moment {
                 cx.rest_until(moment).await;
             }
         }
-        cx.checkpoint().await
+    }
+}
+
+/// A step that waits for its turn among the writers.
+async fn in_its_turn(turn: Turn, step: impl Future<Output = Ended>) -> Ended {
+    turn.come().await;
+    step.await
+}
+
+/// A step that has begun already: what has changed is planned in small pieces, and each plan may wait for a disk.
+async fn begun(mut step: LocalFuture<'_, Ended>) -> LocalFuture<'_, Ended> {
+    match poll_fn(|cx| Poll::Ready(step.as_mut().poll(cx))).await {
+        Poll::Ready(ended) => Box::pin(ready(ended)),
+        Poll::Pending => step,
     }
 }
 

@@ -1,83 +1,145 @@
-//! `blockdev-mirror`: a copy that is kept equal until the client switches over or lets go.
+//! `blockdev-mirror`: a copy that is kept equal until the client switches over or lets go. An active commit is one too: onto the
+//! base of the source's own chain.
 //!
 //! ```text
-//!   copy everything -> flush -> ready: wait for orders -> flush -> end
+//!   copy everything, and what changes meanwhile -> flush -> ready: copy what changes, wait for orders
+//!     -> copy until little is left -> writers wait: copy the rest -> flush -> end
 //! ```
-//! Nobody can write to the source while the job holds it, so a mirror that is equal stays so.
+//! Writers wait on until the job's end is final: by then their requests go to the target, if it takes the source's place.
 
+use std::pin::pin;
 use std::rc::Rc;
+use std::time::Duration;
 
-use blockyard_storage::LocalFuture;
+use blockyard_storage::{ByteRange, LocalFuture};
+use futures_util::future::{Either, select};
 
-use crate::error::JobError;
+use crate::error::{JobError, NodeError};
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
+use crate::jobs::changes::Goal;
 use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
 use crate::jobs::plan::Layers;
+use crate::jobs::steps::bring_over;
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
+use crate::node::mirror_top::{OtherSide, Quiet, Tracker};
 use crate::request::{CopyMode, MirrorSpec, SyncMode};
 
 /// Bytes in flight if the client does not say.
 const BUF_SIZE_BYTES: u64 = 16 << 20;
 
-/// Unit of tracking if the client does not say.
-const GRANULARITY_BYTES: u64 = 64 << 10;
-
 /// Requests are multiples of this, whatever the client says of sizes.
 const BLOCK_BYTES: u64 = 4096;
+
+/// What changes while the two sides are equal is copied after so long: the next write is often beside it.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// Changed bytes that are copied before orders are looked at again.
+const ROUND_BYTES: u64 = 64 << 20;
+
+/// Changed bytes that writers wait for at the end.
+const LEFT_MAX_BYTES: u64 = 4 << 20;
+
+/// How often it is tried to leave no more than that to be waited for; writers may be faster.
+const ROUNDS_MAX: u32 = 8;
+
+/// What of the source is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extent {
+    /// All that is seen.
+    All,
+    /// What so many layers hold.
+    Layers(usize),
+    /// What changes from now on.
+    Nothing,
+}
 
 /// The work of a mirror.
 pub(crate) struct Mirror {
     source: Rc<dyn Node>,
     target: Rc<dyn Node>,
-    spec: MirrorSpec,
+    /// What is known of the writers above the source.
+    tracker: Rc<Tracker>,
+    extent: Extent,
+    buf_size_bytes: u64,
+    /// The target is longer, or is made so.
+    grows_target: bool,
+    /// Writers wait for the end.
+    quiet: Option<Quiet>,
 }
 
 impl Mirror {
-    /// A mirror of `source` on `target`.
-    pub(crate) fn new(source: Rc<dyn Node>, target: Rc<dyn Node>, spec: MirrorSpec) -> Self {
+    /// A mirror of `source` on `target`. `tracker` is that of the filter above the source.
+    pub(crate) fn new(
+        source: Rc<dyn Node>,
+        target: Rc<dyn Node>,
+        tracker: Rc<Tracker>,
+        spec: &MirrorSpec,
+    ) -> Self {
+        let extent = match spec.sync {
+            SyncMode::None => Extent::Nothing,
+            // A top layer without anything below it is the whole disk.
+            SyncMode::Top if source.backing().is_some() => Extent::Layers(1),
+            _ => Extent::All,
+        };
+        let asked = spec.buf_size.and_then(|bytes| u64::try_from(bytes).ok());
         Self {
             source,
             target,
-            spec,
+            tracker,
+            extent,
+            buf_size_bytes: asked.filter(|bytes| *bytes != 0).unwrap_or(BUF_SIZE_BYTES),
+            grows_target: false,
+            quiet: None,
         }
     }
 
-    /// What of the source is copied. A top layer without anything below it is the whole disk.
-    fn layers(&self, granularity: u64) -> Layers {
-        if self.spec.sync != SyncMode::Top || self.source.backing().is_none() {
-            return Layers::All;
+    /// A commit of the first `layers` layers of `device`'s chain to `base`, the next one, which becomes as long as the device if
+    /// it is shorter. `tracker` is that of the filter above the device.
+    pub(super) fn to_base(
+        device: Rc<dyn Node>,
+        base: Rc<dyn Node>,
+        layers: usize,
+        tracker: Rc<Tracker>,
+    ) -> Self {
+        Self {
+            source: device,
+            target: base,
+            tracker,
+            extent: Extent::Layers(layers),
+            buf_size_bytes: BUF_SIZE_BYTES,
+            grows_target: true,
+            quiet: None,
         }
-        // A part of a cluster that the target does not have yet would be filled up from below, where the backing that it
-        // has in the end may be missing still.
-        let of_target = self.target.facts().cluster_size_bytes.map_or(0, u64::from);
-        Layers::Top {
-            count: 1,
-            unit_bytes: granularity.max(of_target).max(BLOCK_BYTES),
-        }
+    }
+
+    /// What the target keeps together, in bytes.
+    fn target_unit_bytes(&self) -> u64 {
+        self.target.facts().cluster_size_bytes.map_or(1, u64::from)
     }
 
     fn copier(&self) -> Copier {
-        let granularity = self.spec.granularity.map_or(GRANULARITY_BYTES, u64::from);
-        let asked = self
-            .spec
-            .buf_size
-            .and_then(|bytes| u64::try_from(bytes).ok())
-            .unwrap_or(0);
-        let in_flight = if asked == 0 { BUF_SIZE_BYTES } else { asked };
+        let in_flight = self.buf_size_bytes;
         // Whole blocks, so that no two requests share one of the target.
         let chunk = COPY_CHUNK_BYTES.min(in_flight.max(BLOCK_BYTES)) / BLOCK_BYTES * BLOCK_BYTES;
-        let granularity_bytes = granularity.clamp(BLOCK_BYTES, chunk);
+        let granularity = self.tracker.granularity_bytes();
+        let layers = match self.extent {
+            Extent::Layers(count) => Layers::Top {
+                count,
+                unit_bytes: self.top_unit_bytes(),
+            },
+            Extent::All | Extent::Nothing => Layers::All,
+        };
         let options = CopyOptions {
-            layers: self.layers(granularity),
-            unit_bytes: self.target.facts().cluster_size_bytes.map_or(1, u64::from),
+            layers,
+            unit_bytes: self.target_unit_bytes(),
             compress: false,
             window_max: usize::try_from(in_flight / chunk)
                 .unwrap_or(usize::MAX)
                 .clamp(1, 16),
             chunk_max_bytes: chunk,
-            granularity_bytes,
+            granularity_bytes: granularity.clamp(BLOCK_BYTES, chunk),
             may_unmap: true,
             // As QEMU's: zero requests cost nothing where the target unmaps.
             zeroes_are_free: self.target.facts().unmaps,
@@ -86,49 +148,188 @@ impl Mirror {
             leaves_out_ignored: false,
             remember_bytes: REMEMBER_BYTES,
         };
-        Copier::new(self.source.clone(), self.target.clone(), options)
+        let all = match self.extent {
+            Extent::Nothing => ByteRange::default(),
+            _ => ByteRange::new(0, self.source.facts().length_bytes),
+        };
+        let (source, target) = (self.source.clone(), self.target.clone());
+        Copier::of(all, source, target, options).with_changes(self.tracker.clone())
     }
 
-    /// Whether no write could leave the two sides unequal: where nothing can be written, none can.
+    /// What is copied together of layers that hold only parts. A part of a cluster that the target does not have yet would be
+    /// filled up from below, where the backing that it has in the end may be missing still.
+    fn top_unit_bytes(&self) -> u64 {
+        let granularity = self.tracker.granularity_bytes();
+        granularity.max(self.target_unit_bytes()).max(BLOCK_BYTES)
+    }
+
+    /// Lets writes reach the target, if they are to.
+    fn show_target(&self, cx: &JobContext) {
+        let writes_both = cx.orders().copy_mode() == CopyMode::WriteBlocking;
+        self.tracker.set_writes_both(writes_both);
+        let (source, target) = (self.source.clone(), self.target.clone());
+        let pool = cx.pool().clone();
+        self.tracker.show_other_side(OtherSide {
+            target: self.target.clone(),
+            bring_over: Rc::new(
+                move |range| -> LocalFuture<'static, Result<(), NodeError>> {
+                    let (source, target) = (source.clone(), target.clone());
+                    let pool = pool.clone();
+                    Box::pin(async move { bring_over(range, &source, &*target, &pool).await })
+                },
+            ),
+            unit_bytes: match self.extent {
+                Extent::Layers(_) => self.top_unit_bytes(),
+                Extent::All | Extent::Nothing => 1,
+            },
+        });
+    }
+
+    /// Whether the two sides are equal and no write could leave them unequal: where nothing can be written, none can.
     fn actively_synced(&self, cx: &JobContext) -> bool {
-        self.source.facts().length_bytes == 0 || cx.orders().copy_mode() == CopyMode::WriteBlocking
+        let writes_both = cx.orders().copy_mode() == CopyMode::WriteBlocking;
+        self.source.facts().length_bytes == 0 || writes_both && self.tracker.dirty_bytes() == 0
     }
 
-    /// Waits until the client switches over or lets go.
-    async fn stay_ready(&self, cx: &JobContext) -> Result<(), Stop> {
+    async fn mirror(&mut self, cx: &JobContext) -> Result<(), Stop> {
+        let (source, target) = (self.source.facts(), self.target.facts());
+        let fits = match self.grows_target {
+            true => source.length_bytes <= target.length_bytes,
+            false => source.length_bytes == target.length_bytes,
+        };
+        if !fits {
+            let text = "Source and target image have different sizes";
+            return Err(Stop::Failed(JobError::text(text)));
+        }
+        cx.checkpoint().await?;
+        self.show_target(cx);
+        let mut copier = self.copier();
+        if self.extent != Extent::Nothing {
+            cx.progress().set_remaining(source.length_bytes);
+            copier.run(cx).await?;
+        }
+        cx.orders().set_actively_synced(self.actively_synced(cx));
+        cx.orders().set_busy(false);
+        cx.converged().await;
+        let mut rounds = 0;
         loop {
-            cx.checkpoint().await?;
-            let orders = cx.orders();
+            self.stay_ready(cx, &mut copier).await?;
+            if let Some(quiet) = self.finish(cx, &mut copier, &mut rounds).await? {
+                self.quiet = Some(quiet);
+                return Ok(());
+            }
+        }
+    }
+
+    /// Keeps the two sides equal until the client switches over or lets go.
+    async fn stay_ready(&self, cx: &JobContext, copier: &mut Copier) -> Result<(), Stop> {
+        let round = Goal {
+            budget_bytes: ROUND_BYTES,
+            ..Goal::CLEAN
+        };
+        let orders = cx.orders();
+        loop {
+            copier.copy_to(cx, round).await?;
             orders.set_actively_synced(self.actively_synced(cx));
             if orders.complete_ordered() || orders.cancel_ordered().is_some() {
                 return Ok(());
             }
-            orders.set_busy(false);
-            cx.orders_changed().await;
-            orders.set_busy(true);
+            if !self.has_work() && !cx.must_stop() {
+                orders.set_busy(false);
+                select(pin!(cx.orders_changed()), pin!(self.tracker.changed())).await;
+                orders.set_busy(true);
+                if self.has_work() {
+                    let settled = cx.clock().now().after(SETTLE);
+                    while !cx.must_stop()
+                        && !orders.complete_ordered()
+                        && orders.cancel_ordered().is_none()
+                        && cx.clock().now() < settled
+                    {
+                        cx.rest_until(settled).await;
+                    }
+                }
+            }
         }
+    }
+
+    fn has_work(&self) -> bool {
+        self.tracker.dirty_bytes() > 0
+    }
+
+    /// Copies until little is left, and the rest while writers wait. `None`: it is to be tried again.
+    async fn finish(
+        &self,
+        cx: &JobContext,
+        copier: &mut Copier,
+        rounds: &mut u32,
+    ) -> Result<Option<Quiet>, Stop> {
+        copier.rest_after_error(cx).await;
+        cx.checkpoint().await?;
+        if self.tracker.dirty_bytes() > LEFT_MAX_BYTES && *rounds < ROUNDS_MAX {
+            *rounds += 1;
+            let round = Goal {
+                left_bytes: LEFT_MAX_BYTES,
+                budget_bytes: self.tracker.dirty_bytes(),
+                holds_writers: false,
+            };
+            copier.copy_to(cx, round).await?;
+            return Ok(None);
+        }
+        let Some(quiet) = self.quiet(cx).await else {
+            return Ok(None);
+        };
+        let rest = Goal {
+            holds_writers: true,
+            ..Goal::CLEAN
+        };
+        let whole = copier.copy_to(cx, rest).await? && copier.flush_once(cx).await?;
+        // Whoever goes on does so beside writers.
+        copier.aim(Goal::CLEAN);
+        Ok(whole.then_some(quiet))
+    }
+
+    /// Keeps writers waiting, unless the job has to stop before those inside have ended.
+    async fn quiet(&self, cx: &JobContext) -> Option<Quiet> {
+        let mut quiet = pin!(self.tracker.quiet());
+        loop {
+            match select(quiet.as_mut(), pin!(cx.orders_changed())).await {
+                Either::Left((quiet, _)) => return Some(quiet),
+                Either::Right(_) if cx.must_stop() => return None,
+                Either::Right(_) => {}
+            }
+        }
+    }
+
+    /// Nothing goes to the target any more.
+    fn let_go(&mut self) {
+        self.tracker.end();
+        self.quiet = None;
     }
 }
 
 impl Work for Mirror {
     fn run<'a>(&'a mut self, cx: &'a JobContext) -> LocalFuture<'a, Result<(), Stop>> {
         Box::pin(async move {
-            let (source, target) = (self.source.facts(), self.target.facts());
-            if source.length_bytes != target.length_bytes {
-                let text = "Source and target image have different sizes";
-                return Err(Stop::Failed(JobError::text(text)));
+            let ended = self.mirror(cx).await;
+            if ended.is_err() {
+                self.let_go();
+                self.tracker.other_side_left().await;
             }
-            cx.checkpoint().await?;
-            let mut copier = self.copier();
-            if self.spec.sync != SyncMode::None {
-                cx.progress().set_remaining(source.length_bytes);
-                copier.run(cx).await?;
-            }
-            cx.orders().set_actively_synced(self.actively_synced(cx));
-            cx.orders().set_busy(false);
-            cx.converged().await;
-            self.stay_ready(cx).await?;
-            copier.flush(cx).await
+            ended
         })
+    }
+
+    fn apply(&mut self) {
+        self.let_go();
+    }
+
+    fn revert(&mut self) {
+        self.let_go();
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        self.let_go();
     }
 }

@@ -1,7 +1,10 @@
 //! The kinds of work there are: each is a plan and an ending around the one copier.
 
+#[allow(dead_code, reason = "for block-commit")]
+pub(crate) mod active_commit;
 mod amend;
 mod backup;
+mod changes;
 mod commit;
 mod copier;
 #[cfg(test)]
@@ -27,7 +30,14 @@ use crate::graph::JobNodes;
 use crate::job::context::ErrorPolicies;
 use crate::job::work::Work;
 use crate::node::Node;
+use crate::node::mirror_top::Tracker;
 use crate::request::{CommitSpec, CreatePreallocation, CreateSpec, StreamSpec, WorkSpec};
+
+/// What the filter above a mirror's source knows of its writers.
+pub(crate) fn tracker(filter: Rc<dyn Node>) -> Result<Rc<Tracker>, JobError> {
+    let bug = || JobError::text("Internal error: a filter does not track writes (bug)");
+    filter.tracker().ok_or_else(bug)
+}
 
 /// The work that a job's description asks for, on the thread where its nodes live.
 ///
@@ -53,7 +63,8 @@ pub fn work(
         WorkSpec::Mirror(spec) => Box::new(mirror::Mirror::new(
             node(nodes.source)?,
             node(nodes.target)?,
-            spec.clone(),
+            tracker(node(nodes.filter)?)?,
+            spec,
         )),
         WorkSpec::Commit(_) => Box::new(commit::Commit::new(
             node(nodes.source)?,

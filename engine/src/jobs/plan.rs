@@ -174,6 +174,21 @@ impl Plan {
         self.forget();
     }
 
+    /// One more range, whose ends are multiples of all units or the end of the disk, once every other one was handed out. All
+    /// of it is copied from now on, whichever layer holds it.
+    pub(crate) fn add(&mut self, range: ByteRange) {
+        self.layers = Layers::All;
+        self.rest = range;
+        self.later.clear();
+        self.forget();
+    }
+
+    /// Everything that was not handed out is in here.
+    pub(crate) fn planned(&self) -> ByteRange {
+        let later = self.later.iter().map(ByteRange::end);
+        ByteRange::between(self.position(), later.fold(self.rest.end(), u64::max))
+    }
+
     /// What is known lies elsewhere.
     fn forget(&mut self) {
         self.known.clear();

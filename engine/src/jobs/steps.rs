@@ -1,6 +1,8 @@
 //! The steps of a copy, each carried out by itself: what is read, written, zeroed, shared or filled, in which pieces.
 
-use blockyard_storage::buffer::BUFFER_SLOT_BYTES;
+use std::rc::Rc;
+
+use blockyard_storage::buffer::{BUFFER_SLOT_BYTES, BufferPool};
 use blockyard_storage::{Buffer, ByteRange, ZeroMode};
 
 use crate::error::NodeError;
@@ -9,6 +11,7 @@ use crate::job::error_policy::Side;
 use crate::jobs::copier::CopyOptions;
 use crate::jobs::plan::{Step, StepKind};
 use crate::limits::STATUS_EXTENTS_MAX;
+use crate::node::chain::{Content, chain_status};
 use crate::node::{Fill, Node};
 
 /// Why one range was not copied.
@@ -34,7 +37,7 @@ pub(super) async fn carry_out(
         StepKind::Copy if options.compress => {
             compress(step.range, source, target, cx, options.unit_bytes).await
         }
-        StepKind::Copy => copy(step.range, source, target, cx).await,
+        StepKind::Copy => copy(step.range, source, target, cx.pool()).await,
         StepKind::Zero => zero(step.range, target, options.may_unmap)
             .await
             .map_err(|error| Failure::Io(Side::Target, error)),
@@ -44,19 +47,50 @@ pub(super) async fn carry_out(
     }
 }
 
+/// Copies what the source has in `range`, zeroes as such: what a write that goes to both sides has left there.
+///
+/// # Errors
+/// Of either side; a part may have been copied.
+pub(super) async fn bring_over(
+    range: ByteRange,
+    source: &Rc<dyn Node>,
+    target: &dyn Node,
+    pool: &BufferPool,
+) -> Result<(), NodeError> {
+    let mut rest = range;
+    while !rest.is_empty() {
+        let told = chain_status(source, None, rest, STATUS_EXTENTS_MAX).await;
+        let told = told.unwrap_or_default();
+        let (piece, is_zero) = match told.first() {
+            Some(first) => (
+                first.range.intersection(&rest),
+                first.content == Content::Zero,
+            ),
+            None => (rest, false),
+        };
+        if is_zero {
+            zero(piece, target, true).await?;
+        } else if let Err(Failure::Io(_, error)) = copy(piece, &**source, target, pool).await {
+            return Err(error);
+        }
+        rest = ByteRange::between(piece.end().max(rest.offset() + 1), rest.end());
+    }
+    Ok(())
+}
+
 /// Reads and writes one range, in pieces of a buffer slot.
 async fn copy(
     range: ByteRange,
     source: &dyn Node,
     target: &dyn Node,
-    cx: &JobContext,
+    pool: &BufferPool,
 ) -> Result<(), Failure> {
     let mut rest = range;
     while !rest.is_empty() {
         let (piece, after) = rest.split_at(BUFFER_SLOT_BYTES as u64);
         rest = after;
         let length = usize::try_from(piece.length()).unwrap_or(usize::MAX);
-        let buffer = cx.pool().take(length).await;
+        let buffer = pool.take(length).await;
         let read = source.read(piece.offset(), buffer).await;
         read.outcome
             .map_err(|error| Failure::Io(Side::Source, error))?;

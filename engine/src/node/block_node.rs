@@ -23,6 +23,7 @@ use crate::data::DataContext;
 use crate::error::{EngineError, NodeError};
 use crate::node::build::NodePlan;
 use crate::node::fault_rules::DebugEvent;
+use crate::node::mirror_top::Tracker;
 
 /// Facts about a node as of now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -403,6 +404,11 @@ pub trait Node {
         let _ = (context, plan);
         let text = format!("Node '{}' cannot be opened in another way", self.name());
         Box::pin(std::future::ready(Err(EngineError::generic(text))))
+    }
+
+    /// What the filter of a mirror knows of the writes that pass it.
+    fn tracker(&self) -> Option<Rc<Tracker>> {
+        None
     }
 
     /// Whether this node, or one below, wants to [`hear`](Self::hear) what happens above it.

@@ -11,6 +11,7 @@ use crate::node::Node;
 use crate::node::blkdebug_node::{BlkdebugNode, BlkdebugOptions, SharedFaults};
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::filter_node::{FilterKind, FilterNode};
+use crate::node::mirror_top::{MirrorTop, Tracker};
 use crate::node::null_node::{NullNode, NullOptions};
 use crate::node::qcow2::Qcow2Files;
 use crate::node::qcow2::opening::{Qcow2Plan, open};
@@ -122,6 +123,14 @@ pub async fn build(
             *options,
             faults.clone(),
         )),
+        NodePlan::Filter {
+            child,
+            kind: FilterKind::Tracks { granularity_bytes },
+        } => {
+            let child = child_of(*child)?;
+            let tracker = Tracker::new(child.facts().length_bytes, *granularity_bytes);
+            Rc::new(MirrorTop::new(name, child, Rc::new(tracker)))
+        }
         NodePlan::Filter { child, kind } => {
             Rc::new(FilterNode::new(name, child_of(*child)?, *kind))
         }

@@ -17,6 +17,11 @@ pub enum FilterKind {
     Refuses,
     /// They pass: nothing that is written above harms the job (commit of layers below, stream).
     Passes,
+    /// They pass, and are tracked: [`MirrorTop`](super::mirror_top::MirrorTop).
+    Tracks {
+        /// Bytes of a granule, a power of two.
+        granularity_bytes: u64,
+    },
 }
 
 impl FilterKind {

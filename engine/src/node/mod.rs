@@ -14,6 +14,7 @@ pub mod fault_rules;
 pub mod file_node;
 pub mod filter_node;
 mod gate;
+pub mod mirror_top;
 pub mod news;
 pub mod null_node;
 mod pieces;

@@ -16,6 +16,7 @@ use crate::jobs::backup::Backup;
 use crate::jobs::mirror::Mirror;
 use crate::jobs::test_support::{Running, VirtualClock};
 use crate::node::Node;
+use crate::node::mirror_top::Tracker;
 use crate::node::qcow2::tests::model::{Model, Operation, assert_holds};
 use crate::node::qcow2::tests::yard::{DataFile, Setup, Yard};
 use crate::request::{BackupPerf, BackupSpec, CopyMode, MirrorSpec, SyncMode};
@@ -102,9 +103,10 @@ impl Copy {
                 },
             )),
             None => Box::new(Mirror::new(
-                source,
+                source.clone(),
                 target,
-                MirrorSpec {
+                Rc::new(Tracker::new(source.facts().length_bytes, 64 << 10)),
+                &MirrorSpec {
                     device,
                     target: on,
                     sync: self.sync,

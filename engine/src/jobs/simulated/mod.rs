@@ -11,4 +11,5 @@ mod faults;
 mod images;
 mod orders;
 mod power;
+mod writers;
 mod yard;

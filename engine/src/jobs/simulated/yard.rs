@@ -16,6 +16,7 @@ use crate::jobs::mirror::Mirror;
 use crate::jobs::test_support::{Running, VirtualClock};
 use crate::node::Node;
 use crate::node::file_node::{FileNode, FileOptions};
+use crate::node::mirror_top::Tracker;
 use crate::node::raw_node::{RawNode, Window};
 use crate::request::{
     BackupPerf, BackupSpec, CopyMode, DetectZeroes, Discard, MirrorSpec, SyncMode,
@@ -338,7 +339,8 @@ impl Yard {
                     filter_node_name: None,
                     copy_mode: CopyMode::Background,
                 };
-                Box::new(Mirror::new(source, target, spec))
+                let tracker = Tracker::new(source.facts().length_bytes, 64 << 10);
+                Box::new(Mirror::new(source, target, Rc::new(tracker), &spec))
             }
         }
     }

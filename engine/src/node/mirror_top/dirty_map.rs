@@ -1,0 +1,285 @@
+//! [`DirtyMap`]: which parts of a disk have changed: one bit for each granule. Pure.
+//!
+//! Bits are kept in pages of 4 KiB, and only where some are set, so that memory follows what has changed: at most one bit a granule,
+//! 2 MiB for each TiB at 64 KiB.
+
+use std::collections::BTreeMap;
+
+use blockyard_storage::ByteRange;
+
+const WORDS: u64 = 512;
+const WORD_BITS: u64 = 64;
+const PAGE_BITS: u64 = WORDS * WORD_BITS;
+
+/// Bits of a map at most; granules are longer where a disk has more. 256 MiB of memory.
+const GRANULES_MAX: u64 = 1 << 31;
+
+/// Changed parts of a disk.
+pub(crate) struct DirtyMap {
+    length_bytes: u64,
+    granularity_bytes: u64,
+    pages: BTreeMap<u64, Page>,
+    dirty_bytes: u64,
+}
+
+struct Page {
+    words: Box<[u64]>,
+    /// How many bits are set.
+    set: u32,
+}
+
+impl DirtyMap {
+    /// A map of a disk, nothing of which has changed, in granules of `granularity_bytes` (a power of two) or, on a very long disk,
+    /// more.
+    pub(crate) fn new(length_bytes: u64, granularity_bytes: u64) -> Self {
+        let mut granularity_bytes = granularity_bytes.max(1);
+        while length_bytes.div_ceil(granularity_bytes) > GRANULES_MAX {
+            granularity_bytes *= 2;
+        }
+        Self {
+            length_bytes,
+            granularity_bytes,
+            pages: BTreeMap::new(),
+            dirty_bytes: 0,
+        }
+    }
+
+    /// Bytes of a granule.
+    pub(crate) fn granularity_bytes(&self) -> u64 {
+        self.granularity_bytes
+    }
+
+    /// Bytes of all granules that have changed.
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        self.dirty_bytes
+    }
+
+    /// `range` in whole granules of the disk.
+    pub(crate) fn outward(&self, range: ByteRange) -> ByteRange {
+        let range = range.clamp_end(self.length_bytes);
+        if range.is_empty() {
+            return ByteRange::default();
+        }
+        range
+            .align_outward(self.granularity_bytes)
+            .clamp_end(self.length_bytes)
+    }
+
+    /// The granules that lie in `range` as a whole, up to the end of the disk.
+    fn inward(&self, range: ByteRange) -> ByteRange {
+        let start = range
+            .offset()
+            .checked_next_multiple_of(self.granularity_bytes);
+        let start = start.unwrap_or(u64::MAX);
+        let end = match range.end() >= self.length_bytes {
+            true => self.length_bytes,
+            false => range.end() - range.end() % self.granularity_bytes,
+        };
+        ByteRange::between(start.min(end), end)
+    }
+
+    /// All granules that `range` touches have changed. How many bytes more have than before.
+    pub(crate) fn mark(&mut self, range: ByteRange) -> u64 {
+        let before = self.dirty_bytes;
+        self.change(self.outward(range), true);
+        self.dirty_bytes - before
+    }
+
+    /// The granules that lie in `range` as a whole are what they were. How many bytes less have changed.
+    pub(crate) fn clear(&mut self, range: ByteRange) -> u64 {
+        let before = self.dirty_bytes;
+        self.change(self.inward(range), false);
+        before - self.dirty_bytes
+    }
+
+    fn change(&mut self, granules: ByteRange, dirty: bool) {
+        if granules.is_empty() {
+            return;
+        }
+        let (first, last) = (
+            granules.offset() / self.granularity_bytes,
+            (granules.end() - 1) / self.granularity_bytes,
+        );
+        let mut changed = 0;
+        let mut was_last_changed = false;
+        for page in first / PAGE_BITS..=last / PAGE_BITS {
+            if !dirty && !self.pages.contains_key(&page) {
+                continue;
+            }
+            let start = page * PAGE_BITS;
+            let (from, to) = (
+                first.max(start) - start,
+                last.min(start + PAGE_BITS - 1) - start,
+            );
+            let entry = self.pages.entry(page).or_insert_with(Page::empty);
+            for index in from / WORD_BITS..=to / WORD_BITS {
+                let low = from.max(index * WORD_BITS) % WORD_BITS;
+                let high = to.min(index * WORD_BITS + WORD_BITS - 1) % WORD_BITS;
+                let mask = (u64::MAX << low) & (u64::MAX >> (WORD_BITS - 1 - high));
+                let flipped = entry.change(index, mask, dirty);
+                changed += u64::from(flipped.count_ones());
+                let is_end = start + (index + 1) * WORD_BITS > last;
+                was_last_changed = is_end && flipped & (1 << (last % WORD_BITS)) != 0;
+            }
+            if entry.set == 0 {
+                self.pages.remove(&page);
+            }
+        }
+        // The last granule of the disk may be cut.
+        let cut = match was_last_changed {
+            true => (last + 1)
+                .saturating_mul(self.granularity_bytes)
+                .saturating_sub(self.length_bytes),
+            false => 0,
+        };
+        let bytes = (changed * self.granularity_bytes).saturating_sub(cut);
+        self.dirty_bytes = match dirty {
+            true => self.dirty_bytes + bytes,
+            false => self.dirty_bytes.saturating_sub(bytes),
+        };
+    }
+
+    /// The first granules at or behind `from` that have changed, side by side, of at most `longest` bytes but one granule.
+    pub(crate) fn run_from(&self, from: u64, longest: u64) -> Option<ByteRange> {
+        let first = self.first_from(from / self.granularity_bytes)?;
+        let longest = (longest / self.granularity_bytes).max(1);
+        let mut end = first + 1;
+        while end - first < longest && self.is_dirty(end) {
+            end += 1;
+        }
+        let start = first * self.granularity_bytes;
+        let end = end.saturating_mul(self.granularity_bytes);
+        Some(ByteRange::between(start, end.min(self.length_bytes)))
+    }
+
+    fn first_from(&self, granule: u64) -> Option<u64> {
+        let page = granule / PAGE_BITS;
+        self.pages.range(page..).find_map(|(number, entry)| {
+            let from = match *number == page {
+                true => granule % PAGE_BITS,
+                false => 0,
+            };
+            entry.first_from(from).map(|bit| number * PAGE_BITS + bit)
+        })
+    }
+
+    fn is_dirty(&self, granule: u64) -> bool {
+        let page = self.pages.get(&(granule / PAGE_BITS));
+        page.is_some_and(|page| {
+            let bit = granule % PAGE_BITS;
+            page.word(bit / WORD_BITS) & (1 << (bit % WORD_BITS)) != 0
+        })
+    }
+}
+
+impl Page {
+    fn empty() -> Self {
+        let words = usize::try_from(WORDS).unwrap_or_default();
+        Self {
+            words: vec![0; words].into_boxed_slice(),
+            set: 0,
+        }
+    }
+
+    fn word(&self, index: u64) -> u64 {
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        self.words.get(index).copied().unwrap_or(0)
+    }
+
+    /// Sets or clears the bits of `mask` in a word. Those that were not so before.
+    fn change(&mut self, index: u64, mask: u64, dirty: bool) -> u64 {
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        let Some(word) = self.words.get_mut(index) else {
+            return 0;
+        };
+        let flipped = match dirty {
+            true => mask & !*word,
+            false => mask & *word,
+        };
+        *word ^= flipped;
+        self.set = match dirty {
+            true => self.set + flipped.count_ones(),
+            false => self.set - flipped.count_ones(),
+        };
+        flipped
+    }
+
+    fn first_from(&self, bit: u64) -> Option<u64> {
+        (bit / WORD_BITS..WORDS).find_map(|index| {
+            let low = match index == bit / WORD_BITS {
+                true => bit % WORD_BITS,
+                false => 0,
+            };
+            let word = self.word(index) & (u64::MAX << low);
+            (word != 0).then(|| index * WORD_BITS + u64::from(word.trailing_zeros()))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn it_knows_what_a_set_of_granules_knows(
+            length in 1_u64..3_000_000,
+            bits in 0_u32..7,
+            changes in prop::collection::vec(
+                (any::<bool>(), 0_u64..3_000_000, 1_u64..1_000_000), 0..20
+            ),
+            from in 0_u64..3_000_000,
+            longest in 0_u64..2_000,
+        ) {
+            let granularity = 1 << bits;
+            let mut map = DirtyMap::new(length, granularity);
+            let mut model = BTreeSet::new();
+            let bytes = |model: &BTreeSet<u64>| -> u64 {
+                let lengths = model.iter().map(|one| granularity.min(length - one * granularity));
+                lengths.sum()
+            };
+            for (mark, offset, run) in changes {
+                let range = ByteRange::new(offset, run);
+                let before = bytes(&model);
+                if mark {
+                    let end = range.end().min(length);
+                    let touched = (offset / granularity)..end.div_ceil(granularity);
+                    if offset < length {
+                        model.extend(touched);
+                    }
+                    prop_assert_eq!(map.mark(range), bytes(&model) - before);
+                } else {
+                    model.retain(|one| {
+                        let granule = ByteRange::new(one * granularity, granularity);
+                        !range.contains(&granule.clamp_end(length))
+                    });
+                    prop_assert_eq!(map.clear(range), before - bytes(&model));
+                }
+                prop_assert_eq!(map.dirty_bytes(), bytes(&model));
+            }
+            let first = model.range(from / granularity..).next().copied();
+            let run = map.run_from(from, longest);
+            prop_assert_eq!(run.map(|run| run.offset()), first.map(|one| one * granularity));
+            if let (Some(run), Some(first)) = (run, first) {
+                let end = run.end().div_ceil(granularity);
+                prop_assert!((first..end).all(|one| model.contains(&one)));
+                let is_long = end - first >= (longest / granularity).max(1);
+                prop_assert!(is_long || !model.contains(&end));
+            }
+            prop_assert!(map.pages.values().all(|page| page.set > 0));
+        }
+    }
+
+    #[test]
+    fn the_longest_disk_has_a_map_of_bounded_size() {
+        let mut map = DirtyMap::new(u64::MAX >> 1, 512);
+        assert_eq!(map.granularity_bytes(), 1 << 32);
+        map.mark(ByteRange::new((u64::MAX >> 1) - 10, 10));
+        assert_eq!(map.dirty_bytes(), (1 << 32) - 1);
+        assert_eq!(map.run_from(0, 1).map(|run| run.end()), Some(u64::MAX >> 1));
+    }
+}

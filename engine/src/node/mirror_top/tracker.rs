@@ -1,0 +1,238 @@
+//! [`Tracker`]: what a mirror and the writers above its source know of each other.
+//!
+//! ```text
+//!   a write, copied later:   mark, write the source, mark        the job: clear, look, read the source, write the target
+//!   a write to both sides:   its turn, write the source, write the target, clear
+//! ```
+//! Whoever writes to the source only marks the range behind the write: a copy that began before cleared it before, so it is copied
+//! again. Whoever writes to both sides has the range for himself. What the job has looked at, but not begun to copy
+//! ([`set_planned`](Tracker::set_planned)), it may copy in a way that fits no more, so such a write marks what it has written there.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use blockyard_storage::{ByteRange, LocalFuture};
+use tokio::sync::Notify;
+
+use super::dirty_map::DirtyMap;
+use super::turns::{Doing, Turn, Turns};
+use crate::error::NodeError;
+use crate::node::Node;
+use crate::node::gate::{Closed, Gate, Way};
+
+/// Failed writes to the target that are remembered until the job asks; what they have not written is marked in any case.
+const FAILURES_MAX: usize = 16;
+
+/// Copies a range from the source to the target.
+type BringOver = Rc<dyn Fn(ByteRange) -> LocalFuture<'static, Result<(), NodeError>>>;
+
+/// The other side of writes to both sides.
+#[derive(Clone)]
+pub(crate) struct OtherSide {
+    /// The target.
+    pub(crate) target: Rc<dyn Node>,
+    /// Copies what the source holds.
+    pub(crate) bring_over: BringOver,
+    /// The target keeps together so many bytes, a power of two, and may miss what is below it yet: it is written in whole units.
+    /// 1: it takes anything.
+    pub(crate) unit_bytes: u64,
+}
+
+/// What a mirror and the writers above its source know of each other.
+pub struct Tracker {
+    dirty: RefCell<DirtyMap>,
+    turns: Rc<Turns>,
+    /// Where writers wait while the job comes to its end.
+    pub(super) gate: Rc<Gate>,
+    other_side: RefCell<Option<OtherSide>>,
+    writes_both: Cell<bool>,
+    planned: Cell<ByteRange>,
+    /// Bytes that have changed since the job asked: more, or less.
+    change_bytes: Cell<i64>,
+    failures: RefCell<VecDeque<NodeError>>,
+    changed: Notify,
+    is_over: Cell<bool>,
+    /// Where requests go once the target has taken the source's place.
+    successor: RefCell<Option<Rc<dyn Node>>>,
+}
+
+impl Tracker {
+    /// Of a source of this length that nobody has written to, in granules of `granularity_bytes`, a power of two.
+    pub fn new(length_bytes: u64, granularity_bytes: u64) -> Self {
+        Self {
+            dirty: RefCell::new(DirtyMap::new(length_bytes, granularity_bytes)),
+            turns: Rc::default(),
+            gate: Rc::default(),
+            other_side: RefCell::default(),
+            writes_both: Cell::new(false),
+            planned: Cell::default(),
+            change_bytes: Cell::new(0),
+            failures: RefCell::default(),
+            changed: Notify::new(),
+            is_over: Cell::new(false),
+            successor: RefCell::default(),
+        }
+    }
+
+    /// Bytes of a granule.
+    pub fn granularity_bytes(&self) -> u64 {
+        self.dirty.borrow().granularity_bytes()
+    }
+
+    /// Lets writes reach the other side, if [`set_writes_both`](Self::set_writes_both).
+    pub(crate) fn show_other_side(&self, side: OtherSide) {
+        *self.other_side.borrow_mut() = Some(side);
+    }
+
+    /// Whether writes end when both sides have them.
+    pub(crate) fn set_writes_both(&self, both: bool) {
+        self.writes_both.set(both);
+    }
+
+    /// The other side, as long as writes go there.
+    pub(super) fn other_side(&self) -> Option<OtherSide> {
+        match self.writes_both.get() && !self.is_over.get() {
+            true => self.other_side.borrow().clone(),
+            false => None,
+        }
+    }
+
+    /// Takes a place in the order of those that write and copy around `range`.
+    pub(crate) fn turn(&self, range: ByteRange, doing: Doing) -> Turn {
+        self.turns.take(range, doing)
+    }
+
+    /// `range` in whole granules, and in whole units of the other side.
+    pub(super) fn outward(&self, range: ByteRange) -> ByteRange {
+        let unit_bytes = self
+            .other_side
+            .borrow()
+            .as_ref()
+            .map_or(1, |side| side.unit_bytes);
+        let dirty = self.dirty.borrow();
+        dirty.outward(dirty.outward(range).align_outward(unit_bytes))
+    }
+
+    /// `range` has to be copied, in whole granules.
+    pub(crate) fn mark(&self, range: ByteRange) {
+        if self.is_over.get() || range.is_empty() {
+            return;
+        }
+        let more = self.dirty.borrow_mut().mark(range);
+        self.count(more, true);
+        if more > 0 {
+            self.changed.notify_one();
+        }
+    }
+
+    /// The granules that lie in `range` as a whole are equal on both sides.
+    fn clear(&self, range: ByteRange) {
+        let less = self.dirty.borrow_mut().clear(range);
+        self.count(less, false);
+    }
+
+    fn count(&self, bytes: u64, more: bool) {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        let change = self.change_bytes.get();
+        self.change_bytes.set(match more {
+            true => change.saturating_add(bytes),
+            false => change.saturating_sub(bytes),
+        });
+    }
+
+    /// `range` has been written on both sides: nothing of it has to be copied, but for what the job may be about to copy by what
+    /// it knew before.
+    pub(super) fn written_on_both(&self, range: ByteRange) {
+        let touched = self.outward(range);
+        if self.planned.get().overlaps(&touched) || self.turns.copy_waits(touched) {
+            self.mark(range);
+        } else {
+            self.clear(range);
+        }
+    }
+
+    /// A write to the target failed.
+    pub(super) fn failed(&self, error: NodeError) {
+        let mut failures = self.failures.borrow_mut();
+        if failures.len() < FAILURES_MAX {
+            failures.push_back(error);
+        }
+        self.changed.notify_one();
+    }
+
+    /// Why a write did not reach the target.
+    pub(crate) fn take_failure(&self) -> Option<NodeError> {
+        self.failures.borrow_mut().pop_front()
+    }
+
+    /// What the job has looked at, or is about to, and has not taken a turn for yet.
+    pub(crate) fn set_planned(&self, range: ByteRange) {
+        self.planned.set(range);
+    }
+
+    /// Bytes that have to be copied.
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        self.dirty.borrow().dirty_bytes()
+    }
+
+    /// How many bytes more have to be copied than when this was asked last, but for what was [taken](Self::take_run).
+    pub(crate) fn take_change(&self) -> i64 {
+        self.change_bytes.take()
+    }
+
+    /// What has to be copied next, at or behind `from` and then from the beginning again: changed granules side by side, of
+    /// at most `longest` bytes, in whole units of `unit_bytes`. They have not changed any more; how many bytes they were.
+    pub(crate) fn take_run(
+        &self,
+        from: u64,
+        longest: u64,
+        unit_bytes: u64,
+    ) -> Option<(ByteRange, u64)> {
+        let mut dirty = self.dirty.borrow_mut();
+        let run = dirty.run_from(from, longest);
+        let run = run.or_else(|| dirty.run_from(0, longest))?;
+        let whole = dirty.outward(run.align_outward(unit_bytes));
+        let taken = dirty.clear(whole);
+        Some((whole, taken))
+    }
+
+    /// Ends when something has changed since the last call. One caller at a time.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Keeps new writes waiting, and waits until those inside have ended. Their waiting ends with what is returned.
+    ///
+    /// # Cancel safety
+    /// Nobody waits then.
+    pub(crate) async fn quiet(&self) -> Quiet {
+        Quiet(self.gate.close_again(Way::Write).await)
+    }
+
+    /// The job has ended: nothing is tracked any more, and no write that comes now goes to the other side.
+    pub(crate) fn end(&self) {
+        self.is_over.set(true);
+        self.other_side.borrow_mut().take();
+    }
+
+    /// Waits until nothing of what came before goes to the other side any more.
+    pub(crate) async fn other_side_left(&self) {
+        let everything = ByteRange::new(0, u64::MAX);
+        self.turn(everything, Doing::WriteBoth).come().await;
+    }
+
+    /// The target has taken the source's place: requests go there. No write is inside.
+    pub(crate) fn go_over_to(&self, target: Rc<dyn Node>) {
+        self.end();
+        *self.successor.borrow_mut() = Some(target);
+    }
+
+    pub(super) fn successor(&self) -> Option<Rc<dyn Node>> {
+        self.successor.borrow().clone()
+    }
+}
+
+/// As long as it is there, no write is inside a filter and new ones wait.
+#[must_use = "writes go on when it is dropped"]
+pub(crate) struct Quiet(#[allow(dead_code, reason = "kept until it is dropped")] Closed);
