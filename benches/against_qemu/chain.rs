@@ -251,8 +251,10 @@ impl Chain {
         let opening = Instant::now();
         let base = match self.base {
             Base::Full => node("base", Value::Null),
+            // QEMU streams nothing from one that does not read as zeroes; ours reads nothing from one that does.
             Base::Far(latency_ns) => json!({"driver": "null-co", "node-name": "base",
-                "size": self.size_bytes, "latency-ns": latency_ns}),
+                "size": self.size_bytes, "latency-ns": latency_ns,
+                "read-zeroes": contestant.side == Side::Qemu}),
         };
         client.call("blockdev-add", base)?;
         let is_far_stream = matches!((self.base, job), (Base::Far(_), JobKind::Stream));
@@ -297,6 +299,8 @@ impl Chain {
         let (wall, cpu) = (began.elapsed(), daemon.cpu_seconds()? - cpu);
         let peak_bytes = daemon.peak_bytes()?;
         require_success(&mut client)?;
+        // QEMU's keeps the nodes busy until then, and would lose what it has not flushed.
+        client.call("job-dismiss", json!({"id": "copy"}))?;
         for name in ["top", "mid", "base"] {
             // Some are gone by now.
             let _ = client.call("blockdev-del", json!({"node-name": name}));
