@@ -379,3 +379,66 @@ fn jobs_of_one_chain_keep_out_of_each_others_way() {
         compare(&script, five);
     }
 }
+
+#[test]
+fn the_top_is_committed_until_its_client_decides() {
+    let commits = [
+        json!({"device": "top"}),
+        json!({"device": "top", "base-node": "mid"}),
+        json!({"device": "top", "top-node": "top", "base": "base.qcow2", "filter-node-name": "flt"}),
+        json!({"device": "top", "auto-finalize": false, "auto-dismiss": false}),
+    ];
+    let ends = [
+        line("job-complete", &json!({"id": "j"})),
+        line("block-job-cancel", &json!({"device": "j"})),
+        line("job-cancel", &json!({"id": "j"})),
+    ];
+    for commit in commits {
+        let waits = commit.get("auto-finalize").is_some();
+        for end in &ends {
+            let fails = end.contains("job-cancel\"") && !end.contains("block-job");
+            let mut script = String::from("$ qemu-img convert top.qcow2 before.raw\n");
+            script += &line("blockdev-add", &nested(&["base", "mid", "top"]));
+            script += &line(
+                "block-commit",
+                &with(json!({"job-id": "j"}), commit.clone()),
+            );
+            script += "wait j ready\n";
+            script += &line("x-debug-query-block-graph", &json!({}));
+            script += &line("query-block-jobs", &json!({}));
+            script += &line("job-pause", &json!({"id": "j"}));
+            script += "wait j standby\n";
+            script += &line("job-resume", &json!({"id": "j"}));
+            script += "wait j ready\n";
+            script += &line("block-stream", &json!({"job-id": "k", "device": "top"}));
+            script += &line(
+                "block_resize",
+                &json!({"node-name": "top", "size": 8 << 20}),
+            );
+            script += end;
+            if waits && !fails {
+                script += "wait j pending\n";
+                script += &line("x-debug-query-block-graph", &json!({}));
+                script += &line("job-finalize", &json!({"id": "j"}));
+            }
+            if waits {
+                script += "wait j concluded\n";
+                script += &line("job-dismiss", &json!({"id": "j"}));
+            }
+            script += "wait j null\n";
+            script += &line("x-debug-query-block-graph", &json!({}));
+            for name in ["top", "mid", "base"] {
+                script += &line("blockdev-del", &json!({"node-name": name}));
+            }
+            script += &afterwards(&["top", "mid", "base"]);
+            script += "$ qemu-img compare before.raw top.qcow2\n";
+            if !fails {
+                script += match commit.get("base-node") {
+                    Some(_) => "$ qemu-img compare before.raw mid.qcow2\n",
+                    None => "$ qemu-img compare before.raw base.qcow2\n",
+                };
+            }
+            compare(&script, chain);
+        }
+    }
+}

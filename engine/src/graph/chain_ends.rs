@@ -59,25 +59,55 @@ impl Graph {
         let Some(filter) = nodes.filter else {
             return Ok(());
         };
-        let overlays: Vec<NodeId> = {
-            let records = self.records.borrow();
-            let users = records.users(filter);
-            let overlays = users.filter(|edge| edge.role == BACKING_ROLE);
-            overlays
-                .filter_map(|edge| match edge.user {
-                    User::Node(overlay) => Some(overlay),
-                    _ => None,
-                })
-                .collect()
-        };
+        let overlays = self.overlays_of(filter);
         for overlay in &overlays {
             self.name_backing(*overlay, Some(base), &part.named).await?;
         }
-        for overlay in &overlays {
-            self.set_backing_live(*overlay, Some(base)).await?;
-        }
+        self.put_on_base(&overlays, base).await?;
         // Users that are no images see the same from the base on.
         self.move_users(filter, base, Some(key), |_| ()).await
+    }
+
+    /// What is above an active commit that is being completed goes to its base; headers stay what they are. A base that was
+    /// opened for writing stays so where the device may be written.
+    ///
+    /// # Errors
+    /// When the users of the device cannot live with the base.
+    pub async fn finish_active_commit(&self, nodes: &JobNodes) -> Result<(), JobError> {
+        let (Some(filter), Some(base)) = (nodes.filter, nodes.target) else {
+            return Ok(());
+        };
+        let overlays = self.overlays_of(filter);
+        let moved = self.put_on_base(&overlays, base).await;
+        moved.map_err(|error| JobError::text(error.text))
+    }
+
+    /// The base of an active commit that has not failed stays writable where its device is.
+    pub fn keep_writable(&self, key: JobKey, nodes: &JobNodes) {
+        let mut records = self.records.borrow_mut();
+        let device = nodes.source.and_then(|device| records.node(device));
+        if device.is_some_and(|device| !device.read_only) {
+            records.writable.retain(|(job, _)| *job != key);
+        }
+    }
+
+    fn overlays_of(&self, filter: NodeId) -> Vec<NodeId> {
+        let records = self.records.borrow();
+        let users = records.users(filter);
+        let overlays = users.filter(|edge| edge.role == BACKING_ROLE);
+        overlays
+            .filter_map(|edge| match edge.user {
+                User::Node(overlay) => Some(overlay),
+                _ => None,
+            })
+            .collect()
+    }
+
+    async fn put_on_base(&self, overlays: &[NodeId], base: NodeId) -> Result<(), EngineError> {
+        for overlay in overlays {
+            self.set_backing_live(*overlay, Some(base)).await?;
+        }
+        Ok(())
     }
 
     /// Lets the header of an image tell of another backing, durably. An image that is read-only is opened for writing for it.

@@ -102,10 +102,6 @@ impl Graph {
                     false => "'backing-file' specified, but 'top' has a writer on it",
                 }));
             }
-            if is_device || has_writer {
-                let text = "Committing a node that may be written to is not supported yet";
-                return Err(EngineError::generic(text));
-            }
             let layers = records.layers(&inner);
             (inner, layers, is_device || has_writer)
         };
@@ -244,9 +240,15 @@ impl Graph {
         else {
             return Ok(());
         };
-        let (driver, kind) = match part.is_whole {
-            true => ("mirror_top", FilterKind::Refuses),
-            false => ("commit_top", FilterKind::Passes),
+        let (driver, kind) = match (part.is_whole, nodes.target) {
+            (true, Some(base)) => {
+                let kind = FilterKind::Tracks {
+                    granularity_bytes: self.granularity_bytes(None, base).await?,
+                    commits: true,
+                };
+                ("mirror_top", kind)
+            }
+            _ => ("commit_top", FilterKind::Passes),
         };
         let name = spec.filter_node_name.as_deref();
         nodes.filter = Some(self.insert_filter(top, None, driver, kind, name).await?);

@@ -304,6 +304,7 @@ impl Graph {
         let granularity = self.granularity_bytes(spec.granularity, target).await?;
         let kind = FilterKind::Tracks {
             granularity_bytes: granularity,
+            commits: false,
         };
         let filter = self
             .insert_filter(source, None, "mirror_top", kind, name)

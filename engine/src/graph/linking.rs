@@ -472,6 +472,10 @@ fn child_permissions(
         ("copy-before-write", _) => (taken.with(Permission::ConsistentRead), fixed),
         // What is below changes under its users, as the job's own edges say.
         ("commit_top", _) => (Permissions::NONE, Permissions::EVERY),
+        ("mirror_top", _) if node.commits() => {
+            let taken = taken.without(Permission::ConsistentRead);
+            (taken, shared.with(Permission::Write))
+        }
         ("copy-on-read", _) if !node.read_only => (taken.with(Permission::WriteUnchanged), shared),
         // What a backing holds must not change under those who read it through the overlay, unless they do not mind.
         ("qcow2", BACKING_ROLE) => {

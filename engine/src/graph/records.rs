@@ -16,6 +16,7 @@ use crate::graph::reopen::Writable;
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
+use crate::node::filter_node::FilterKind;
 use crate::node::root::RootId;
 use crate::request::{CommonOptions, DetectZeroes};
 
@@ -80,6 +81,14 @@ impl NodeRecord {
     /// Whether it is a file, a device or the like, and not something that is in one.
     pub(super) fn is_protocol(&self) -> bool {
         self.filename.is_protocol()
+    }
+
+    /// Whether it is the filter of a job that commits what it is above.
+    pub(super) fn commits(&self) -> bool {
+        let NodePlan::Filter { kind, .. } = self.plan else {
+            return false;
+        };
+        matches!(kind, FilterKind::Tracks { commits: true, .. })
     }
 
     /// Whether it shows its child's data as its own.

@@ -1,6 +1,5 @@
 //! The kinds of work there are: each is a plan and an ending around the one copier.
 
-#[allow(dead_code, reason = "for block-commit")]
 pub(crate) mod active_commit;
 mod amend;
 mod backup;
@@ -54,6 +53,7 @@ pub fn work(
     };
     let chain = nodes.chain.as_ref();
     let (layers, seen_bytes) = chain.map_or((1, 0), |part| (part.layers, part.seen_bytes));
+    let is_active = chain.is_some_and(|part| part.is_whole);
     Ok(match spec {
         WorkSpec::Backup(spec) => Box::new(backup::Backup::new(
             node(nodes.source)?,
@@ -65,6 +65,12 @@ pub fn work(
             node(nodes.target)?,
             tracker(node(nodes.filter)?)?,
             spec,
+        )),
+        WorkSpec::Commit(_) if is_active => Box::new(active_commit::ActiveCommit::new(
+            node(nodes.source)?,
+            node(nodes.target)?,
+            layers,
+            tracker(node(nodes.filter)?)?,
         )),
         WorkSpec::Commit(_) => Box::new(commit::Commit::new(
             node(nodes.source)?,

@@ -202,17 +202,24 @@ impl Manager {
             (
                 job.error.is_some(),
                 job.keeps_equal(),
+                job.is_active_commit,
                 pivots,
                 replaces,
                 job.nodes.clone(),
                 job.driver.clone(),
             )
         });
-        let Some((false, keeps_equal, pivots, replaces, nodes, driver)) = facts else {
+        let Some((false, keeps_equal, is_commit, pivots, replaces, nodes, driver)) = facts else {
             return Ok(());
         };
         if let Some(nodes) = nodes {
+            if keeps_equal && is_commit {
+                self.graph.keep_writable(key, &nodes);
+            }
             if pivots {
+                if is_commit {
+                    self.graph.finish_active_commit(&nodes).await?;
+                }
                 self.graph.pivot(key, &nodes, replaces.as_deref()).await?;
             } else if !keeps_equal {
                 self.graph.finish_chain(key, &nodes).await?;

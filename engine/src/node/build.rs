@@ -125,7 +125,9 @@ pub async fn build(
         )),
         NodePlan::Filter {
             child,
-            kind: FilterKind::Tracks { granularity_bytes },
+            kind: FilterKind::Tracks {
+                granularity_bytes, ..
+            },
         } => {
             let child = child_of(*child)?;
             let tracker = Tracker::new(child.facts().length_bytes, *granularity_bytes);

@@ -21,6 +21,8 @@ pub enum FilterKind {
     Tracks {
         /// Bytes of a granule, a power of two.
         granularity_bytes: u64,
+        /// The target is in the source's own chain: what is read through the filter changes below it meanwhile.
+        commits: bool,
     },
 }
 
