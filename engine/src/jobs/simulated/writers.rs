@@ -58,6 +58,8 @@ struct Setup {
     steps_max: u64,
     /// Writers are dropped where they are when the job has succeeded.
     stops_at_success: bool,
+    /// What is below the target is still missing.
+    misses_backing: bool,
 }
 
 impl Setup {
@@ -75,6 +77,7 @@ impl Setup {
             operations: 5 + dice.below(40) as usize,
             steps_max: u64::MAX,
             stops_at_success: false,
+            misses_backing: false,
         }
     }
 }
@@ -286,12 +289,14 @@ impl Stage {
             let ended = work.run(&cx).await;
             // Nothing is kept equal any more.
             self.is_ready.set(false);
-            if ended.is_ok() {
+            if ended.is_ok() && !self.setup.misses_backing {
                 let (source, target) = (&self.source, &self.target);
                 let (old, new) = (self.contents(source).await, self.contents(target).await);
                 self.assert_known(0, &new, "the target");
                 let differs = old.iter().zip(&new).position(|(old, new)| old != new);
                 assert_eq!(differs, None, "{:?}", self.setup);
+            }
+            if ended.is_ok() {
                 let progress = &orders.progress;
                 assert_eq!(progress.current_bytes(), progress.total_bytes());
             }
@@ -774,6 +779,56 @@ fn after_a_cut_at_any_step_of_an_active_commit_the_device_has_what_was_flushed()
                     break;
                 }
             }
+        },
+    );
+}
+
+#[test]
+fn a_mirror_of_the_top_layer_is_whole_once_it_has_its_backing() {
+    each_seed(
+        "blockyard-engine",
+        "a_mirror_of_the_top_layer",
+        200,
+        |seed| {
+            let chain = Chain::random(seed);
+            let other = ImageSetup::random(seed ^ 0x70b);
+            let target = ImageYard::new(ImageSetup {
+                // So that both have the same below.
+                seed,
+                size_bytes: chain.0.setup.size_bytes,
+                backing_bytes: chain.0.setup.backing_bytes,
+                alignment: 1,
+                data_file: match other.data_file {
+                    DataFile::Raw => DataFile::Inside,
+                    other => other,
+                },
+                ..other
+            });
+            let setup = Setup {
+                end: End::Complete,
+                stops_at_success: true,
+                misses_backing: true,
+                ..Setup::random(seed)
+            };
+            let over = |backing| -> Rc<dyn Node> {
+                let file = target.file("file", &target.image, false);
+                target.open_over(file, backing)
+            };
+            let bare = over(None);
+            let stage = Stage {
+                target: bare.clone(),
+                ..chain.stage(setup, chain.base())
+            };
+            let step = || {
+                let here = chain.0.world.step();
+                target.world.step() || here
+            };
+            let ended = stage.run(mirror(&stage, SyncMode::Top), step, || {});
+            assert_eq!(ended, Some(Ok(())));
+            target.drive(bare.close()).expect("closed");
+            let whole = over(target.backing());
+            let bytes = run(stage.contents(&whole), step).expect("read");
+            stage.assert_known(0, &bytes, "with its backing");
         },
     );
 }
