@@ -3,7 +3,7 @@
 use tokio::sync::MutexGuard;
 
 use crate::data::NodeId;
-use crate::error::{EngineError, JobError};
+use crate::error::EngineError;
 use crate::graph::amending::AmendEffect;
 use crate::graph::chain_jobs::ChainPart;
 use crate::graph::creating::{Opened, image_edges};
@@ -11,23 +11,18 @@ use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{
     BACKING_ROLE, Blocker, Edge, FILE_ROLE, JobLabel, NodeRecord, TARGET_ROLE, User,
 };
-use crate::graph::roots::move_edges;
 use crate::graph::{Graph, names};
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
 use crate::node::filter_node::FilterKind;
 use crate::request::{
-    BackupSpec, BitmapMode, CommonOptions, CreateSpec, DetectZeroes, MirrorSpec, NodeRef,
-    Permission, SyncMode, WorkSpec,
+    BackupSpec, BitmapMode, CommonOptions, CreateSpec, DetectZeroes, NodeRef, Permission, SyncMode,
+    WorkSpec,
 };
 
 /// Unit of a backup in bytes.
 const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
-
-/// Unit of tracking of a mirror, in bytes, if the client does not say.
-const GRANULARITY_MIN_BYTES: u64 = 4 << 10;
-const GRANULARITY_MAX_BYTES: u64 = 64 << 10;
 
 /// The nodes of one job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -260,105 +255,6 @@ impl Graph {
                 Err(error)
             }
         }
-    }
-
-    async fn prepare_mirror(&self, spec: &MirrorSpec) -> Result<JobNodes, EngineError> {
-        let source = self.look_up(&spec.device)?;
-        let target = self.look_up(&spec.target)?;
-        let is_root = !self.records.borrow().has_node_or_job_parent(source);
-        if !is_root {
-            return Err(EngineError::generic("Need a root block node"));
-        }
-        if let Some(granularity) = spec.granularity.filter(|granularity| *granularity != 0) {
-            if !(512..=64 << 20).contains(&granularity) {
-                return Err(EngineError::generic(
-                    "Parameter 'granularity' expects a value in range [512B, 64MB]",
-                ));
-            }
-            if !granularity.is_power_of_two() {
-                let text = "Parameter 'granularity' expects a power of 2";
-                return Err(EngineError::generic(text));
-            }
-        }
-        self.records.borrow().check_free(source)?;
-        self.records.borrow().check_free(target)?;
-        if let Some(replaces) = &spec.replaces {
-            self.check_replaces(replaces, source, target, spec).await?;
-        }
-        if let Some(mode) = match spec.sync {
-            SyncMode::Incremental => Some("incremental"),
-            SyncMode::Bitmap => Some("bitmap"),
-            _ => None,
-        } {
-            return Err(EngineError::generic(format!(
-                "Sync mode '{mode}' not supported"
-            )));
-        }
-        if spec.buf_size.is_some_and(|size| size < 0) {
-            return Err(EngineError::generic("Invalid parameter 'buf-size'"));
-        }
-        if source == target {
-            return Err(EngineError::generic("Can't mirror node into itself"));
-        }
-        let name = spec.filter_node_name.as_deref();
-        let granularity = self.granularity_bytes(spec.granularity, target).await?;
-        let kind = FilterKind::Tracks {
-            granularity_bytes: granularity,
-            commits: false,
-        };
-        let filter = self
-            .insert_filter(source, None, "mirror_top", kind, name)
-            .await?;
-        Ok(JobNodes {
-            source: Some(source),
-            target: Some(target),
-            filter: Some(filter),
-            ..JobNodes::default()
-        })
-    }
-
-    /// Unit in which writes above a mirror's source are tracked, in bytes: what the client says, or what the target keeps
-    /// together.
-    pub(super) async fn granularity_bytes(
-        &self,
-        asked: Option<u32>,
-        target: NodeId,
-    ) -> Result<u64, EngineError> {
-        match asked.filter(|granularity| *granularity != 0) {
-            Some(granularity) => Ok(granularity.into()),
-            None => {
-                let cluster = self.facts(target).await?.cluster_size_bytes;
-                let cluster = cluster.map_or(GRANULARITY_MAX_BYTES, u64::from);
-                Ok(cluster.clamp(GRANULARITY_MIN_BYTES, GRANULARITY_MAX_BYTES))
-            }
-        }
-    }
-
-    /// Only the source may be replaced: everything else would change under its users.
-    async fn check_replaces(
-        &self,
-        replaces: &str,
-        source: NodeId,
-        target: NodeId,
-        spec: &MirrorSpec,
-    ) -> Result<(), EngineError> {
-        let Some(id) = self.find(replaces) else {
-            let text = format!("Failed to find node with node-name='{replaces}'");
-            return Err(EngineError::generic(text));
-        };
-        self.records.borrow().check_free(id)?;
-        if id != source {
-            return Err(EngineError::generic(format!(
-                "Cannot replace '{replaces}' by a node mirrored from '{}', because it cannot be \
-                 guaranteed that doing so would not lead to an abrupt change of visible data",
-                spec.device
-            )));
-        }
-        if self.facts(id).await?.length_bytes != self.facts(target).await?.length_bytes {
-            let text = "cannot replace image with a mirror image of different size";
-            return Err(EngineError::generic(text));
-        }
-        Ok(())
     }
 
     /// Puts a job's filter above its source; the source's users move to it, roots while none of their requests is in flight. A
@@ -607,55 +503,6 @@ impl Graph {
             job_type,
         }));
         Ok(())
-    }
-
-    /// Lets the target take the source's place, for a mirror that completes.
-    ///
-    /// # Errors
-    /// When the users of the source cannot live with the target.
-    pub async fn pivot(
-        &self,
-        key: JobKey,
-        nodes: &JobNodes,
-        replaces: Option<&str>,
-    ) -> Result<(), JobError> {
-        let (Some(source), Some(target)) = (nodes.source, nodes.target) else {
-            return Ok(());
-        };
-        if let Some(name) = replaces
-            && self.find(name) != Some(source)
-        {
-            return Err(JobError::text(format!(
-                "Can no longer replace '{name}': it has changed"
-            )));
-        }
-        let from = nodes.filter.unwrap_or(source);
-        let roots = {
-            let mut records = self.records.borrow_mut();
-            let roots = records.roots_on(&[from]);
-            let moved = records.change_edges(|edges| {
-                // The job wanted the target for itself until now.
-                edges.retain(|edge| edge.child != target || !edge.is_of(key));
-                move_edges(edges, from, target, Some(key));
-            });
-            moved.map_err(|error| JobError::text(error.text))?;
-            roots
-        };
-        let went_over = self.threads.run(self.thread_of(target), move |context| {
-            Box::pin(async move {
-                let filter = context.node(from).and_then(|filter| filter.tracker());
-                if let (Some(filter), Some(target)) = (filter, context.node(target)) {
-                    // What waits in the filter is the target's, too.
-                    filter.go_over_to(target);
-                }
-            })
-        });
-        let put = async {
-            went_over.await?;
-            self.put_on(&roots, target).await
-        };
-        put.await
-            .map_err(|error: EngineError| JobError::text(error.text))
     }
 
     /// A job's edges and filter go, and its nodes are free again.

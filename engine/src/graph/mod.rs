@@ -21,6 +21,7 @@ mod image_options;
 mod images;
 mod jobs;
 mod linking;
+mod mirroring;
 mod moving;
 mod named_by_images;
 mod names;
