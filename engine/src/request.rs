@@ -39,6 +39,27 @@ pub enum Request {
         /// Name of the backing file; an empty one: none.
         backing_file: String,
     },
+    /// Open nodes in another way while they are in use, all or none.
+    BlockdevReopen {
+        /// What each is to be; what is left out goes back to its default.
+        nodes: Vec<NodeSpec>,
+    },
+    /// Put an overlay on a node, which is read-only from then on.
+    BlockdevSnapshot {
+        /// Name of the node.
+        node: String,
+        /// Name of the overlay's node, which has nothing below it yet.
+        overlay: String,
+    },
+    /// Add or remove a child of a node, which no driver here can have.
+    ChangeChildren {
+        /// Name of the node.
+        parent: String,
+        /// Which child to remove.
+        child: Option<String>,
+        /// Name of the node to add.
+        node: Option<String>,
+    },
     /// Move a node to the data thread of an `iothread` object, or back to one of the engine's own.
     SetIothread {
         /// Name of the node.

@@ -16,8 +16,9 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CommonOptions, CopyMode, DriverSpec, FileSpec, JobSpec, MirrorSpec,
-    NodeRef, NodeSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    BackupPerf, BackupSpec, CommonOptions, CopyMode, CreateQcow2Spec, CreateSpec, DriverSpec,
+    FileSpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Qcow2Spec, Request, SyncMode, VerbFamily,
+    WorkSpec,
 };
 use blockyard_engine::root_handle::RootHandle;
 use blockyard_storage::ByteRange;
@@ -363,4 +364,95 @@ fn a_writer_stays_when_a_mirror_is_cancelled() {
         let last = VerbCall::Cancel { force };
         writer_beside_mirror(CopyMode::WriteBlocking, last, Status::Null, "s");
     }
+}
+
+impl Yard {
+    /// Adds a qcow2 node over a new image without a backing file.
+    async fn add_image(&self, name: &str) {
+        let path = self.path(name);
+        std::fs::File::create(&path).expect("made");
+        let file = NodeSpec {
+            node_name: Some(format!("{name}-file")),
+            common: CommonOptions::default(),
+            driver: DriverSpec::File(FileSpec {
+                filename: path,
+                ..FileSpec::default()
+            }),
+        };
+        self.call(Request::BlockdevAdd(file)).await.expect("added");
+        let file = NodeRef::Name(format!("{name}-file"));
+        let spec = CreateQcow2Spec {
+            file: file.clone(),
+            data_file: None,
+            data_file_raw: false,
+            extended_l2: false,
+            size: LENGTH,
+            version_2: false,
+            backing_file: None,
+            backing_fmt: None,
+            encrypt: None,
+            cluster_size: None,
+            preallocation: None,
+            lazy_refcounts: false,
+            refcount_bits: None,
+            zstd: false,
+        };
+        let create = CreateSpec::Qcow2(Box::new(spec));
+        self.start(WorkSpec::Create(create)).await.expect("started");
+        self.until(Status::Null);
+        let image = NodeSpec {
+            node_name: Some(name.to_owned()),
+            common: CommonOptions::default(),
+            driver: DriverSpec::Qcow2(Box::new(Qcow2Spec::over(file))),
+        };
+        self.call(Request::BlockdevAdd(image)).await.expect("added");
+    }
+}
+
+/// Small neighbours of one cluster go to the node or to its overlay, while that comes between them.
+#[test]
+fn what_is_written_while_an_overlay_comes_is_in_it_or_below_it() {
+    block_on(async {
+        let yard = Yard::new();
+        let path = yard.add("s", 1).await;
+        for name in ["o1", "o2", "o3"] {
+            yard.add_image(name).await;
+        }
+        let root = yard.engine.open_root("s", true).await.expect("opened");
+        let mut node = "s";
+        for (round, overlay) in ["o1", "o2", "o3"].into_iter().enumerate() {
+            let byte = u8::try_from(round).expect("few") + 10;
+            let writes = (0..256_u64).map(|place| root.write(place * 4096, vec![byte; 4096]));
+            let put = yard.call(Request::BlockdevSnapshot {
+                node: node.to_owned(),
+                overlay: overlay.to_owned(),
+            });
+            let (written, put) =
+                futures_util::future::join(futures_util::future::join_all(writes), put).await;
+            put.expect("put there");
+            for written in written {
+                written.expect("written");
+            }
+            assert_eq!(yard.roots().await, [overlay]);
+            let read = root.read(ByteRange::new(0, 2 << 20)).await.expect("read");
+            assert!(read[..1 << 20].iter().all(|other| *other == byte));
+            assert!(read[1 << 20..].iter().all(|other| *other == 1));
+            let frozen = std::fs::read(&path).expect("read");
+            root.write(1 << 20, vec![1; 4096]).await.expect("written");
+            root.flush().await.expect("flushed");
+            assert!(std::fs::read(&path).expect("read") == frozen, "it is kept");
+            let writer = yard.engine.open_root(node, true).await.map(drop);
+            writer.expect_err("read-only");
+            node = overlay;
+        }
+        let again = Request::BlockdevSnapshot {
+            node: "s".to_owned(),
+            overlay: "o3".to_owned(),
+        };
+        let refused = yard.call(again).await.expect_err("refused");
+        let text = "Node 's' is busy: node is used as backing hd of 'o1'";
+        assert_eq!(refused.text, text);
+        root.close().await.expect("closed");
+        yard.remove("o3").await.expect("nobody uses it");
+    });
 }

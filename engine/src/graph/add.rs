@@ -4,6 +4,7 @@
 //! nobody else sees one of them before all are open. Files are opened on threads of their own, and formats look at their
 //! images on data threads, so nothing here may hold the graph meanwhile.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use blockyard_ring::HostFile;
@@ -121,7 +122,11 @@ impl Graph {
                     "The '{driver}' block driver requires a file name"
                 )));
             }
-            match spec.driver {
+            let fixed = match &spec.driver {
+                DriverSpec::Qcow2(_) => None,
+                driver => Some(Rc::new(driver.clone())),
+            };
+            let opened = match spec.driver {
                 DriverSpec::File(file) => {
                     let open = self.open_file(driver, file, resolved, false);
                     self.open_leaf(name, driver, resolved, site, open).await
@@ -152,7 +157,13 @@ impl Graph {
                 }
                 DriverSpec::Blkdebug(spec) => self.open_blkdebug(name, spec, resolved, site).await,
                 DriverSpec::Qcow2(spec) => self.open_qcow2(name, *spec, resolved, site).await,
+            };
+            if let (Ok(id), Some(fixed)) = (&opened, fixed)
+                && let Some(node) = self.records.borrow_mut().node_mut(*id)
+            {
+                node.opened_as = Some(fixed);
             }
+            opened
         })
     }
 
@@ -364,6 +375,7 @@ impl Reserved<'_> {
             read_only: resolved.read_only,
             said: resolved.said,
             inherits_from: None,
+            opened_as: None,
             detect_zeroes: resolved.detect_zeroes,
             cache_direct: resolved.cache_direct,
             cache_no_flush: resolved.cache_no_flush,
@@ -419,7 +431,11 @@ fn check_depth(spec: &NodeSpec) -> Result<(), EngineError> {
     Ok(())
 }
 
-fn check_window(
+/// The window of a raw node on a child of this length.
+///
+/// # Errors
+/// In QEMU's words.
+pub(super) fn check_window(
     offset: Option<u64>,
     size: Option<u64>,
     length: u64,

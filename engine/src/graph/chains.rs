@@ -6,6 +6,7 @@ use crate::data::NodeId;
 use crate::graph::filenames::{FileName, ShownBacking};
 use crate::graph::records::{BACKING_ROLE, DATA_FILE_ROLE, NodeRecord, Records, TARGET_ROLE, User};
 use crate::node::build::NodePlan;
+use crate::request::DriverSpec;
 
 impl Records {
     /// The node that an image takes from what it does not hold itself.
@@ -122,6 +123,29 @@ impl Records {
         let shown = backing.map(|backing| backing.filename.to_string());
         if let Some(image) = self.node_mut(id).and_then(|node| node.image.as_mut()) {
             image.own_backing = shown.unwrap_or_default();
+        }
+    }
+
+    /// Gives a node the name that queries show, after something below it has changed.
+    pub(super) fn name_again(&mut self, id: NodeId) {
+        let Some(node) = self.node(id) else {
+            return;
+        };
+        let below = self.primary(id).and_then(|below| self.node(below));
+        let below = below.map(|node| node.filename.clone()).unwrap_or_default();
+        let name = match (&node.plan, node.opened_as.as_deref()) {
+            (NodePlan::Qcow2 { .. }, _) => return self.name_image(id),
+            (NodePlan::Raw { .. }, Some(DriverSpec::Raw { offset, size, .. })) => {
+                FileName::of_raw(&below, *offset, *size)
+            }
+            (NodePlan::Blkdebug { .. }, Some(DriverSpec::Blkdebug(spec))) => {
+                FileName::of_blkdebug(&below, spec)
+            }
+            (NodePlan::Filter { .. }, _) => below,
+            _ => return,
+        };
+        if let Some(node) = self.node_mut(id) {
+            node.filename = name;
         }
     }
 

@@ -161,7 +161,7 @@ pub(super) async fn in_background<T: Send + 'static>(
 }
 
 /// Whether a file may just not be written.
-fn is_refused(error: &io::Error) -> bool {
+pub(super) fn is_refused(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem

@@ -289,6 +289,7 @@ impl Graph {
                 driver,
                 said: CommonOptions::default(),
                 inherits_from: None,
+                opened_as: None,
                 detect_zeroes: DetectZeroes::Off,
                 image: None,
                 monitor_owned: false,

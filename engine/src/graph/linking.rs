@@ -45,11 +45,15 @@ impl Records {
     /// The conflict, in QEMU's words.
     pub(super) fn change_nodes(&mut self, change: &mut Change) -> Result<(), EngineError> {
         let before = self.edges.clone();
+        let was_writable = |id: &NodeId| self.node(*id).is_some_and(|node| !node.read_only);
+        let losing = change.nodes.iter().filter(|node| node.read_only);
+        self.losing_write = losing.map(|node| node.id).filter(was_writable).collect();
         self.swap(change);
         let checked = self.recompute(&change.ends()).and_then(|reached| {
             change.reached.extend(reached.iter().copied());
             self.update_locks(&reached, Locks::AtLeast)
         });
+        self.losing_write.clear();
         if checked.is_err() {
             self.swap(change);
             self.edges = before;
@@ -88,18 +92,16 @@ impl Records {
         }
         for link in &mut change.links {
             let is_it = |edge: &&mut Edge| {
-                let leads = edge.user == User::Node(link.parent) && edge.role == link.role;
+                let leads = edge.user == link.user && edge.role == link.role;
                 leads && Some(edge.child) == link.from
             };
             match (self.edges.iter_mut().find(is_it), link.to) {
                 (Some(edge), Some(to)) => edge.child = to,
-                (Some(_), None) => {
-                    let parent = User::Node(link.parent);
-                    self.edges
-                        .retain(|edge| edge.user != parent || edge.role != link.role);
-                }
+                (Some(_), None) => self
+                    .edges
+                    .retain(|edge| edge.user != link.user || edge.role != link.role),
                 (None, Some(child)) => self.edges.push(Edge {
-                    user: User::Node(link.parent),
+                    user: link.user,
                     child,
                     role: link.role,
                     taken: Permissions::NONE,
@@ -190,6 +192,12 @@ impl Records {
         }
         let (taken, _) = demands_of(users.into_iter());
         let writes = taken.has(Permission::Write) || taken.has(Permission::WriteUnchanged);
+        if writes && self.losing_write.contains(&id) {
+            return Err(EngineError::generic(format!(
+                "Read-only block node '{}' cannot support read-write users",
+                node.name
+            )));
+        }
         if node.read_only && writes {
             return Err(EngineError::generic("Block node is read-only"));
         }
@@ -303,10 +311,10 @@ pub(super) struct Change {
     reached: HashSet<NodeId>,
 }
 
-/// What is to be below a node in one role.
+/// Where a user is to lead in one role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Link {
-    pub(super) parent: NodeId,
+    pub(super) user: User,
     pub(super) role: &'static str,
     pub(super) from: Option<NodeId>,
     pub(super) to: Option<NodeId>,
@@ -326,7 +334,13 @@ impl Change {
     fn ends(&self) -> HashSet<NodeId> {
         let nodes = self.nodes.iter().map(|node| node.id);
         let links = self.links.iter();
-        let links = links.flat_map(|link| [Some(link.parent), link.from, link.to]);
+        let links = links.flat_map(|link| {
+            let parent = match link.user {
+                User::Node(parent) => Some(parent),
+                _ => None,
+            };
+            [parent, link.from, link.to]
+        });
         nodes.chain(links.flatten()).collect()
     }
 }

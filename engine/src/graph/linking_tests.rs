@@ -27,6 +27,7 @@ fn node(records: &mut Records, name: &str, driver: &'static str) -> NodeId {
         read_only: false,
         said: CommonOptions::default(),
         inherits_from: None,
+        opened_as: None,
         detect_zeroes: DetectZeroes::Off,
         cache_direct: false,
         cache_no_flush: false,

@@ -1,6 +1,7 @@
 //! What the graph knows: nodes, edges, who blocks what. Plain data and the questions one can ask of it.
 
 use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 
 use blockyard_images::qcow2::info::ImageInfo;
 use blockyard_ring::{FileKind, HostFile};
@@ -18,7 +19,7 @@ use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
 use crate::node::filter_node::FilterKind;
 use crate::node::root::RootId;
-use crate::request::{CommonOptions, DetectZeroes};
+use crate::request::{CommonOptions, DetectZeroes, DriverSpec};
 
 /// Role of the node that holds an image, or that a filter shows.
 pub(super) const FILE_ROLE: &str = "file";
@@ -56,6 +57,8 @@ pub(super) struct NodeRecord {
     /// The node that it was described with or followed from, which decides what the client does not say, as long as it is
     /// above.
     pub(super) inherits_from: Option<NodeId>,
+    /// The description it was opened with, for drivers with options that stay what they were.
+    pub(super) opened_as: Option<Rc<DriverSpec>>,
     pub(super) detect_zeroes: DetectZeroes,
     pub(super) cache_direct: bool,
     pub(super) cache_no_flush: bool,
@@ -186,7 +189,6 @@ pub(super) struct Blocker {
 /// A link down a chain that a job relies on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Frozen {
-    #[expect(dead_code, reason = "asked for by blockdev-reopen, which comes next")]
     pub(super) parent: NodeId,
     pub(super) job: JobKey,
 }
@@ -213,6 +215,8 @@ pub(super) struct Records {
     pub(super) writable: Vec<(JobKey, Writable)>,
     /// Names of nodes that are being opened.
     pub(super) reserved: Vec<String>,
+    /// Nodes that are just becoming read-only.
+    pub(super) losing_write: HashSet<NodeId>,
     /// Nodes on their way to another thread.
     pub(super) moving: HashSet<NodeId>,
     pub(super) next_id: u64,
@@ -339,6 +343,25 @@ impl Records {
             "Node '{}' is busy: block device is in use by block job: {}",
             self.name_of(id),
             blocker.job_type.name()
+        )))
+    }
+
+    /// Fails if a job relies on what is below a node in this role.
+    pub(super) fn check_not_frozen(
+        &self,
+        parent: NodeId,
+        role: &'static str,
+    ) -> Result<(), EngineError> {
+        let is_filter = self.node(parent).is_some_and(NodeRecord::is_filter);
+        let leads_down = is_filter || role == BACKING_ROLE;
+        if !leads_down || self.frozen.iter().all(|link| link.parent != parent) {
+            return Ok(());
+        }
+        let below = self.children(parent).find(|edge| edge.role == role);
+        let below = below.map_or("", |edge| self.name_of(edge.child));
+        Err(EngineError::generic(format!(
+            "Cannot change frozen '{role}' link from '{}' to '{below}'",
+            self.name_of(parent)
         )))
     }
 

@@ -7,6 +7,8 @@
 //! downwards, so that what an image holds in memory can always be written back. If one cannot be changed, those before it go
 //! back. Image locks stay with the descriptor that was opened first.
 
+use std::io;
+
 use blockyard_ring::{HostFile, OpenMode};
 use blockyard_storage::error::errno_text;
 
@@ -49,7 +51,7 @@ impl Graph {
 
     /// The same for a node that an edge of the caller keeps where it is.
     pub(super) async fn make_writable(&self, id: NodeId) -> Result<Writable, EngineError> {
-        let before = self.records.borrow().writable_with(id);
+        let before = self.records.borrow().following(id, false);
         let mut change = Change::default();
         let mut was = Vec::new();
         for node in before {
@@ -135,7 +137,7 @@ impl Graph {
                 ));
             }
             let link = Link {
-                parent: overlay,
+                user: User::Node(overlay),
                 role: BACKING_ROLE,
                 from,
                 to: backing,
@@ -159,7 +161,7 @@ impl Graph {
         match linked {
             Ok(true) => {
                 for id in records.component(overlay) {
-                    records.name_image(id);
+                    records.name_again(id);
                 }
                 records.settle(&change)
             }
@@ -274,12 +276,12 @@ struct ReopenStep {
 }
 
 impl Records {
-    /// A node and what follows it, as far as all of it has to be opened for writing with it.
-    fn writable_with(&self, id: NodeId) -> Vec<NodeRecord> {
+    /// A node and what follows it, as far as all of it changes when the node is to be written or not any more.
+    pub(super) fn following(&self, id: NodeId, read_only: bool) -> Vec<NodeRecord> {
         let mut found = Vec::new();
         let mut next = vec![id];
         while let Some(id) = next.pop() {
-            let Some(node) = self.node(id).filter(|node| node.read_only) else {
+            let Some(node) = self.node(id).filter(|node| node.read_only != read_only) else {
                 continue;
             };
             found.push(node.clone());
@@ -353,9 +355,29 @@ pub(super) async fn reopened_file(
     let Some(file) = file_of(&node.plan) else {
         return Ok(None);
     };
-    let does = (read_only || file.is_writable()) && file.is_direct() == direct;
-    let protected = || EngineError::generic("The device is not writable: Permission denied");
-    if does {
+    let opened = file_for(file, read_only, direct).await;
+    opened.map_err(|error| not_opened(node, &error))
+}
+
+/// The file of a node could not be opened once more.
+pub(super) fn not_opened(node: &NodeRecord, error: &io::Error) -> EngineError {
+    let reason = match error.raw_os_error() {
+        Some(errno) => errno_text(errno),
+        None => error.to_string(),
+    };
+    EngineError::generic(format!("Could not open '{}': {reason}", node.filename))
+}
+
+/// A file opened once more, if what is open does not do.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) async fn file_for(
+    file: &HostFile,
+    read_only: bool,
+    direct: bool,
+) -> io::Result<Option<HostFile>> {
+    if (read_only || file.is_writable()) && file.is_direct() == direct {
         return Ok(None);
     }
     let mode = OpenMode {
@@ -369,17 +391,12 @@ pub(super) async fn reopened_file(
         let is_protected = mode.write && new.is_write_protected()?;
         Ok((new, is_protected))
     });
-    match opened.await {
-        Ok((_, true)) => Err(protected()),
-        Ok((new, false)) => Ok(Some(new)),
-        Err(error) => {
-            let reason = match error.raw_os_error() {
-                Some(errno) => errno_text(errno),
-                None => error.to_string(),
-            };
-            let text = format!("Could not open '{}': {reason}", node.filename);
-            Err(EngineError::generic(text))
-        }
+    match opened.await? {
+        (_, true) => Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "The device is not writable",
+        )),
+        (new, false) => Ok(Some(new)),
     }
 }
 

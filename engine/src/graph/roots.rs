@@ -159,8 +159,23 @@ impl Graph {
     /// # Cancel safety
     /// Nothing waits then.
     pub(super) async fn drain_roots(&self, node: NodeId) -> Result<DrainedRoots<'_>, EngineError> {
+        self.drain_roots_on(node, &[node]).await
+    }
+
+    /// The same for all roots on a node and on these, which are on one thread with it.
+    ///
+    /// # Errors
+    /// As above.
+    ///
+    /// # Cancel safety
+    /// As above.
+    pub(super) async fn drain_roots_on(
+        &self,
+        node: NodeId,
+        nodes: &[NodeId],
+    ) -> Result<DrainedRoots<'_>, EngineError> {
         let thread = self.thread_of(node);
-        let roots = self.records.borrow().roots_on(&[node]);
+        let roots = self.records.borrow().roots_on(nodes);
         let draining: Vec<_> = roots
             .into_iter()
             .map(|id| (id, self.start_draining(thread, id)))

@@ -132,6 +132,18 @@ impl Manager {
                     .change_backing_file(&device, &image_node_name, &backing_file)
                     .await?;
             }
+            Request::BlockdevReopen { nodes } => self.graph.reopen(nodes).await?,
+            Request::BlockdevSnapshot { node, overlay } => {
+                self.graph.put_overlay(&node, &overlay).await?;
+            }
+            Request::ChangeChildren {
+                parent,
+                child,
+                node,
+            } => {
+                self.graph
+                    .change_children(&parent, child.as_deref(), node.as_deref())?;
+            }
             Request::SetIothread {
                 node_name,
                 iothread,

@@ -17,7 +17,7 @@ use blockyard_storage::{
 use crate::data::DataContext;
 use crate::error::{EngineError, NodeError};
 use crate::limits::COPY_CHUNK_BYTES;
-use crate::node::build::NodePlan;
+use crate::node::build::{NodePlan, child_of};
 use crate::node::fault_rules::{DebugEvent, FaultRules};
 use crate::node::pieces::{read_in_pieces, to_usize, write_in_pieces};
 use crate::node::zeroes::is_zero;
@@ -559,13 +559,17 @@ impl Node for BlkdebugNode {
 
     fn reopen<'a>(
         &'a self,
-        _: &'a DataContext,
+        context: &'a DataContext,
         plan: &'a NodePlan,
     ) -> LocalFuture<'a, Result<(), EngineError>> {
         Box::pin(async move {
-            let NodePlan::Blkdebug { options, .. } = plan else {
+            let NodePlan::Blkdebug { child, options, .. } = plan else {
                 return Err(cannot_become(&self.name));
             };
+            if !Rc::ptr_eq(&child_of(context, &self.name, *child)?, &self.child) {
+                let text = format!("Node '{}' cannot be put on another node", self.name);
+                return Err(EngineError::generic(text));
+            }
             self.options.set(*options);
             Ok(())
         })

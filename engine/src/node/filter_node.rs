@@ -1,5 +1,6 @@
 //! [`FilterNode`]: what a job puts above its source. Reads pass; what becomes of writes is its [`FilterKind`].
 
+use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -7,8 +8,10 @@ use std::sync::Arc;
 use blockyard_storage::error::EPERM;
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
 
-use crate::error::NodeError;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::data::DataContext;
+use crate::error::{EngineError, NodeError};
+use crate::node::build::{NodePlan, child_of};
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, cannot_become};
 
 /// What becomes of writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,14 +39,23 @@ impl FilterKind {
 /// A job's filter.
 pub struct FilterNode {
     name: String,
-    child: Rc<dyn Node>,
+    /// Another one once an overlay was put there.
+    child: RefCell<Rc<dyn Node>>,
     kind: FilterKind,
 }
 
 impl FilterNode {
     /// A filter above `child`.
     pub fn new(name: String, child: Rc<dyn Node>, kind: FilterKind) -> Self {
-        Self { name, child, kind }
+        Self {
+            name,
+            child: RefCell::new(child),
+            kind,
+        }
+    }
+
+    fn child(&self) -> Rc<dyn Node> {
+        Rc::clone(&self.child.borrow())
     }
 
     fn refuse(&self, operation: Operation, range: ByteRange) -> NodeError {
@@ -61,7 +73,7 @@ impl Node for FilterNode {
     }
 
     fn facts(&self) -> NodeFacts {
-        self.child.facts()
+        self.child().facts()
     }
 
     fn status(
@@ -69,16 +81,16 @@ impl Node for FilterNode {
         range: ByteRange,
         extents_max: usize,
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
-        self.child.status(range, extents_max)
+        Box::pin(async move { self.child().status(range, extents_max).await })
     }
 
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
-        self.child.read(offset, into)
+        Box::pin(async move { self.child().read(offset, into).await })
     }
 
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
         if !self.kind.refuses_writes() {
-            return self.child.write(offset, from);
+            return Box::pin(async move { self.child().write(offset, from).await });
         }
         let range = ByteRange::new(offset, from.len() as u64);
         let outcome = Err(self.refuse(Operation::Write, range));
@@ -93,27 +105,27 @@ impl Node for FilterNode {
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
         match self.kind.refuses_writes() {
             true => Box::pin(async move { Err(self.refuse(Operation::Zero, range)) }),
-            false => self.child.zero(range, mode),
+            false => Box::pin(async move { self.child().zero(range, mode).await }),
         }
     }
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
         match self.kind.refuses_writes() {
             true => Box::pin(async move { Err(self.refuse(Operation::Discard, range)) }),
-            false => self.child.discard(range),
+            false => Box::pin(async move { self.child().discard(range).await }),
         }
     }
 
     fn backing(&self) -> Option<Rc<dyn Node>> {
-        self.child.backing()
+        self.child().backing()
     }
 
     fn names_backing(&self) -> bool {
-        self.child.names_backing()
+        self.child().names_backing()
     }
 
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
-        self.child.flush()
+        Box::pin(async move { self.child().flush().await })
     }
 
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
@@ -122,6 +134,20 @@ impl Node for FilterNode {
     }
 
     fn host_extent(&self, range: ByteRange) -> Option<(Arc<OwnedFd>, u64)> {
-        self.child.host_extent(range)
+        self.child().host_extent(range)
+    }
+
+    fn reopen<'a>(
+        &'a self,
+        context: &'a DataContext,
+        plan: &'a NodePlan,
+    ) -> LocalFuture<'a, Result<(), EngineError>> {
+        Box::pin(async move {
+            let NodePlan::Filter { child, .. } = plan else {
+                return Err(cannot_become(&self.name));
+            };
+            self.child.replace(child_of(context, &self.name, *child)?);
+            Ok(())
+        })
     }
 }

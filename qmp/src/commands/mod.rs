@@ -41,7 +41,7 @@ struct Command {
     arguments: &'static Object,
     returns: Type,
     read: fn(Fields) -> Result<Action, QmpError>,
-    unstable: bool,
+    features: &'static [&'static str],
 }
 
 impl Command {
@@ -56,7 +56,7 @@ impl Command {
             arguments,
             returns,
             read,
-            unstable: false,
+            features: &[],
         }
     }
 
@@ -69,8 +69,12 @@ impl Command {
         Self::new(name, arguments, Type::Object(&EMPTY), read)
     }
 
-    const fn unstable(mut self) -> Self {
-        self.unstable = true;
+    const fn unstable(self) -> Self {
+        self.with_features(&["unstable"])
+    }
+
+    const fn with_features(mut self, features: &'static [&'static str]) -> Self {
+        self.features = features;
         self
     }
 }
@@ -114,7 +118,7 @@ fn whole_schema() -> Value {
         name: command.name,
         arguments: command.arguments,
         returns: command.returns,
-        features: if command.unstable { &["unstable"] } else { &[] },
+        features: command.features,
     });
     let events = EVENTS.iter().map(|event| (event.name, event.data));
     schema(commands, events)

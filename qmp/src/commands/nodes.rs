@@ -18,8 +18,8 @@ use crate::schema::fields::Fields;
 use crate::schema::images::{DEVICE_INFO, SNAPSHOT_INFO};
 use crate::schema::jobs::CHAIN_LAYER;
 use crate::schema::nodes::{
-    BY_NAME, CHANGE_BACKING_FILE, GRAPH, INTERNAL_SNAPSHOT, INTERNAL_SNAPSHOT_BY_NAME, OBJECT,
-    OBJECT_BY_ID, OPTIONS, QUERY, RESIZE, SET_IOTHREAD,
+    BY_NAME, CHANGE, CHANGE_BACKING_FILE, GRAPH, INTERNAL_SNAPSHOT, INTERNAL_SNAPSHOT_BY_NAME,
+    OBJECT, OBJECT_BY_ID, OPTIONS, QUERY, REOPEN, RESIZE, SET_IOTHREAD, SNAPSHOT,
 };
 use crate::schema::{EMPTY, Type};
 use crate::wire::document::{Document, Json};
@@ -98,6 +98,29 @@ pub(super) static COMMANDS: &[Command] = &[
             backing_file: a.required_text("backing-file"),
         })
     }),
+    Command::act("blockdev-reopen", &REOPEN, |mut a| {
+        let nodes = a.objects("options").into_iter();
+        // Whether a name is missing is told together with what else is wrong.
+        let nodes = nodes.map(|fields| nested_spec(fields, 1));
+        call(Request::BlockdevReopen {
+            nodes: nodes.collect::<Result<_, _>>()?,
+        })
+    }),
+    Command::act("blockdev-snapshot", &SNAPSHOT, |mut a| {
+        call(Request::BlockdevSnapshot {
+            node: a.required_text("node"),
+            overlay: a.required_text("overlay"),
+        })
+    })
+    .with_features(&["allow-write-only-overlay"]),
+    Command::act("x-blockdev-change", &CHANGE, |mut a| {
+        call(Request::ChangeChildren {
+            parent: a.required_text("parent"),
+            child: a.text("child"),
+            node: a.text("node"),
+        })
+    })
+    .unstable(),
     Command::act("x-blockdev-set-iothread", &SET_IOTHREAD, |mut a| {
         call(Request::SetIothread {
             node_name: a.required_text("node-name"),

@@ -219,6 +219,19 @@ pub static OPTIONS: Object = Object::union(
 
 /// Arguments of `blockdev-del`.
 pub static BY_NAME: Object = Object::of(&[required("node-name", Type::Text)]);
+/// Arguments of `blockdev-reopen`.
+pub static REOPEN: Object = Object::of(&[required("options", Type::List(&Type::Object(&OPTIONS)))]);
+/// `BlockdevSnapshot`.
+pub static SNAPSHOT: Object = Object::of(&[
+    required("node", Type::Text),
+    required("overlay", Type::Text),
+]);
+/// Arguments of `x-blockdev-change`.
+pub static CHANGE: Object = Object::of(&[
+    required("parent", Type::Text),
+    optional("child", Type::Text),
+    optional("node", Type::Text),
+]);
 /// Arguments of `block_resize`.
 pub static RESIZE: Object = Object::of(&[
     optional("device", Type::Text),
