@@ -27,3 +27,4 @@ mod qcow2;
 pub mod reply;
 pub mod request;
 pub mod root_handle;
+mod within_chain;

@@ -26,6 +26,8 @@ pub enum Reply {
     Graph(GraphView),
     /// A chain, from the top down.
     Chain(Vec<LayerView>),
+    /// What a job would come to.
+    Plan(Box<PlanView>),
     /// An internal snapshot that is gone.
     Snapshot(SnapshotInfo),
     /// What work on an image came to.
@@ -68,6 +70,29 @@ pub struct LayerView {
     pub read_only: bool,
     /// What its header says is below it.
     pub backing_filename: Option<String>,
+}
+
+/// What a job within a chain would come to, if it were started now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanView {
+    /// The images that give what they hold away, from the top down.
+    pub layers: Vec<LayerView>,
+    /// The image that takes it.
+    pub target: LayerView,
+    /// Bytes that are copied.
+    pub copy_bytes: u64,
+    /// Bytes that become zeroes.
+    pub zero_bytes: u64,
+    /// What the target takes on its file system for data, in bytes.
+    pub data_bytes: u64,
+    /// What it takes for tables at most, in bytes.
+    pub metadata_bytes: u64,
+    /// What it takes for bitmaps, in bytes. None is kept up yet.
+    pub bitmaps_bytes: u64,
+    /// What is free where the data goes, in bytes; `None`: a device, or not known.
+    pub free_bytes: Option<u64>,
+    /// Whether there is enough; `None`: not known.
+    pub fits: Option<bool>,
 }
 
 /// What errors have done to a block job so far.

@@ -10,6 +10,7 @@ pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError
 pub use crate::qcow2::{
     BackingRef, EncryptionFormat, OverlapCheckSpec, OverlapTemplate, Qcow2Spec,
 };
+pub use crate::within_chain::{CommitSpec, PlanSpec, PlannedJob, StreamSpec};
 
 /// One command to the engine.
 #[derive(Clone, Debug, PartialEq)]
@@ -88,6 +89,8 @@ pub enum Request {
         /// Its name.
         node_name: String,
     },
+    /// Find out what a job that moves data within a chain would come to.
+    Plan(PlanSpec),
     /// Start a job.
     StartJob(JobSpec),
     /// Start several jobs, all or none.
@@ -531,54 +534,6 @@ pub struct MirrorSpec {
     pub filter_node_name: Option<String>,
     /// How writes are treated.
     pub copy_mode: CopyMode,
-}
-
-/// Arguments of `block-commit`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CommitSpec {
-    /// Root node of the chain.
-    pub device: String,
-    /// The image that takes in what those above it hold; `None`: the lowest.
-    pub base_node: Option<String>,
-    /// The same by its file name.
-    pub base: Option<String>,
-    /// The highest image that is taken in; `None`: the device.
-    pub top_node: Option<String>,
-    /// The same by its file name.
-    pub top: Option<String>,
-    /// What the overlay's header calls its new backing file; `None`: the base's file name.
-    pub backing_file: Option<String>,
-    /// A base that is a file itself is called raw in the header.
-    pub backing_mask_protocol: bool,
-    /// Limit in bytes per second; 0: none.
-    pub speed: i64,
-    /// When reading or writing fails.
-    pub on_error: OnError,
-    /// Name of the filter node.
-    pub filter_node_name: Option<String>,
-}
-
-/// Arguments of `block-stream`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct StreamSpec {
-    /// The node that comes to hold what is below it.
-    pub device: String,
-    /// File name of the first image below it that stays where it is; `None`: none does.
-    pub base: Option<String>,
-    /// The same by its node.
-    pub base_node: Option<String>,
-    /// Node of the last image that does not stay below it.
-    pub bottom: Option<String>,
-    /// What the device's header calls its new backing file; `None`: the base's file name.
-    pub backing_file: Option<String>,
-    /// A base that is a file itself is called raw in the header.
-    pub backing_mask_protocol: bool,
-    /// Limit in bytes per second; 0: none.
-    pub speed: i64,
-    /// When reading or writing fails.
-    pub on_error: OnError,
-    /// Name of the filter node.
-    pub filter_node_name: Option<String>,
 }
 
 /// Arguments of `x-blockdev-amend`. Options left out stay as they are; values are as the client gave them.

@@ -6,6 +6,7 @@
 
 pub mod error;
 pub mod measure;
+pub mod more_room;
 pub mod pace;
 pub mod qcow2;
 

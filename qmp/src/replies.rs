@@ -2,7 +2,7 @@
 
 use blockyard_engine::reply::{
     BitmapInfo, BlockJobView, Compression, FormatSpecific, GraphNodeKind, GraphView, ImageView,
-    IoStatus, JobView, LayerView, NodeView, Reply, SnapshotInfo, Version3Info,
+    IoStatus, JobView, LayerView, NodeView, PlanView, Reply, SnapshotInfo, Version3Info,
 };
 use blockyard_engine::request::{DetectZeroes, Permission};
 use serde_json::{Value, json};
@@ -17,8 +17,31 @@ pub fn value(reply: &Reply) -> Value {
         Reply::Nodes(nodes) => nodes.iter().map(node).collect(),
         Reply::Graph(view) => graph(view),
         Reply::Chain(layers) => layers.iter().map(layer).collect(),
+        Reply::Plan(view) => plan(view),
         Reply::Snapshot(gone) => snapshot(gone),
     }
+}
+
+/// What a job within a chain would come to.
+pub(crate) fn plan(view: &PlanView) -> Value {
+    let mut value = json!({
+        "layers": view.layers.iter().map(layer).collect::<Value>(),
+        "target": layer(&view.target),
+        "bytes-to-copy": view.copy_bytes,
+        "bytes-to-zero": view.zero_bytes,
+        "space-needed": {
+            "data": view.data_bytes,
+            "metadata": view.metadata_bytes,
+            "bitmaps": view.bitmaps_bytes,
+        },
+    });
+    if let Some(bytes) = view.free_bytes {
+        value["space-free"] = json!(bytes);
+    }
+    if let Some(fits) = view.fits {
+        value["fits"] = json!(fits);
+    }
+    value
 }
 
 fn job(job: &JobView) -> Value {

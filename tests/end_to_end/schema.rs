@@ -18,7 +18,7 @@ const AMEND_QCOW2: &str = "x-blockdev-amend.\"options\"(\"qcow2\")";
 const RESULT_CHAIN: &str = "x-chain";
 
 /// Commands that are ours alone.
-pub(crate) const OUR_COMMANDS: [&str; 1] = ["x-query-chain"];
+pub(crate) const OUR_COMMANDS: [&str; 2] = ["x-plan", "x-query-chain"];
 
 struct Schema(BTreeMap<String, Value>);
 

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, fstat, open, statx,
+    AtFlags, FileType, Mode, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, fstat, fstatvfs, open,
+    statx,
 };
 
 use crate::file_calls::is_write_protected;
@@ -203,6 +204,15 @@ impl HostFile {
     /// What the kernel says.
     pub fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(u64::try_from(fstat(&*self.file)?.st_blocks).unwrap_or(0) * 512)
+    }
+
+    /// Bytes that its file system has free for everybody.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        let system = fstatvfs(&*self.file)?;
+        Ok(system.f_bavail.saturating_mul(system.f_frsize))
     }
 
     /// Device and inode: which file it is, whatever its name.

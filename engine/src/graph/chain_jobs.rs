@@ -48,6 +48,22 @@ impl Graph {
     /// # Errors
     /// In QEMU's words and order.
     pub(super) async fn prepare_commit(&self, spec: &CommitSpec) -> Result<JobNodes, EngineError> {
+        let mut nodes = self.check_commit(spec).await?;
+        if let (Some(part), Some(top)) = (&mut nodes.chain, nodes.source)
+            && part.is_whole
+        {
+            // Where nobody writes, nothing has to be tracked, and nobody goes over to the base.
+            let has_writer = self.records.borrow().demands(top).0.has(Permission::Write);
+            part.is_whole = has_writer || !spec.top_is_quiet;
+        }
+        Ok(nodes)
+    }
+
+    /// The nodes of a commit, as the client describes it.
+    ///
+    /// # Errors
+    /// In QEMU's words and order.
+    pub(super) async fn check_commit(&self, spec: &CommitSpec) -> Result<JobNodes, EngineError> {
         let device = self
             .find(&spec.device)
             .ok_or_else(|| EngineError::device_not_found(&spec.device))?;
@@ -135,6 +151,24 @@ impl Graph {
     /// # Errors
     /// In QEMU's words and order; nothing has changed then.
     pub(super) async fn prepare_stream(&self, spec: &StreamSpec) -> Result<JobNodes, EngineError> {
+        let nodes = self.check_stream(spec).await?;
+        let name = spec.filter_node_name.as_deref();
+        let device = self.look_up(&spec.device)?;
+        let filter = self
+            .insert_filter(device, None, "copy-on-read", FilterKind::Passes, name)
+            .await
+            .map_err(|error| error.prefixed("Could not create node: "))?;
+        Ok(JobNodes {
+            filter: Some(filter),
+            ..nodes
+        })
+    }
+
+    /// The nodes of a stream, before anything is changed for it.
+    ///
+    /// # Errors
+    /// In QEMU's words and order.
+    pub(super) async fn check_stream(&self, spec: &StreamSpec) -> Result<JobNodes, EngineError> {
         let (base, base_node, bottom) = (&spec.base, &spec.base_node, &spec.bottom);
         for (one, other, names) in [
             (base, base_node, ("base", "base-node")),
@@ -213,15 +247,9 @@ impl Graph {
                 },
             }
         };
-        let name = spec.filter_node_name.as_deref();
-        let filter = self
-            .insert_filter(device, None, "copy-on-read", FilterKind::Passes, name)
-            .await
-            .map_err(|error| error.prefixed("Could not create node: "))?;
         Ok(JobNodes {
             source: Some(device),
             target: Some(device),
-            filter: Some(filter),
             chain: Some(part),
             ..JobNodes::default()
         })

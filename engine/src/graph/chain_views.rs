@@ -2,7 +2,9 @@
 
 use crate::data::NodeId;
 use crate::error::EngineError;
+use crate::graph::image_names::BackingName;
 use crate::graph::jobs::JobNodes;
+use crate::graph::records::NodeRecord;
 use crate::graph::{Graph, not_found};
 use crate::reply::LayerView;
 
@@ -30,18 +32,21 @@ impl Graph {
         let records = self.records.borrow();
         let nodes = records.chain(top).filter_map(|id| records.node(id));
         let layers = nodes.filter(|node| !node.is_filter());
-        layers
-            .map(|node| LayerView {
-                node_name: node.name.clone(),
-                driver: node.driver,
-                filename: node.filename.to_string(),
-                read_only: node.read_only,
-                backing_filename: node
-                    .image
-                    .as_ref()
-                    .and_then(|image| image.backing.as_ref())
-                    .map(|backing| backing.shown()),
-            })
-            .collect()
+        layers.map(LayerView::of).collect()
+    }
+}
+
+impl LayerView {
+    pub(super) fn of(node: &NodeRecord) -> Self {
+        let image = node.image.as_ref();
+        Self {
+            node_name: node.name.clone(),
+            driver: node.driver,
+            filename: node.filename.to_string(),
+            read_only: node.read_only,
+            backing_filename: image
+                .and_then(|image| image.backing.as_ref())
+                .map(BackingName::shown),
+        }
     }
 }

@@ -41,21 +41,21 @@ impl Graph {
         outcome
     }
 
-    /// Takes nodes, all or none.
+    /// Takes nodes, all or none; the first one for writing, if that is needed.
     fn take_for_image(&self, nodes: &[NodeId], writes: bool) -> Result<Vec<Edge>, EngineError> {
         let mut records = self.records.borrow_mut();
         for id in nodes {
             records.check_free(*id)?;
             records.check_unpinned(&records.component(*id), None)?;
         }
-        let edge = |id: &NodeId| {
-            let mut edge = user(*id, writes);
+        let edge = |(place, id): (usize, &NodeId)| {
+            let mut edge = user(*id, writes && place == 0);
             if records.node(*id).is_some_and(|node| node.force_share) {
                 edge.shared = Permissions::EVERY;
             }
             edge
         };
-        let taken: Vec<Edge> = nodes.iter().map(edge).collect();
+        let taken: Vec<Edge> = nodes.iter().enumerate().map(edge).collect();
         records.change_edges(|edges| edges.extend(taken.iter().cloned()))?;
         Ok(taken)
     }

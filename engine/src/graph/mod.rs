@@ -30,6 +30,7 @@ mod names;
 mod options;
 mod overlaying;
 pub mod permissions;
+mod planning;
 mod qcow2;
 mod reconfiguring;
 mod records;

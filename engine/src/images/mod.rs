@@ -9,6 +9,8 @@ pub mod create;
 pub mod info;
 pub mod map;
 pub mod measure;
+pub(crate) mod plan;
+pub mod rebase;
 pub mod resize;
 pub mod snapshot;
 pub mod watcher;
@@ -26,6 +28,7 @@ pub use compare::{CompareSpec, CompareView, Difference};
 pub use info::{InfoSpec, InfoView};
 pub use map::{MapExtent, MapSpec};
 pub use measure::{MeasureSpec, MeasureTarget, MeasureView};
+pub use rebase::{RebaseSpec, RebaseView};
 pub use resize::{NewLength, ResizeSpec, ResizeView};
 pub use snapshot::SnapshotSpec;
 pub use watcher::{ImageEvent, ImageWatch, ImageWatcher};
@@ -63,6 +66,8 @@ pub enum ImageWork {
     Map(MapSpec),
     /// Finds out how much room an image with the same content needs.
     Measure(MeasureSpec),
+    /// Puts a qcow2 image on another backing file.
+    Rebase(RebaseSpec),
     /// Gives the disk another length.
     Resize(ResizeSpec),
     /// Makes, applies or deletes an internal snapshot of a qcow2 image.
@@ -70,10 +75,11 @@ pub enum ImageWork {
 }
 
 impl ImageWork {
-    /// Whether the node is written to.
+    /// Whether the first node is written to. The other one is only read.
     pub(crate) const fn writes(&self) -> bool {
         match self {
             ImageWork::Check(spec) => spec.repair.is_some(),
+            ImageWork::Rebase(spec) => !spec.dry_run,
             ImageWork::Resize(_) | ImageWork::Snapshot(_) => true,
             ImageWork::Compare(_)
             | ImageWork::Info(_)
@@ -86,6 +92,7 @@ impl ImageWork {
     pub(crate) fn other(&self) -> Option<&str> {
         match self {
             ImageWork::Compare(spec) => Some(&spec.other),
+            ImageWork::Rebase(spec) => spec.backing.as_deref(),
             _ => None,
         }
     }
@@ -104,6 +111,8 @@ pub enum ImageReply {
     Mapped,
     /// Of [`ImageWork::Measure`].
     Measured(MeasureView),
+    /// Of [`ImageWork::Rebase`].
+    Rebased(RebaseView),
     /// Of [`ImageWork::Resize`].
     Resized(ResizeView),
     /// Of [`ImageWork::Snapshot`].
@@ -140,6 +149,9 @@ pub(crate) async fn run(
         ImageWork::Measure(spec) => measure::run(node, spec, &watcher)
             .await
             .map(ImageReply::Measured),
+        ImageWork::Rebase(spec) => rebase::run(node, other, spec, &watcher)
+            .await
+            .map(ImageReply::Rebased),
         ImageWork::Snapshot(spec) => snapshot::run(node, spec, &watcher)
             .await
             .map(|()| ImageReply::SnapshotsChanged),

@@ -56,12 +56,7 @@ impl ImageWatch {
     /// A pair: the first goes into the request, the second stays.
     pub fn new() -> (ImageWatcher, Self) {
         let (sender, events) = mpsc::channel(EVENTS_MAX);
-        let watcher = ImageWatcher(Arc::new(Shared {
-            done_bytes: AtomicU64::new(0),
-            total_bytes: AtomicU64::new(0),
-            cancelled: AtomicBool::new(false),
-            events: sender,
-        }));
+        let watcher = ImageWatcher::telling(sender);
         let watch = Self {
             watcher: watcher.clone(),
             events,
@@ -106,6 +101,21 @@ impl Drop for ImageWatch {
 }
 
 impl ImageWatcher {
+    /// The side of work that nobody looks on at, and nobody cancels.
+    pub fn alone() -> Self {
+        let (sender, _) = mpsc::channel(1);
+        Self::telling(sender)
+    }
+
+    fn telling(events: mpsc::Sender<ImageEvent>) -> Self {
+        Self(Arc::new(Shared {
+            done_bytes: AtomicU64::new(0),
+            total_bytes: AtomicU64::new(0),
+            cancelled: AtomicBool::new(false),
+            events,
+        }))
+    }
+
     /// So many bytes are done of so many.
     pub(crate) fn set_progress(&self, done_bytes: u64, total_bytes: u64) {
         self.0.done_bytes.store(done_bytes, Ordering::Relaxed);

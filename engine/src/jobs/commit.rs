@@ -9,7 +9,7 @@ use blockyard_storage::{ByteRange, LocalFuture};
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
 use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
-use crate::jobs::plan::Layers;
+use crate::jobs::plan::{Layers, Plan};
 use crate::limits::{COPY_CHUNK_BYTES, SECTOR_BYTES};
 use crate::node::Node;
 
@@ -66,6 +66,18 @@ impl Commit {
     /// hold what only the base has.
     fn unit_bytes(&self) -> u64 {
         SECTOR_BYTES.max(u64::from(self.base.facts().request_alignment))
+    }
+
+    /// What a run goes by, one after the other.
+    pub(crate) fn plans(&self) -> Vec<Plan> {
+        let whole = ByteRange::new(0, self.top.facts().length_bytes);
+        let copied = Layers::Top {
+            count: self.layers,
+            unit_bytes: self.unit_bytes(),
+        };
+        [(whole, copied), (self.hidden(), Layers::Zeroes)]
+            .map(|(range, layers)| Plan::new(range, layers, self.unit_bytes()))
+            .into()
     }
 
     /// What the base holds behind the end of `top`, where everybody above has read zeroes so far.

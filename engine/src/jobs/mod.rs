@@ -4,7 +4,7 @@ pub(crate) mod active_commit;
 mod amend;
 mod backup;
 mod changes;
-mod commit;
+pub(crate) mod commit;
 mod copier;
 #[cfg(test)]
 mod copier_tests;
@@ -12,12 +12,12 @@ pub(crate) mod create;
 pub(crate) mod create_qcow2;
 mod create_raw;
 mod mirror;
-mod plan;
+pub(crate) mod plan;
 mod runs;
 #[cfg(test)]
 mod simulated;
 mod steps;
-mod stream;
+pub(crate) mod stream;
 #[cfg(test)]
 mod test_support;
 

@@ -2,12 +2,12 @@
 
 use std::rc::Rc;
 
-use blockyard_storage::LocalFuture;
+use blockyard_storage::{ByteRange, LocalFuture};
 
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
 use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
-use crate::jobs::plan::Layers;
+use crate::jobs::plan::{Layers, Plan};
 use crate::limits::{COPY_CHUNK_BYTES, SECTOR_BYTES};
 use crate::node::Node;
 
@@ -40,15 +40,32 @@ impl Stream {
         below.map_or(0, |node| node.facts().length_bytes)
     }
 
-    fn copier(&self) -> Copier {
+    /// What a run goes by.
+    pub(crate) fn plans(&self) -> Vec<Plan> {
+        if self.layers <= 1 || self.device.backing().is_none() {
+            return Vec::new();
+        }
+        let whole = ByteRange::new(0, self.device.facts().length_bytes);
+        vec![Plan::new(whole, self.filled(), self.unit_bytes())]
+    }
+
+    fn filled(&self) -> Layers {
+        Layers::Below {
+            count: self.layers,
+            below_bytes: self.below_bytes(),
+        }
+    }
+
+    fn unit_bytes(&self) -> u64 {
         let cluster_bytes = self.device.facts().cluster_size_bytes.map(u64::from);
-        let unit_bytes = cluster_bytes.unwrap_or(SECTOR_BYTES).max(SECTOR_BYTES);
+        cluster_bytes.unwrap_or(SECTOR_BYTES).max(SECTOR_BYTES)
+    }
+
+    fn copier(&self) -> Copier {
+        let unit_bytes = self.unit_bytes();
         let chunk_bytes = COPY_CHUNK_BYTES.max(unit_bytes);
         let options = CopyOptions {
-            layers: Layers::Below {
-                count: self.layers,
-                below_bytes: self.below_bytes(),
-            },
+            layers: self.filled(),
             unit_bytes,
             compress: false,
             window_max: usize::try_from(IN_FLIGHT_BYTES / chunk_bytes)

@@ -160,6 +160,9 @@ impl Manager {
             Request::QueryChain { node_name } => {
                 return Ok(Reply::Chain(self.graph.chain_view(&node_name)?));
             }
+            Request::Plan(spec) => {
+                return Ok(Reply::Plan(Box::new(self.graph.plan(spec).await?)));
+            }
             Request::StartJob(spec) => self.start(spec).await?,
             Request::StartJobs { jobs, grouped } => self.start_all(jobs, grouped).await?,
             Request::JobVerb { family, id, verb } => self.verb(family, &id, verb).await?,

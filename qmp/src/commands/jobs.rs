@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use blockyard_engine::images::ImageWatcher;
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::request::{
     AmendSpec, BackupPerf, BackupSpec, BitmapMode, CommitSpec, CopyMode, CreateEncryption,
-    CreatePreallocation, CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec, Request, StreamSpec,
-    SyncMode, VerbFamily, WorkSpec,
+    CreatePreallocation, CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec, PlanSpec, PlannedJob,
+    Request, StreamSpec, SyncMode, VerbFamily, WorkSpec,
 };
 
 use crate::commands::nodes::node_reference;
@@ -16,7 +17,7 @@ use crate::error::QmpError;
 use crate::schema::fields::Fields;
 use crate::schema::jobs::{
     AMEND, BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, COMMIT, CREATE, JOB_INFO,
-    MIRROR, SET_SPEED, STREAM,
+    MIRROR, PLAN, PLAN_INFO, SET_SPEED, STREAM,
 };
 use crate::schema::{EMPTY, Type};
 
@@ -72,6 +73,7 @@ pub(super) static COMMANDS: &[Command] = &[
     Command::act("blockdev-mirror", &MIRROR, mirror),
     Command::act("block-commit", &COMMIT, commit),
     Command::act("block-stream", &STREAM, stream),
+    Command::new("x-plan", &PLAN, Type::Object(&PLAN_INFO), plan).unstable(),
     Command::act("blockdev-create", &CREATE, create),
     Command::act("x-blockdev-amend", &AMEND, amend).unstable(),
 ];
@@ -193,7 +195,30 @@ fn mirror(mut arguments: Fields) -> Result<Action, QmpError> {
 }
 
 fn commit(mut arguments: Fields) -> Result<Action, QmpError> {
-    let work = WorkSpec::Commit(CommitSpec {
+    let work = WorkSpec::Commit(commit_spec(&mut arguments));
+    let id = arguments.text("job-id");
+    start(&arguments, id, work)
+}
+
+fn stream(mut arguments: Fields) -> Result<Action, QmpError> {
+    let work = WorkSpec::Stream(stream_spec(&mut arguments));
+    let id = arguments.text("job-id");
+    start(&arguments, id, work)
+}
+
+fn plan(mut arguments: Fields) -> Result<Action, QmpError> {
+    let job = match arguments.text("job").as_deref() {
+        Some("commit") => PlannedJob::Commit(commit_spec(&mut arguments)),
+        _ => PlannedJob::Stream(stream_spec(&mut arguments)),
+    };
+    call(Request::Plan(PlanSpec {
+        job,
+        watcher: ImageWatcher::alone(),
+    }))
+}
+
+fn commit_spec(arguments: &mut Fields) -> CommitSpec {
+    CommitSpec {
         device: arguments.required_text("device"),
         base_node: arguments.text("base-node"),
         base: arguments.text("base"),
@@ -202,15 +227,14 @@ fn commit(mut arguments: Fields) -> Result<Action, QmpError> {
         backing_file: arguments.text("backing-file"),
         backing_mask_protocol: arguments.flag("backing-mask-protocol").unwrap_or(false),
         speed: arguments.int("speed").unwrap_or(0),
-        on_error: on_error(&arguments, "on-error"),
+        on_error: on_error(arguments, "on-error"),
+        top_is_quiet: false,
         filter_node_name: arguments.text("filter-node-name"),
-    });
-    let id = arguments.text("job-id");
-    start(&arguments, id, work)
+    }
 }
 
-fn stream(mut arguments: Fields) -> Result<Action, QmpError> {
-    let work = WorkSpec::Stream(StreamSpec {
+fn stream_spec(arguments: &mut Fields) -> StreamSpec {
+    StreamSpec {
         device: arguments.required_text("device"),
         base: arguments.text("base"),
         base_node: arguments.text("base-node"),
@@ -218,11 +242,9 @@ fn stream(mut arguments: Fields) -> Result<Action, QmpError> {
         backing_file: arguments.text("backing-file"),
         backing_mask_protocol: arguments.flag("backing-mask-protocol").unwrap_or(false),
         speed: arguments.int("speed").unwrap_or(0),
-        on_error: on_error(&arguments, "on-error"),
+        on_error: on_error(arguments, "on-error"),
         filter_node_name: arguments.text("filter-node-name"),
-    });
-    let id = arguments.text("job-id");
-    start(&arguments, id, work)
+    }
 }
 
 fn create(mut arguments: Fields) -> Result<Action, QmpError> {

@@ -121,6 +121,28 @@ pub static STREAM: Object = Object::of(&[
     optional("auto-finalize", Type::Bool),
     optional("auto-dismiss", Type::Bool),
 ]);
+static PLANNED: Words = Words::of(&["commit", "stream"]);
+/// Arguments of `x-plan`: those of the job, and which it is.
+pub static PLAN: Object = Object::union(
+    &[required("job", Type::Word(&PLANNED))],
+    "job",
+    &[("commit", &COMMIT), ("stream", &STREAM)],
+);
+static ROOM: Object = Object::of(&[
+    required("data", Type::Int),
+    required("metadata", Type::Int),
+    required("bitmaps", Type::Int),
+]);
+/// What `x-plan` returns.
+pub static PLAN_INFO: Object = Object::of(&[
+    required("layers", Type::List(&Type::Object(&CHAIN_LAYER))),
+    required("target", Type::Object(&CHAIN_LAYER)),
+    required("bytes-to-copy", Type::Int),
+    required("bytes-to-zero", Type::Int),
+    required("space-needed", Type::Object(&ROOM)),
+    optional("space-free", Type::Int),
+    optional("fits", Type::Bool),
+]);
 /// Arguments of `blockdev-create`.
 pub static CREATE: Object = Object::of(&[
     required("job-id", Type::Text),
