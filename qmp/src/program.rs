@@ -11,7 +11,7 @@ use crate::control;
 use crate::daemon;
 use crate::terminal::copy::arguments::CopyKind;
 use crate::terminal::images::{compare, create, info, map, measure, resize, snapshot};
-use crate::terminal::{self, Command, bench, check, copy};
+use crate::terminal::{self, Command, bench, chain, check, copy};
 use crate::tour;
 
 /// Runs the program with the arguments of the process.
@@ -41,6 +41,10 @@ pub fn main() -> ExitCode {
         Command::Daemon { options } => daemon::run(&name, &["daemon".into()], options),
         Command::Backup(arguments) => copy::run(CopyKind::Backup, &arguments).into(),
         Command::Mirror(arguments) => copy::run(CopyKind::Mirror, &arguments).into(),
+        Command::Chain(arguments) => chain::show::run(&arguments).into(),
+        Command::Commit(arguments) => chain::moves::commit(&arguments).into(),
+        Command::Stream(arguments) => chain::moves::stream(&arguments).into(),
+        Command::Rebase(arguments) => chain::rebase::run(&arguments).into(),
         Command::Check(arguments) => check::run(&arguments),
         Command::Compare(arguments) => compare::run(&arguments),
         Command::Create(arguments) => create::run(&arguments).into(),

@@ -11,10 +11,10 @@ use blockyard_engine::event::{Event, EventKind};
 use blockyard_engine::images::{ImageEvent, ImageReply, ImageSpec, ImageWatch, ImageWork};
 use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
-use blockyard_engine::reply::{ImageView, JobView, Reply};
+use blockyard_engine::reply::{ImageView, JobView, LayerView, PlanView, Reply};
 use blockyard_engine::request::{
-    CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, JobSpec, NamedBy, NodeRef,
-    NodeSpec, Qcow2Spec, Request, VerbFamily, WorkSpec,
+    BackingRef, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, JobSpec, NamedBy,
+    NodeRef, NodeSpec, PlanSpec, PlannedJob, Qcow2Spec, Request, VerbFamily, WorkSpec,
 };
 use clap::{Args, ValueEnum};
 use tokio::sync::{mpsc, watch};
@@ -267,12 +267,19 @@ impl Embedded {
     ///
     /// # Errors
     /// The engine's.
-    pub(crate) async fn add_qcow2(&self, file: &ImageFile) -> Result<(), EngineError> {
+    pub(crate) async fn add_qcow2(
+        &self,
+        file: &ImageFile,
+        backing: BackingRef,
+    ) -> Result<(), EngineError> {
         let below = self.file_node(file, None);
         let node = NodeSpec {
             node_name: Some(file.name.to_owned()),
             common: below.common,
-            driver: DriverSpec::Qcow2(Box::new(Qcow2Spec::over(NodeRef::Inline(Box::new(below))))),
+            driver: DriverSpec::Qcow2(Box::new(Qcow2Spec {
+                backing,
+                ..Qcow2Spec::over(NodeRef::Inline(Box::new(below)))
+            })),
         };
         self.call(Request::BlockdevAdd(node)).await.map(drop)
     }
@@ -326,15 +333,47 @@ impl Embedded {
         name: &str,
         node: &str,
         work: ImageWork,
-        mut told: impl FnMut(&Display, ImageEvent),
+        told: impl FnMut(&Display, ImageEvent),
     ) -> Result<ImageReply, EngineError> {
-        let (watcher, mut watch) = ImageWatch::new();
-        let engine = self.engine.clone();
-        let mut reply = pin!(engine.call(Request::Image(ImageSpec {
+        let (watcher, watch) = ImageWatch::new();
+        let request = Request::Image(ImageSpec {
             node: node.to_owned(),
             work,
             watcher,
-        })));
+        });
+        match self.watched(name, request, watch, told).await? {
+            Reply::Image(reply) => Ok(reply),
+            _ => Err(EngineError::generic("Internal error: another reply (bug)")),
+        }
+    }
+
+    /// Finds out what a job within a chain would come to, shown under `name`. A signal cancels it.
+    ///
+    /// # Errors
+    /// The engine's, as the job's before it is started.
+    pub(crate) async fn plan(
+        &mut self,
+        name: &str,
+        job: PlannedJob,
+    ) -> Result<PlanView, EngineError> {
+        let (watcher, watch) = ImageWatch::new();
+        let request = Request::Plan(PlanSpec { job, watcher });
+        match self.watched(name, request, watch, |_, _| ()).await? {
+            Reply::Plan(view) => Ok(*view),
+            _ => Err(EngineError::generic("Internal error: another reply (bug)")),
+        }
+    }
+
+    /// Sends a request and shows how far it is.
+    async fn watched(
+        &mut self,
+        name: &str,
+        request: Request,
+        mut watch: ImageWatch,
+        mut told: impl FnMut(&Display, ImageEvent),
+    ) -> Result<Reply, EngineError> {
+        let engine = self.engine.clone();
+        let mut reply = pin!(engine.call(request));
         let mut cancelled = false;
         let mut look = tokio::time::interval(LOOK_EVERY);
         let outcome = loop {
@@ -356,8 +395,17 @@ impl Embedded {
             told(&self.display, event);
         }
         self.display.forget(name);
-        match outcome? {
-            Reply::Image(reply) => Ok(reply),
+        outcome
+    }
+
+    /// The images of a chain, from the top down.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn chain(&self, node: &str) -> Result<Vec<LayerView>, EngineError> {
+        let node_name = node.to_owned();
+        match self.call(Request::QueryChain { node_name }).await? {
+            Reply::Chain(layers) => Ok(layers),
             _ => Err(EngineError::generic("Internal error: another reply (bug)")),
         }
     }

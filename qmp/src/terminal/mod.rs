@@ -1,6 +1,7 @@
 //! The commands for people and scripts: what they are asked, how they show progress, how they end.
 
 pub(crate) mod bench;
+pub(crate) mod chain;
 pub(crate) mod check;
 pub(crate) mod copy;
 pub mod display;
@@ -17,6 +18,9 @@ use crate::control::jobs::JobsArguments;
 use crate::control::qmp::QmpArguments;
 use crate::daemon::options::HELP;
 use crate::terminal::bench::BenchArguments;
+use crate::terminal::chain::arguments::{CommitArguments, StreamArguments};
+use crate::terminal::chain::rebase::RebaseArguments;
+use crate::terminal::chain::show::ChainArguments;
 use crate::terminal::check::arguments::CheckArguments;
 use crate::terminal::copy::arguments::CopyArguments;
 use crate::terminal::exit::{Exit, after_help, after_help_with};
@@ -76,7 +80,8 @@ const SNAPSHOT_EXAMPLES: &str = "  \
   blockyard snapshot -c before-upgrade image.qcow2
   blockyard snapshot -l image.qcow2
   blockyard snapshot -a before-upgrade image.qcow2
-  blockyard snapshot -d before-upgrade image.qcow2";
+  blockyard snapshot -d before-upgrade image.qcow2
+  blockyard snapshot --overlay new.qcow2 image.qcow2";
 
 const MAP_EXAMPLES: &str = "  \
   blockyard map disk.raw
@@ -90,6 +95,24 @@ const COMPARE_EXAMPLES: &str = "  \
   blockyard compare -F qcow2 disk.raw copy.qcow2
   blockyard compare --strict -f raw -F raw disk.raw copy.raw";
 
+const CHAIN_EXAMPLES: &str = "  \
+  blockyard chain overlay.qcow2
+  blockyard chain --json overlay.qcow2";
+
+const COMMIT_EXAMPLES: &str = "  \
+  blockyard commit --dry-run overlay.qcow2
+  blockyard commit overlay.qcow2
+  blockyard commit --top middle.qcow2 --base base.qcow2 overlay.qcow2";
+
+const STREAM_EXAMPLES: &str = "  \
+  blockyard stream overlay.qcow2
+  blockyard stream --base base.qcow2 --rate 100M overlay.qcow2";
+
+const REBASE_EXAMPLES: &str = "  \
+  blockyard rebase -b new-base.qcow2 -F qcow2 overlay.qcow2
+  blockyard rebase --dry-run -b '' overlay.qcow2
+  blockyard rebase --unsafe -b moved/base.qcow2 -F qcow2 overlay.qcow2";
+
 const BENCH_EXAMPLES: &str = "  \
   blockyard bench --directory /mnt/disk --size 4G --rounds 5
   blockyard bench --job mirror --cache writeback
@@ -101,8 +124,8 @@ const MIRROR_EXAMPLES: &str = "  \
 
 /// Commands whose exit codes are those of qemu-img: some say more than failure with 2, so that all end with 1 after a wrong
 /// command line.
-const IMAGE_COMMANDS: [&str; 8] = [
-    "check", "compare", "create", "info", "map", "measure", "resize", "snapshot",
+const IMAGE_COMMANDS: [&str; 10] = [
+    "chain", "check", "compare", "create", "info", "map", "measure", "rebase", "resize", "snapshot",
 ];
 
 /// Runs backup, mirror and other block jobs on disk images
@@ -150,6 +173,38 @@ pub enum Command {
     /// as both sides are equal, because here nobody writes to SRC meanwhile.
     #[command(after_help = after_help(MIRROR_EXAMPLES))]
     Mirror(CopyArguments),
+    /// Show the images of a chain, and what moving data between them would come to
+    ///
+    /// Prints IMAGE and each image below it as the headers name them, with length and room taken, and between them how much a
+    /// commit into the one below would copy and take, and a stream of all into IMAGE. Only tables are read. A file that is
+    /// missing or a chain that leads to itself is told, and the exit code is 1. Nobody may be writing to the images.
+    #[command(after_help = image_help(CHAIN_EXAMPLES))]
+    Chain(ChainArguments),
+    /// Move what overlays hold down into an image below them
+    ///
+    /// BASE gets what the images above it hold, down from OVERLAY (or TOP), so that it shows what that does. OVERLAY shows the same
+    /// at every moment, also after a power cut. Nothing is emptied or removed: OVERLAY and the images between can be deleted
+    /// afterwards. With --top, TOP and the images between it and BASE are taken in, and the image above TOP is put on BASE, which
+    /// changes its header.
+    ///
+    /// Other images that are on BASE, or on an image between, show something else afterwards. They cannot be found from here:
+    /// commit only if there are none. BASE gets longer if it is shorter. None of the images may be in use.
+    #[command(after_help = after_help(COMMIT_EXAMPLES))]
+    Commit(CommitArguments),
+    /// Move what images below hold up into an overlay
+    ///
+    /// OVERLAY gets what the images below it hold, down to BASE, which stays below it, or all of it. It shows the same at every
+    /// moment, also after a power cut. The other images stay as they are, and OVERLAY does not need them any more. None of the
+    /// images may be in use.
+    #[command(after_help = after_help(STREAM_EXAMPLES))]
+    Stream(StreamArguments),
+    /// Put an image on another backing file
+    ///
+    /// FILE shows the same afterwards: what it does not hold itself is compared through the old and the new backing file, and
+    /// what differs is copied into it before its header changes. Messages and exit codes are those of qemu-img rebase. None of the
+    /// images may be in use by somebody who writes to them.
+    #[command(after_help = image_help(REBASE_EXAMPLES))]
+    Rebase(RebaseArguments),
     /// Check a qcow2 image, and repair it
     ///
     /// Reads all metadata of FILE and tells what is wrong with it, in the words, figures and exit codes of qemu-img check.
@@ -183,11 +238,14 @@ pub enum Command {
     /// on the disk stay as they are: make them shorter before the disk, and longer after it.
     #[command(after_help = image_help(RESIZE_EXAMPLES))]
     Resize(ResizeArguments),
-    /// List, make, apply or delete internal snapshots of a qcow2 image
+    /// List, make, apply or delete internal snapshots of a qcow2 image, or make an external one
     ///
     /// A snapshot in the image keeps what the disk holds now; what is written later takes new room. The image is the old one or
     /// the new one whenever the power goes, sound and without leaks. Output and messages are those of qemu-img snapshot (dates
     /// are in UTC). FILE must not be in use. It takes the time of a check twice, and memory as a check does.
+    ///
+    /// With --overlay, FILE stays as it is, and NEW is made on it: as long, in its format's usual form, naming FILE as it is found
+    /// from NEW's folder. From then on NEW is to be used. It takes no time, and nothing that exists is overwritten.
     #[command(after_help = image_help(SNAPSHOT_EXAMPLES))]
     Snapshot(SnapshotArguments),
     /// Show where the bytes of a disk are kept

@@ -63,7 +63,7 @@ pub struct CopyArguments {
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct PaceArguments {
     /// Bytes per second at most, with k, M, G or T for powers of 1024; 0: no limit
-    #[arg(long, value_name = "RATE", value_parser = speed, default_value = "0", hide_default_value = true)]
+    #[arg(long, visible_alias = "rate", value_name = "RATE", value_parser = speed, default_value = "0", hide_default_value = true)]
     pub(crate) speed: i64,
 }
 

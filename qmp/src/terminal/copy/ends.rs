@@ -361,7 +361,8 @@ fn length_of(file: &File, facts: &fs::Metadata) -> io::Result<u64> {
     }
 }
 
-fn folder_of(path: &Path) -> &Path {
+/// The folder that a name is in.
+pub(crate) fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),

@@ -15,7 +15,7 @@ use blockyard_engine::request::{CreatePreallocation, CreateSpec, NamedBy, WorkSp
 use clap::Args;
 
 use crate::terminal::check::arguments::Format;
-use crate::terminal::copy::ends::{Target, shown};
+use crate::terminal::copy::ends::{Target, folder_of, shown};
 use crate::terminal::display::{Display, DisplayArguments};
 use crate::terminal::embedded::{
     Cache, Embedded, EngineArguments, IoBackend, Sharing, with_engine,
@@ -202,6 +202,68 @@ async fn create(
     Ok(text)
 }
 
+/// Makes a new image on an existing one, as long as that and without any content of its own: an external snapshot. Nothing that
+/// exists is overwritten. Returns what to tell.
+///
+/// # Errors
+/// For the user; nothing has changed then, and nothing new is left.
+pub(crate) async fn make_overlay(
+    embedded: &mut Embedded,
+    path: &Path,
+    image: &Path,
+    image_format: Format,
+    mut options: ImageOptions,
+) -> Result<String, String> {
+    let format = match image_format {
+        Format::Raw => "raw",
+        Format::Qcow2 => "qcow2",
+    };
+    let name = name_from(path, image)?;
+    let length_bytes = look_at_backing(embedded, path, &name, format).await?;
+    let size_bytes = options.size_bytes.unwrap_or(length_bytes);
+    let size_bytes = size_bytes
+        .checked_next_multiple_of(blockyard_engine::limits::SECTOR_BYTES)
+        .ok_or("The image size is too large")?;
+    options.size_bytes = Some(size_bytes);
+    options.backing_file = Some(name.clone());
+    options.backing_format = Some(format.to_owned());
+    let new = New {
+        path,
+        format: Format::Qcow2,
+        options,
+        size_bytes,
+        force: false,
+    };
+    new.make(embedded).await?;
+    Ok(format!(
+        "Created {}: qcow2, {}, on '{name}', which must not change from now on",
+        shown(path),
+        exactly(size_bytes)
+    ))
+}
+
+/// The name of an image as one beside it, or elsewhere, is to say it: without folder, or from the root on.
+fn name_from(new: &Path, image: &Path) -> Result<String, String> {
+    let cannot = |path: &Path, error: &dyn std::fmt::Display| format!("{}: {error}", shown(path));
+    let folder = |path: &Path| {
+        let folder = folder_of(path).canonicalize();
+        folder.map_err(|error| cannot(path, &crate::error::reason(&error)))
+    };
+    let file = image
+        .file_name()
+        .ok_or_else(|| cannot(image, &"it is no file"))?;
+    let (of_new, of_image) = (folder(new)?, folder(image)?);
+    let name = match of_new == of_image {
+        true => PathBuf::from(file),
+        false => of_image.join(file),
+    };
+    let name = name.into_os_string().into_string();
+    let name = name.map_err(|_| cannot(image, &"its name is no UTF-8"))?;
+    // Else what is before the colon would be a protocol.
+    let is_bare = !name.starts_with('/') && name.contains(':');
+    Ok(if is_bare { format!("./{name}") } else { name })
+}
+
 /// Finds out how long the disk of a backing file is.
 async fn look_at_backing(
     embedded: &mut Embedded,
@@ -356,4 +418,23 @@ fn cleaned_up(mut text: String, files: [Option<&Target>; 2]) -> String {
         };
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overlay_names_its_image_as_it_will_be_looked_for() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let root = folder.path().canonicalize().expect("exists");
+        std::fs::create_dir(root.join("sub")).expect("new");
+        let name = |new: &str, image: &str| name_from(&root.join(new), &root.join(image));
+        assert_eq!(name("new", "image").as_deref(), Ok("image"));
+        assert_eq!(name("sub/../new", "image").as_deref(), Ok("image"));
+        assert_eq!(name("new", "a:b").as_deref(), Ok("./a:b"));
+        let outside = format!("{}/image", root.display());
+        assert_eq!(name("sub/new", "image"), Ok(outside));
+        assert!(name("nowhere/new", "image").is_err());
+    }
 }

@@ -142,12 +142,16 @@ async fn describe(
 }
 
 /// Which file it is, whatever its name.
-fn identity(path: &Path) -> Result<(u64, u64), String> {
+pub(crate) fn identity(path: &Path) -> Result<(u64, u64), String> {
     let facts = fs::metadata(path).map_err(|error| could_not_open(path, error))?;
     Ok((facts.dev(), facts.ino()))
 }
 
-async fn describe_one(
+/// Looks at one image, and at nothing that it names.
+///
+/// # Errors
+/// For the user.
+pub(crate) async fn describe_one(
     embedded: &mut Embedded,
     path: &Path,
     format: Option<ImageFormat>,

@@ -19,7 +19,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use blockyard_engine::images::ImageFormat;
-use blockyard_engine::request::{Discard, NamedBy};
+use blockyard_engine::request::{BackingRef, Discard, NamedBy};
 
 use crate::terminal::check::arguments::Format;
 use crate::terminal::copy::ends::{Source, shown};
@@ -100,6 +100,15 @@ impl Disk<'_> {
         }
     }
 
+    /// Opens a qcow2 image without what it names as below it.
+    ///
+    /// # Errors
+    /// For the user.
+    pub(crate) async fn open_alone(&self, embedded: &Embedded) -> Result<(), String> {
+        let opened = embedded.add_qcow2(&self.file(), BackingRef::Nothing).await;
+        opened.map_err(|error| could_not_open(self.path, &error))
+    }
+
     /// Opens the disk in it, with the chain that a qcow2 image names.
     ///
     /// # Errors
@@ -109,7 +118,9 @@ impl Disk<'_> {
         match format {
             Format::Raw => self.open_file(embedded).await?,
             Format::Qcow2 => {
-                let opened = embedded.add_qcow2(&self.file()).await;
+                let opened = embedded
+                    .add_qcow2(&self.file(), BackingRef::FromImage)
+                    .await;
                 opened.map_err(|error| could_not_open(self.path, &error))?;
             }
         }

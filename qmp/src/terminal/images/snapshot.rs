@@ -1,6 +1,7 @@
-//! `blockyard snapshot`: internal snapshots of a qcow2 image, with the output and exit codes of `qemu-img snapshot`.
+//! `blockyard snapshot`: internal snapshots of a qcow2 image, with the output and exit codes of `qemu-img snapshot`; or an
+//! external one, which is a new image on the old one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use blockyard_engine::images::info::SnapshotInfo;
@@ -14,6 +15,8 @@ use crate::terminal::embedded::{
     Cache, Embedded, EngineArguments, ImageFile, IoBackend, Sharing, with_engine,
 };
 use crate::terminal::exit::Exit;
+use crate::terminal::images::create::make_overlay;
+use crate::terminal::images::create_options::ImageOptions;
 use crate::terminal::images::info_report::{snapshots_human, snapshots_json};
 use crate::terminal::images::{Disk, could_not_open, sharing};
 
@@ -30,6 +33,9 @@ pub struct SnapshotArguments {
     /// Format of FILE; it is never guessed. Images of other formats than qcow2 have no snapshots
     #[arg(long, short, value_enum, value_name = "FORMAT", default_value_t = Format::Qcow2)]
     format: Format,
+    /// Options of NEW, as for `create`: name=value, several with commas between them
+    #[arg(long = "options", short, value_name = "OPTIONS", requires = "overlay")]
+    options: Vec<String>,
     /// Form of the list
     #[arg(long, value_enum, value_name = "FORM", default_value_t = Output::Human)]
     output: Output,
@@ -37,7 +43,7 @@ pub struct SnapshotArguments {
     #[arg(long)]
     json: bool,
     /// List the snapshots of FILE although somebody may be writing to it
-    #[arg(long, short = 'U', conflicts_with_all = ["apply", "create", "delete"])]
+    #[arg(long, short = 'U', conflicts_with_all = ["apply", "create", "delete", "overlay"])]
     force_share: bool,
     /// Print errors only
     #[arg(long, short)]
@@ -63,6 +69,9 @@ struct DeedArguments {
     /// Delete this snapshot, the first of that name
     #[arg(long, short, value_name = "NAME")]
     delete: Option<String>,
+    /// Make NEW, a qcow2 image on FILE that shows what FILE does: FILE is the snapshot, and must not change from now on
+    #[arg(long, value_name = "NEW")]
+    overlay: Option<PathBuf>,
 }
 
 /// What is done, and why it could not be.
@@ -113,7 +122,8 @@ impl DeedArguments {
 pub(crate) fn run(arguments: &SnapshotArguments) -> Exit {
     let display = Display::new(DisplayArguments {
         json: false,
-        quiet: arguments.quiet || arguments.deed.deed().is_none(),
+        quiet: arguments.quiet
+            || arguments.deed.deed().is_none() && arguments.deed.overlay.is_none(),
     });
     let engine = EngineArguments {
         // Tables are read twice.
@@ -121,11 +131,12 @@ pub(crate) fn run(arguments: &SnapshotArguments) -> Exit {
         io_backend: arguments.io_backend,
     };
     let done = with_engine(engine, display, async |mut embedded| {
-        let done = match arguments.deed.deed() {
-            Some(deed) => change(&mut embedded, arguments, deed)
+        let done = match (arguments.deed.deed(), &arguments.deed.overlay) {
+            (Some(deed), _) => change(&mut embedded, arguments, deed)
                 .await
                 .map(|()| String::new()),
-            None => list(&mut embedded, arguments).await,
+            (None, Some(new)) => overlay(&mut embedded, arguments, new).await,
+            (None, None) => list(&mut embedded, arguments).await,
         };
         let cancelled = embedded.interrupt.is_asked();
         (done.map_err(|text| (text, cancelled)), embedded.display)
@@ -133,7 +144,8 @@ pub(crate) fn run(arguments: &SnapshotArguments) -> Exit {
     let (done, display) = done.unwrap_or_else(|(text, display)| (Err((text, false)), display));
     match done {
         Ok(list) => {
-            if !list.is_empty() {
+            let is_wanted = !arguments.quiet || arguments.deed.overlay.is_none();
+            if is_wanted && !list.is_empty() {
                 display.result(&list);
             }
             Exit::Success
@@ -196,6 +208,19 @@ async fn change(
         Ok(_) => Err(format!("{told}: another reply (bug)")),
         Err(error) => Err(format!("{told}: {error}")),
     }
+}
+
+/// An external snapshot.
+async fn overlay(
+    embedded: &mut Embedded,
+    arguments: &SnapshotArguments,
+    new: &Path,
+) -> Result<String, String> {
+    let options = ImageOptions::read(&arguments.options, Format::Qcow2)?;
+    if options.backing_file.is_some() || options.backing_format.is_some() {
+        return Err("The backing file is FILE; -o cannot name another one".to_owned());
+    }
+    make_overlay(embedded, new, &arguments.file, arguments.format, options).await
 }
 
 async fn list(embedded: &mut Embedded, arguments: &SnapshotArguments) -> Result<String, String> {

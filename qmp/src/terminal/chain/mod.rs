@@ -1,0 +1,74 @@
+//! The commands on chains of images: `chain` shows one, `commit` and `stream` move what its layers hold, `rebase` puts an image
+//! on another one. Without a daemon; nobody else may write to the images meanwhile.
+
+pub(crate) mod arguments;
+pub(crate) mod moves;
+pub(crate) mod rebase;
+pub(crate) mod show;
+
+use std::path::{Path, PathBuf};
+
+use blockyard_engine::reply::{LayerView, PlanView};
+
+use crate::size;
+use crate::terminal::copy::ends::shown;
+use crate::terminal::images::info::identity;
+
+/// The layer of a chain that a path leads to, by which file it is.
+///
+/// # Errors
+/// For the user: there is no such file, or it is not in the chain.
+pub(crate) fn layer_at<'a>(
+    layers: &'a [LayerView],
+    path: &Path,
+    top: &Path,
+) -> Result<(usize, &'a LayerView), String> {
+    let wanted = identity(path)?;
+    let is_wanted =
+        |layer: &LayerView| identity(&PathBuf::from(&layer.filename)).is_ok_and(|it| it == wanted);
+    let mut layers = layers.iter().enumerate();
+    let found = layers.find(|(_, layer)| is_wanted(layer));
+    found.ok_or_else(|| {
+        format!(
+            "{} is not in the chain of {}; `blockyard chain` shows it",
+            shown(path),
+            shown(top)
+        )
+    })
+}
+
+/// What a plan comes to, for people.
+pub(crate) fn told(plan: &PlanView) -> String {
+    let mut text = format!("copies {}", size::shown(plan.copy_bytes));
+    if plan.zero_bytes > 0 {
+        text += &format!(", zeroes {}", size::shown(plan.zero_bytes));
+    }
+    text + &room_told(plan)
+}
+
+/// The room that it takes, and whether there is enough.
+fn room_told(plan: &PlanView) -> String {
+    let needed = needed_bytes(plan);
+    if needed == 0 {
+        return "; takes no more room".to_owned();
+    }
+    let mut text = format!(
+        "; takes up to {} more (data {}, tables {})",
+        size::shown(needed),
+        size::shown(plan.data_bytes),
+        size::shown(plan.metadata_bytes)
+    );
+    if let Some(free) = plan.free_bytes {
+        text += &format!(", {} free", size::shown(free));
+    }
+    if plan.fits == Some(false) {
+        text += ": not enough";
+    }
+    text
+}
+
+/// All room together, in bytes.
+pub(crate) fn needed_bytes(plan: &PlanView) -> u64 {
+    let parts = [plan.data_bytes, plan.metadata_bytes, plan.bitmaps_bytes];
+    parts.into_iter().fold(0, u64::saturating_add)
+}
