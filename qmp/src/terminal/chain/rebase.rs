@@ -40,7 +40,7 @@ pub struct RebaseArguments {
     /// Change only what the header says, and look at no backing file, which may not even exist. FILE shows something else
     /// afterwards, unless BACKING shows what the old backing file does
     #[arg(long = "unsafe", short = 'u')]
-    is_unsafe: bool,
+    header_only: bool,
     /// Say how much would be written, and change nothing. Takes the same time, as both backing files are compared
     #[arg(long)]
     dry_run: bool,
@@ -126,7 +126,7 @@ fn spec(arguments: &RebaseArguments) -> Result<RebaseSpec, String> {
         backing: None,
         backing_file: name,
         backing_format: arguments.backing_format.clone(),
-        keeps_content: !arguments.is_unsafe,
+        keeps_content: !arguments.header_only,
         dry_run: arguments.dry_run,
     })
 }
@@ -145,7 +145,7 @@ async fn rebase(
         sharing: Sharing::Readers,
         named_by: NamedBy::Client,
     };
-    match arguments.is_unsafe {
+    match arguments.header_only {
         true => image.open_alone(embedded).await?,
         false => {
             image.open(embedded).await?;
@@ -187,7 +187,7 @@ async fn open_backing(embedded: &Embedded, path: &Path, spec: &RebaseSpec) -> Re
 }
 
 fn human(arguments: &RebaseArguments, name: &str, view: RebaseView) -> String {
-    let moved = match (arguments.is_unsafe, view.copied_bytes, view.zeroed_bytes) {
+    let moved = match (arguments.header_only, view.copied_bytes, view.zeroed_bytes) {
         (true, ..) => "nothing was compared".to_owned(),
         (false, 0, 0) => "nothing is copied".to_owned(),
         (false, copied, zeroed) => format!(
