@@ -10,7 +10,7 @@ pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError
 pub use crate::qcow2::{
     BackingRef, EncryptionFormat, OverlapCheckSpec, OverlapTemplate, Qcow2Spec,
 };
-pub use crate::within_chain::{CommitSpec, PlanSpec, PlannedJob, StreamSpec};
+pub use crate::within_chain::{CommitSpec, NewOverlaySpec, PlanSpec, PlannedJob, StreamSpec};
 
 /// One command to the engine.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +52,8 @@ pub enum Request {
         /// Name of the overlay's node, which has nothing below it yet.
         overlay: String,
     },
+    /// Make an overlay and put it on a node.
+    NewOverlay(NewOverlaySpec),
     /// Add or remove a child of a node, which no driver here can have.
     ChangeChildren {
         /// Name of the node.

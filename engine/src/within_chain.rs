@@ -1,4 +1,4 @@
-//! [`CommitSpec`], [`StreamSpec`] and [`PlanSpec`]: jobs that move data within one chain, as clients describe them.
+//! What is done within one chain, as clients describe it: [`CommitSpec`], [`StreamSpec`], [`PlanSpec`], [`NewOverlaySpec`].
 
 use crate::images::ImageWatcher;
 use crate::job::error_policy::OnError;
@@ -70,4 +70,21 @@ pub enum PlannedJob {
     Commit(CommitSpec),
     /// `block-stream`.
     Stream(StreamSpec),
+}
+
+/// Arguments of `blockdev-snapshot-sync`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NewOverlaySpec {
+    /// Name of a device; there are none, so only good for an error.
+    pub device: Option<String>,
+    /// Name of the node.
+    pub node_name: Option<String>,
+    /// File of the overlay, as its header and queries show it.
+    pub filename: String,
+    /// Name of the overlay's node.
+    pub overlay_name: Option<String>,
+    /// Its format.
+    pub format: String,
+    /// It is there already.
+    pub exists: bool,
 }

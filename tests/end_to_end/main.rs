@@ -30,6 +30,7 @@ mod long_chains;
 mod made_chains;
 mod moves;
 mod mutations;
+mod new_overlays;
 mod nodes;
 mod normal;
 mod one_shot;

@@ -27,6 +27,7 @@ mod mirroring;
 mod moving;
 mod named_by_images;
 mod names;
+mod new_overlays;
 mod options;
 mod overlaying;
 pub mod permissions;

@@ -136,6 +136,7 @@ impl Manager {
             Request::BlockdevSnapshot { node, overlay } => {
                 self.graph.put_overlay(&node, &overlay).await?;
             }
+            Request::NewOverlay(spec) => self.graph.put_new_overlay(&spec).await?,
             Request::ChangeChildren {
                 parent,
                 child,

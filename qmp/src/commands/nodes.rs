@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use blockyard_engine::error::EngineError;
 use blockyard_engine::request::{
     Aio, BlkdebugIo, BlkdebugSpec, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec,
-    InjectError, NamedBy, NodeRef, NodeSpec, NullSpec, ObjectKind, ObjectSpec, OnOffAuto,
-    Permission, Request, SetState,
+    InjectError, NamedBy, NewOverlaySpec, NodeRef, NodeSpec, NullSpec, ObjectKind, ObjectSpec,
+    OnOffAuto, Permission, Request, SetState,
 };
 use serde_json::Value;
 
@@ -19,7 +19,7 @@ use crate::schema::images::{DEVICE_INFO, SNAPSHOT_INFO};
 use crate::schema::jobs::CHAIN_LAYER;
 use crate::schema::nodes::{
     BY_NAME, CHANGE, CHANGE_BACKING_FILE, GRAPH, INTERNAL_SNAPSHOT, INTERNAL_SNAPSHOT_BY_NAME,
-    OBJECT, OBJECT_BY_ID, OPTIONS, QUERY, REOPEN, RESIZE, SET_IOTHREAD, SNAPSHOT,
+    OBJECT, OBJECT_BY_ID, OPTIONS, QUERY, REOPEN, RESIZE, SET_IOTHREAD, SNAPSHOT, SNAPSHOT_SYNC,
 };
 use crate::schema::{EMPTY, Type};
 use crate::wire::document::{Document, Json};
@@ -113,6 +113,16 @@ pub(super) static COMMANDS: &[Command] = &[
         })
     })
     .with_features(&["allow-write-only-overlay"]),
+    Command::act("blockdev-snapshot-sync", &SNAPSHOT_SYNC, |mut a| {
+        call(Request::NewOverlay(NewOverlaySpec {
+            device: a.text("device"),
+            node_name: a.text("node-name"),
+            filename: a.required_text("snapshot-file"),
+            overlay_name: a.text("snapshot-node-name"),
+            format: a.text("format").unwrap_or_else(|| "qcow2".to_owned()),
+            exists: a.word("mode", &[("existing", ())]).is_some(),
+        }))
+    }),
     Command::act("x-blockdev-change", &CHANGE, |mut a| {
         call(Request::ChangeChildren {
             parent: a.required_text("parent"),

@@ -226,6 +226,16 @@ pub static SNAPSHOT: Object = Object::of(&[
     required("node", Type::Text),
     required("overlay", Type::Text),
 ]);
+static NEW_IMAGE_MODE: Words = Words::of(&["existing", "absolute-paths"]);
+/// `BlockdevSnapshotSync`.
+pub static SNAPSHOT_SYNC: Object = Object::of(&[
+    optional("device", Type::Text),
+    optional("node-name", Type::Text),
+    required("snapshot-file", Type::Text),
+    optional("snapshot-node-name", Type::Text),
+    optional("format", Type::Text),
+    optional("mode", Type::Word(&NEW_IMAGE_MODE)),
+]);
 /// Arguments of `x-blockdev-change`.
 pub static CHANGE: Object = Object::of(&[
     required("parent", Type::Text),
