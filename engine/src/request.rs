@@ -247,6 +247,13 @@ pub enum DriverSpec {
     NullAio(NullSpec),
     /// A filter that injects faults.
     Blkdebug(BlkdebugSpec),
+    /// A filter that copies what is read into its child.
+    CopyOnRead {
+        /// The child.
+        file: NodeRef,
+        /// The last layer that is copied from, by name.
+        bottom: Option<String>,
+    },
     /// A qcow2 image.
     Qcow2(Box<Qcow2Spec>),
 }
@@ -261,6 +268,7 @@ impl DriverSpec {
             DriverSpec::NullCo(_) => "null-co",
             DriverSpec::NullAio(_) => "null-aio",
             DriverSpec::Blkdebug(_) => "blkdebug",
+            DriverSpec::CopyOnRead { .. } => "copy-on-read",
             DriverSpec::Qcow2(_) => "qcow2",
         }
     }
@@ -268,7 +276,9 @@ impl DriverSpec {
     /// The same, to be changed.
     pub fn children_mut(&mut self) -> impl Iterator<Item = &mut NodeRef> {
         let children = match self {
-            DriverSpec::Raw { file, .. } => [Some(file), None, None],
+            DriverSpec::Raw { file, .. } | DriverSpec::CopyOnRead { file, .. } => {
+                [Some(file), None, None]
+            }
             DriverSpec::Blkdebug(spec) => [Some(&mut spec.image), None, None],
             DriverSpec::Qcow2(spec) => {
                 let spec = &mut **spec;
@@ -286,7 +296,9 @@ impl DriverSpec {
     /// The nodes below that the client tells of, the one with the image first.
     pub fn children(&self) -> impl Iterator<Item = &NodeRef> {
         let children = match self {
-            DriverSpec::Raw { file, .. } => [Some(file), None, None],
+            DriverSpec::Raw { file, .. } | DriverSpec::CopyOnRead { file, .. } => {
+                [Some(file), None, None]
+            }
             DriverSpec::Blkdebug(spec) => [Some(&spec.image), None, None],
             DriverSpec::Qcow2(spec) => {
                 let backing = match &spec.backing {

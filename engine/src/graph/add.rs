@@ -156,6 +156,10 @@ impl Graph {
                     self.settle(file, outcome).await
                 }
                 DriverSpec::Blkdebug(spec) => self.open_blkdebug(name, spec, resolved, site).await,
+                DriverSpec::CopyOnRead { file, bottom } => {
+                    self.open_copy_on_read(name, file, bottom, resolved, site)
+                        .await
+                }
                 DriverSpec::Qcow2(spec) => self.open_qcow2(name, *spec, resolved, site).await,
             };
             if let (Ok(id), Some(fixed)) = (&opened, fixed)

@@ -234,6 +234,13 @@ impl Graph {
             for id in &taken {
                 records.check_no_job(*id)?;
             }
+            let relied_on = taken.split_last().map_or(&[][..], |(_, parents)| parents);
+            records
+                .check_links_free(relied_on)
+                .map_err(|error| error.prefixed("Could not create node: "))?;
+            records
+                .check_links_to(device)
+                .map_err(|error| error.prefixed("Could not replace node: "))?;
             ChainPart {
                 layers: records.layers(&taken),
                 is_whole: stays.is_none(),
@@ -278,6 +285,15 @@ impl Graph {
             }
             _ => ("commit_top", FilterKind::Passes),
         };
+        {
+            let records = self.records.borrow();
+            records.check_links_to(top)?;
+            let parents: Vec<NodeId> = records
+                .chain(top)
+                .take_while(|id| Some(*id) != nodes.target)
+                .collect();
+            records.check_links_free(&parents)?;
+        }
         let name = spec.filter_node_name.as_deref();
         nodes.filter = Some(self.insert_filter(top, None, driver, kind, name).await?);
         Ok(())

@@ -141,6 +141,7 @@ impl Records {
             (NodePlan::Blkdebug { .. }, Some(DriverSpec::Blkdebug(spec))) => {
                 FileName::of_blkdebug(&below, spec)
             }
+            (NodePlan::CopyOnRead { .. }, _) => FileName::of_copy_on_read(&below),
             (NodePlan::Filter { .. }, _) => below,
             _ => return,
         };

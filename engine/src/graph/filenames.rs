@@ -124,6 +124,17 @@ impl FileName {
         Some(plain.rfind('/').map_or("", |slash| &plain[..=slash]))
     }
 
+    /// Of a filter that copies what is read. Where it stops is not shown.
+    pub(super) fn of_copy_on_read(child: &FileName) -> Self {
+        let mut options = driver_only("copy-on-read");
+        push(&mut options, "file", child.shown());
+        Self {
+            plain: None,
+            is_protocol: false,
+            options: Rc::new(options),
+        }
+    }
+
     /// Of a fault filter: its plain name can tell of a file of rules and of nothing else.
     pub(super) fn of_blkdebug(child: &FileName, spec: &BlkdebugSpec) -> Self {
         let mut options = driver_only("blkdebug");

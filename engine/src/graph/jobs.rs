@@ -200,6 +200,8 @@ impl Graph {
             let text = "Could not replace node: Block node is read-only";
             return Err(EngineError::generic(text));
         }
+        let replaced = self.records.borrow().check_links_to(source);
+        replaced.map_err(|error| error.prefixed("Could not replace node: "))?;
         let filter = self
             .insert_filter(
                 source,

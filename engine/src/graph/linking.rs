@@ -202,7 +202,8 @@ impl Records {
             return Err(EngineError::generic("Block node is read-only"));
         }
         if let NodePlan::Filter { child, kind } = node.plan
-            && (kind.refuses_writes() && writes || taken.has(Permission::Resize))
+            && (kind.refuses_writes() && taken.has(Permission::Write)
+                || taken.has(Permission::Resize))
         {
             return Err(EngineError::generic(format!(
                 "Node '{}' is the source of a block job and cannot be changed meanwhile",
@@ -490,7 +491,11 @@ fn child_permissions(
             let taken = taken.without(Permission::ConsistentRead);
             (taken, shared.with(Permission::Write))
         }
-        ("copy-on-read", _) if !node.read_only => (taken.with(Permission::WriteUnchanged), shared),
+        ("copy-on-read", _)
+            if !node.read_only || matches!(node.plan, NodePlan::CopyOnRead { .. }) =>
+        {
+            (taken.with(Permission::WriteUnchanged), shared)
+        }
         // What a backing holds must not change under those who read it through the overlay, unless they do not mind.
         ("qcow2", BACKING_ROLE) => {
             let reads = Permissions::NONE.with(Permission::ConsistentRead);

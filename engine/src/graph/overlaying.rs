@@ -88,6 +88,7 @@ impl Graph {
                 "Making '{node}' a backing child of '{overlay}' would create a cycle"
             )));
         }
+        records.check_links_to(below)?;
         let layers = records.chain_depth(below).saturating_add(2);
         if usize::try_from(layers).is_ok_and(|layers| layers > CHAIN_LAYERS_MAX) {
             return Err(EngineError::generic(format!(
@@ -206,6 +207,7 @@ fn retarget(plan: &mut NodePlan, from: NodeId, to: NodeId) -> bool {
     match plan {
         NodePlan::Raw { child, .. }
         | NodePlan::Blkdebug { child, .. }
+        | NodePlan::CopyOnRead { child, .. }
         | NodePlan::Filter { child, .. } => turn(child),
         NodePlan::Qcow2 {
             file,

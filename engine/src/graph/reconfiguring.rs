@@ -175,7 +175,7 @@ impl Graph {
                 };
                 self.plan_qcow2(&mut node, spec, resolved, planned).await?;
             }
-            NodePlan::Filter { .. } | NodePlan::Opening => {
+            NodePlan::CopyOnRead { .. } | NodePlan::Filter { .. } | NodePlan::Opening => {
                 return Err(EngineError::generic(format!(
                     "Block format '{}' used by node '{}' does not support reopening files",
                     node.driver, node.name

@@ -98,7 +98,7 @@ impl NodeRecord {
     pub(super) fn is_filter(&self) -> bool {
         matches!(
             self.plan,
-            NodePlan::Filter { .. } | NodePlan::Blkdebug { .. }
+            NodePlan::Filter { .. } | NodePlan::Blkdebug { .. } | NodePlan::CopyOnRead { .. }
         )
     }
 }
@@ -346,7 +346,7 @@ impl Records {
         )))
     }
 
-    /// Fails if a job relies on what is below a node in this role.
+    /// Fails if a job or a filter relies on what is below a node in this role.
     pub(super) fn check_not_frozen(
         &self,
         parent: NodeId,
@@ -354,7 +354,7 @@ impl Records {
     ) -> Result<(), EngineError> {
         let is_filter = self.node(parent).is_some_and(NodeRecord::is_filter);
         let leads_down = is_filter || role == BACKING_ROLE;
-        if !leads_down || self.frozen.iter().all(|link| link.parent != parent) {
+        if !leads_down || !self.is_frozen(parent) {
             return Ok(());
         }
         let below = self.children(parent).find(|edge| edge.role == role);
@@ -387,7 +387,9 @@ impl Records {
                     next = self.node(*child);
                     continue;
                 }
-                NodePlan::Filter { child, .. } | NodePlan::Blkdebug { child, .. } => {
+                NodePlan::Filter { child, .. }
+                | NodePlan::Blkdebug { child, .. }
+                | NodePlan::CopyOnRead { child, .. } => {
                     next = self.node(*child);
                     continue;
                 }

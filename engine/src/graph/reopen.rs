@@ -416,6 +416,7 @@ pub(super) fn with_access(
         }
         NodePlan::Raw { read_only, .. } => *read_only = now_read_only,
         NodePlan::Null(options) => options.read_only = now_read_only,
+        NodePlan::CopyOnRead { options, .. } => options.read_only = now_read_only,
         NodePlan::Blkdebug { options, .. } => options.read_only = now_read_only,
         NodePlan::Qcow2 { plan, .. } => plan.image.read_only = now_read_only,
         NodePlan::Filter { .. } | NodePlan::Opening => {}

@@ -281,9 +281,9 @@ fn room(records: &Records, id: NodeId, known: &HashMap<NodeId, Known>) -> Option
         NodePlan::Null(_) => Some(0),
         // A protocol of its own, which cannot tell.
         NodePlan::Blkdebug { .. } | NodePlan::Opening => None,
-        NodePlan::Raw { child, .. } | NodePlan::Filter { child, .. } => {
-            room(records, *child, known)
-        }
+        NodePlan::Raw { child, .. }
+        | NodePlan::Filter { child, .. }
+        | NodePlan::CopyOnRead { child, .. } => room(records, *child, known),
         NodePlan::Qcow2 {
             file, data_file, ..
         } => {

@@ -21,7 +21,7 @@ use crate::node::build::{NodePlan, child_of};
 use crate::node::fault_rules::{DebugEvent, FaultRules};
 use crate::node::pieces::{read_in_pieces, to_usize, write_in_pieces};
 use crate::node::zeroes::is_zero;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, cannot_become, refused};
+use crate::node::{Fill, Node, NodeFacts, NodeTransfer, StatusExtent, cannot_become, refused};
 use crate::request::{BlkdebugIo, DetectZeroes, Discard};
 
 /// What a client chose for one node. Sizes in bytes; 0: the child's.
@@ -456,6 +456,23 @@ impl Node for BlkdebugNode {
                 self.modify(tail, |bytes| bytes.fill(0)).await?;
             }
             Ok(())
+        })
+    }
+
+    /// Of the rules, those for writing apply, to the bytes that were asked for.
+    fn fill(
+        &self,
+        range: ByteRange,
+        with: Fill,
+        memory: Option<Buffer>,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        Box::pin(async move {
+            if let Some(error) = self.refusal(Operation::Write, range) {
+                return Err(error);
+            }
+            self.check(BlkdebugIo::Write, Some(range)).await?;
+            self.changed();
+            self.child.fill(range, with, memory).await
         })
     }
 

@@ -9,6 +9,7 @@ use crate::data::{DataContext, NodeId};
 use crate::error::EngineError;
 use crate::node::Node;
 use crate::node::blkdebug_node::{BlkdebugNode, BlkdebugOptions, SharedFaults};
+use crate::node::copy_on_read_node::{CopyOnReadNode, CopyOnReadOptions};
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::filter_node::{FilterKind, FilterNode};
 use crate::node::mirror_top::{MirrorTop, Tracker};
@@ -51,6 +52,15 @@ pub enum NodePlan {
         options: BlkdebugOptions,
         /// Its rules, which keep their state when the node moves.
         faults: SharedFaults,
+    },
+    /// A filter that copies what is read.
+    CopyOnRead {
+        /// The child, on the same thread.
+        child: NodeId,
+        /// The last layer of the child's chain that is copied from, on the same thread, too; `None`: the last of all.
+        bottom: Option<NodeId>,
+        /// What the client chose.
+        options: CopyOnReadOptions,
     },
     /// A qcow2 image.
     Qcow2 {
@@ -122,6 +132,16 @@ pub async fn build(
             child_of(*child)?,
             *options,
             faults.clone(),
+        )),
+        NodePlan::CopyOnRead {
+            child,
+            bottom,
+            options,
+        } => Rc::new(CopyOnReadNode::new(
+            name,
+            child_of(*child)?,
+            bottom.map(child_of).transpose()?,
+            *options,
         )),
         NodePlan::Filter {
             child,

@@ -5,13 +5,13 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use blockyard_storage::error::EPERM;
+use blockyard_storage::error::{EOPNOTSUPP, EPERM};
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
 
 use crate::data::DataContext;
 use crate::error::{EngineError, NodeError};
 use crate::node::build::{NodePlan, child_of};
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, cannot_become};
+use crate::node::{Fill, Node, NodeFacts, NodeTransfer, StatusExtent, cannot_become};
 
 /// What becomes of writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +107,21 @@ impl Node for FilterNode {
             true => Box::pin(async move { Err(self.refuse(Operation::Zero, range)) }),
             false => Box::pin(async move { self.child().zero(range, mode).await }),
         }
+    }
+
+    fn fill(
+        &self,
+        range: ByteRange,
+        with: Fill,
+        memory: Option<Buffer>,
+    ) -> LocalFuture<'_, Result<(), NodeError>> {
+        if matches!(self.kind, FilterKind::Tracks { .. }) {
+            let source = StorageError::new(Operation::Write, range, EOPNOTSUPP);
+            let node = self.name.clone();
+            return Box::pin(async move { Err(NodeError { node, source }) });
+        }
+        // What is read stays, so that there is nothing to save.
+        Box::pin(async move { self.child().fill(range, with, memory).await })
     }
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {

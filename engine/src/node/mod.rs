@@ -10,6 +10,7 @@ pub mod chain;
 pub mod child_storage;
 #[cfg(test)]
 mod child_storage_tests;
+pub mod copy_on_read_node;
 pub mod fault_rules;
 pub mod file_node;
 pub mod filter_node;

@@ -269,6 +269,10 @@ fn nested_spec(mut fields: Fields, depth: usize) -> Result<NodeSpec, QmpError> {
         "null-co" => DriverSpec::NullCo(null(&fields)),
         "null-aio" => DriverSpec::NullAio(null(&fields)),
         "blkdebug" => DriverSpec::Blkdebug(blkdebug(fields, depth)?),
+        "copy-on-read" => DriverSpec::CopyOnRead {
+            bottom: fields.text("bottom"),
+            file: reference(&mut fields, "file", depth)?,
+        },
         "qcow2" => DriverSpec::Qcow2(Box::new(qcow2(fields, depth)?)),
         "raw" => DriverSpec::Raw {
             offset: length(&fields, "offset")?,

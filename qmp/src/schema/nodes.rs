@@ -5,6 +5,7 @@ use crate::schema::{Alternate, Object, Type, Words, optional, required};
 /// Drivers that nodes can have.
 pub static DRIVER: Words = Words::of(&[
     "blkdebug",
+    "copy-on-read",
     "file",
     "host_device",
     "null-aio",
@@ -192,6 +193,11 @@ static BLKDEBUG: Object = Object::of(&[
     optional("unshare-child-perms", Type::List(&Type::Word(&PERMISSION))),
 ]);
 
+static COPY_ON_READ: Object = Object::of(&[
+    required("file", Type::Alternate(&REFERENCE)),
+    optional("bottom", Type::Text),
+]);
+
 /// `BlockdevOptions`.
 pub static OPTIONS: Object = Object::union(
     &[
@@ -208,6 +214,7 @@ pub static OPTIONS: Object = Object::union(
     "driver",
     &[
         ("blkdebug", &BLKDEBUG),
+        ("copy-on-read", &COPY_ON_READ),
         ("file", &FILE),
         ("host_device", &FILE),
         ("null-aio", &NULL),

@@ -4,6 +4,7 @@ mod amend;
 mod chain;
 mod chain_jobs;
 mod chain_speed;
+mod copy_on_read;
 mod create;
 mod create_qcow2;
 mod create_raw;
