@@ -16,9 +16,9 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CommonOptions, CopyMode, CreateQcow2Spec, CreateSpec, DriverSpec,
-    FileSpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Qcow2Spec, Request, SyncMode, VerbFamily,
-    WorkSpec,
+    BackupPerf, BackupSpec, CommitSpec, CommonOptions, CopyMode, CreateQcow2Spec, CreateSpec,
+    DriverSpec, FileSpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Qcow2Spec, Request, StreamSpec,
+    SyncMode, VerbFamily, WorkSpec,
 };
 use blockyard_engine::root_handle::RootHandle;
 use blockyard_storage::ByteRange;
@@ -455,4 +455,108 @@ fn what_is_written_while_an_overlay_comes_is_in_it_or_below_it() {
         root.close().await.expect("closed");
         yard.remove("o3").await.expect("nobody uses it");
     });
+}
+
+/// How the last layer of a chain ends beside its writer.
+#[derive(Clone, Copy, PartialEq)]
+enum Last {
+    Streamed,
+    Committed,
+}
+
+/// A writer goes on while overlays come, those below it are committed, and its own layer is.
+fn writer_beside_chain(last: Last) {
+    let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
+    let go_on = |count: u64| {
+        let goal = written.load(Ordering::Acquire) + count;
+        while written.load(Ordering::Acquire) < goal {
+            std::thread::yield_now();
+        }
+    };
+    block_on(async {
+        let yard = Yard::new();
+        let path = yard.add("s", 1).await;
+        for name in ["o1", "o2", "o3"] {
+            yard.add_image(name).await;
+        }
+        let root = yard.engine.open_root("s", true).await.expect("opened");
+        let change = async || {
+            for (node, overlay) in [("s", "o1"), ("o1", "o2"), ("o2", "o3")] {
+                go_on(30);
+                let (node, overlay) = (node.to_owned(), overlay.to_owned());
+                let put = yard.call(Request::BlockdevSnapshot { node, overlay });
+                put.await.expect("put there");
+            }
+            go_on(30);
+            let below = CommitSpec {
+                device: "o3".to_owned(),
+                top_node: Some("o2".to_owned()),
+                base_node: Some("s".to_owned()),
+                ..CommitSpec::default()
+            };
+            yard.start(WorkSpec::Commit(below)).await.expect("started");
+            yard.until(Status::Null);
+            go_on(30);
+            if last == Last::Streamed {
+                let whole = StreamSpec {
+                    device: "o3".to_owned(),
+                    ..StreamSpec::default()
+                };
+                yard.start(WorkSpec::Stream(whole)).await.expect("started");
+            } else {
+                let top = CommitSpec {
+                    device: "o3".to_owned(),
+                    ..CommitSpec::default()
+                };
+                yard.start(WorkSpec::Commit(top)).await.expect("started");
+                yard.until(Status::Ready);
+                go_on(50);
+                yard.verb(VerbCall::Complete).await;
+            }
+            yard.until(Status::Null);
+            go_on(30);
+        };
+        let model = std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let runtime = tokio::runtime::Builder::new_current_thread().build();
+                let runtime = runtime.expect("a runtime");
+                runtime.block_on(write_until(&root, &stop, &written))
+            });
+            let jobs = scope.spawn(|| {
+                block_on(change());
+                stop.store(true, Ordering::Release);
+            });
+            if let Err(panic) = jobs.join() {
+                stop.store(true, Ordering::Release);
+                std::panic::resume_unwind(panic);
+            }
+            writer.join().expect("the writer")
+        });
+        root.flush().await.expect("flushed");
+        let read = root.read(ByteRange::new(0, LENGTH)).await.expect("read");
+        assert!(read == model, "not what was written");
+        let winner = match last {
+            Last::Streamed => "o3",
+            Last::Committed => "s",
+        };
+        assert_eq!(yard.roots().await, [winner]);
+        let node_name = winner.to_owned();
+        let chain = yard.call(Request::QueryChain { node_name }).await;
+        let Ok(Reply::Chain(layers)) = chain else {
+            panic!("not a chain");
+        };
+        let names: Vec<&str> = layers.iter().map(|layer| &*layer.node_name).collect();
+        assert_eq!(names, [winner], "nothing is below");
+        root.close().await.expect("closed");
+        if last == Last::Committed {
+            assert!(std::fs::read(path).expect("read") == model);
+        }
+    });
+}
+
+#[test]
+fn a_writer_goes_on_while_its_chain_changes() {
+    for last in [Last::Streamed, Last::Committed] {
+        writer_beside_chain(last);
+    }
 }
