@@ -137,7 +137,7 @@ impl Graph {
             Ok(()) => self.write_backing(image, format, backing_file).await,
             Err(error) => Err(error),
         };
-        self.restore_read_only(writable).await;
+        self.make_read_only(writable).await;
         changed
     }
 

@@ -8,7 +8,7 @@ use crate::error::{EngineError, JobError};
 use crate::graph::Graph;
 use crate::graph::chain_jobs::{ChainPart, NewBacking};
 use crate::graph::jobs::JobNodes;
-use crate::graph::records::{BACKING_ROLE, User};
+use crate::graph::records::{BACKING_ROLE, Records, User};
 use crate::graph::reopen::{Writable, pin};
 use crate::job::context::JobKey;
 use crate::node::build::NodePlan;
@@ -31,22 +31,17 @@ impl Graph {
     }
 
     async fn finish_stream(&self, device: NodeId, part: &ChainPart) -> Result<(), EngineError> {
-        let stays = {
-            let records = self.records.borrow();
-            let device = records.unfiltered(device);
-            if records.backing(device).is_none() {
-                return Ok(());
-            }
-            let last = part.inner.last().copied().unwrap_or(device);
-            match part.is_whole {
-                true => None,
-                // What is there now: it may have been replaced meanwhile.
-                false => records.next_in_chain(last),
-            }
-        };
         let device = self.records.borrow().unfiltered(device);
-        self.name_backing(device, stays, &part.named).await?;
-        self.set_backing_live(device, stays).await
+        if self.records.borrow().backing(device).is_none() {
+            return Ok(());
+        }
+        let last = part.inner.last().copied().unwrap_or(device);
+        // What is there then: it may have been replaced meanwhile.
+        let stays = move |records: &Records| match part.is_whole {
+            true => None,
+            false => records.next_in_chain(last),
+        };
+        self.relink(device, stays, &part.named).await
     }
 
     async fn finish_commit(
@@ -59,11 +54,9 @@ impl Graph {
         let Some(filter) = nodes.filter else {
             return Ok(());
         };
-        let overlays = self.overlays_of(filter);
-        for overlay in &overlays {
-            self.name_backing(*overlay, Some(base), &part.named).await?;
+        for overlay in self.overlays_of(filter) {
+            self.relink(overlay, |_| Some(base), &part.named).await?;
         }
-        self.put_on_base(&overlays, base).await?;
         // Users that are no images see the same from the base on.
         self.move_users(filter, base, Some(key), |_| ()).await
     }
@@ -77,9 +70,17 @@ impl Graph {
         let (Some(filter), Some(base)) = (nodes.filter, nodes.target) else {
             return Ok(());
         };
-        let overlays = self.overlays_of(filter);
-        let moved = self.put_on_base(&overlays, base).await;
-        moved.map_err(|error| JobError::text(error.text))
+        for overlay in self.overlays_of(filter) {
+            let put = async {
+                self.pin(overlay).await?;
+                let put = self.put_on_backing(overlay, Some(base)).await;
+                self.release(overlay, &pin(overlay)).await;
+                put
+            };
+            let put: Result<(), EngineError> = put.await;
+            put.map_err(|error| JobError::text(error.text))?;
+        }
+        Ok(())
     }
 
     /// The base of an active commit that has not failed stays writable where its device is.
@@ -103,14 +104,39 @@ impl Graph {
             .collect()
     }
 
-    async fn put_on_base(&self, overlays: &[NodeId], base: NodeId) -> Result<(), EngineError> {
-        for overlay in overlays {
-            self.set_backing_live(*overlay, Some(base)).await?;
-        }
-        Ok(())
+    /// Lets the header of an image tell of another backing, and puts the image on it. Nobody opens it in another way in between.
+    async fn relink(
+        &self,
+        image: NodeId,
+        backing: impl Fn(&Records) -> Option<NodeId>,
+        named: &NewBacking,
+    ) -> Result<(), EngineError> {
+        self.pin(image).await?;
+        let now = || backing(&self.records.borrow());
+        let linked = async {
+            self.name_backing(image, now(), named).await?;
+            // Another job may have put its filter there, or taken it away.
+            self.put_on_backing(image, now()).await
+        };
+        let linked = linked.await;
+        self.release(image, &pin(image)).await;
+        linked
     }
 
-    /// Lets the header of an image tell of another backing, durably. An image that is read-only is opened for writing for it.
+    /// Puts an image on another backing, unless it was closed while others were changing it.
+    async fn put_on_backing(
+        &self,
+        image: NodeId,
+        backing: Option<NodeId>,
+    ) -> Result<(), EngineError> {
+        if self.records.borrow().node(image).is_none() {
+            return Ok(());
+        }
+        self.set_backing_live(image, backing).await
+    }
+
+    /// Lets the header of an image tell of another backing, durably, where an edge of the caller keeps it. An image that is
+    /// read-only is opened for writing for it.
     async fn name_backing(
         &self,
         image: NodeId,
@@ -138,10 +164,7 @@ impl Graph {
                 }
             }
         };
-        self.pin(image).await?;
-        let renamed = self.rewrite_backing(image, format, &name).await;
-        self.release(image, &pin(image)).await;
-        renamed
+        self.rewrite_backing(image, format, &name).await
     }
 
     /// What was opened for writing for a job is read-only again.

@@ -24,17 +24,28 @@ impl Graph {
     /// In QEMU's words and order; nothing has changed then.
     pub async fn put_overlay(&self, node: &str, overlay: &str) -> Result<(), EngineError> {
         let (_held, below, above) = self.hold_for_overlay(node, overlay).await?;
-        let ancestors = self.records.borrow().ancestors(below);
+        // What is planned from here on holds only as long as nobody else changes one of them.
+        self.pin(below).await?;
+        let outcome = self.put_pinned(below, above).await;
+        self.release(below, &super::reopen::pin(below)).await;
+        outcome
+    }
+
+    /// The same for nodes that an edge of the caller keeps as they are. The graph is held.
+    async fn put_pinned(&self, below: NodeId, above: NodeId) -> Result<(), EngineError> {
+        let ancestors = {
+            let records = self.records.borrow();
+            records.check_opened(&records.component(below), None)?;
+            records.ancestors(below)
+        };
         self.records.borrow().check_unwritten(below, &ancestors)?;
         let drained = self.drain_roots_on(below, &ancestors).await?;
         let (change, roots) = self.overlaid(below, above).await?;
-        self.pin(below).await?;
         let outcome = match self.reopen_nodes(change).await {
             Ok(()) => self.put_on(&roots, above).await,
             Err(error) => Err(error),
         };
         drop(drained);
-        self.release(below, &super::reopen::pin(below)).await;
         if outcome.is_ok() {
             let mut records = self.records.borrow_mut();
             for id in records.component(above) {

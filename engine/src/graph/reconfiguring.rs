@@ -60,6 +60,28 @@ impl Graph {
     /// In QEMU's words; nothing has changed then.
     pub async fn reopen(&self, specs: Vec<NodeSpec>) -> Result<(), EngineError> {
         let _held = self.hold_for_reopen(&specs).await?;
+        // What is planned from here on holds only as long as nobody else changes one of them.
+        let pinned = self.pin_described(&specs)?;
+        let outcome = self.reopen_pinned(specs).await;
+        for id in pinned {
+            self.release(id, &pin(id)).await;
+        }
+        outcome
+    }
+
+    fn pin_described(&self, specs: &[NodeSpec]) -> Result<Vec<NodeId>, EngineError> {
+        let ids: Result<Vec<NodeId>, _> = specs.iter().map(|spec| self.described(spec)).collect();
+        let ids = ids?;
+        let mut records = self.records.borrow_mut();
+        for id in &ids {
+            records.check_unpinned(&records.component(*id), None)?;
+        }
+        records.change_edges(|edges| edges.extend(ids.iter().map(|id| pin(*id))))?;
+        Ok(ids)
+    }
+
+    /// The same for nodes that an edge of the caller keeps as they are. The graph is held.
+    async fn reopen_pinned(&self, specs: Vec<NodeSpec>) -> Result<(), EngineError> {
         let mut planned = Planned::default();
         for spec in specs {
             let id = self.described(&spec)?;
@@ -443,18 +465,8 @@ impl Graph {
             drained.push(self.drain_roots_on(parent, &above).await?);
         }
         let ids: Vec<NodeId> = nodes.iter().map(|node| node.id).collect();
-        {
-            let mut records = self.records.borrow_mut();
-            for id in &ids {
-                records.check_unpinned(&records.component(*id), None)?;
-            }
-            records.change_edges(|edges| edges.extend(ids.iter().map(|id| pin(*id))))?;
-        }
         let outcome = self.reopen_nodes(Change::new(nodes, links.clone())).await;
         drop(drained);
-        for id in &ids {
-            self.release(*id, &pin(*id)).await;
-        }
         outcome?;
         for link in &links {
             let User::Node(parent) = link.user else {

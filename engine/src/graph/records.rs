@@ -474,6 +474,15 @@ impl Records {
             let text = format!("Node '{name}' is busy: a command is changing it");
             return Err(EngineError::generic(text));
         }
+        self.check_opened(nodes, batch)
+    }
+
+    /// Fails if a command is opening one of these nodes, but for what `batch` opens.
+    pub(super) fn check_opened(
+        &self,
+        nodes: &[NodeId],
+        batch: Option<Batch>,
+    ) -> Result<(), EngineError> {
         let mut records = nodes.iter().filter_map(|id| self.node(*id));
         match records.find(|node| node.batch.is_some() && node.batch != batch) {
             None => Ok(()),

@@ -72,21 +72,24 @@ impl Graph {
     }
 
     /// Makes nodes read-only again that were opened for writing, as far as they are still there and nobody else has come to
-    /// write them. Whether the graph is held does not matter.
+    /// write them. Waits for whoever is changing one of them.
     pub async fn restore_read_only(&self, writable: Writable) {
         let Some(first) = writable.nodes.first().map(|was| was.id) else {
             return;
         };
-        self.wait_until_still(first).await;
-        let pinned = {
-            let mut records = self.records.borrow_mut();
-            let is_there = records.node(first).is_some();
-            is_there && records.change_edges(|edges| edges.push(pin(first))).is_ok()
-        };
-        if !pinned {
-            return;
+        match self.pin(first).await {
+            Ok(()) => {
+                self.make_read_only(writable).await;
+                self.release(first, &pin(first)).await;
+            }
+            Err(error) => tracing::warn!(%error, "a node stays writable"),
         }
+    }
+
+    /// The same for nodes that an edge of the caller keeps where they are.
+    pub(super) async fn make_read_only(&self, writable: Writable) {
         let mut change = Change::default();
+        let first = writable.nodes.first().map(|was| was.id);
         for was in writable.nodes {
             let node = self.records.borrow().node(was.id).cloned();
             // Who was given other options meanwhile has its own file open.
@@ -100,15 +103,14 @@ impl Graph {
         }
         if let Err(error) = self.reopen_nodes(change).await {
             let records = self.records.borrow();
-            let node = records.name_of(first);
+            let node = first.map(|first| records.name_of(first));
             tracing::warn!(%error, node, "a node stays writable");
         }
-        self.release(first, &pin(first)).await;
     }
 
     /// Puts something else below an image while the image is in use, which reads the same through it: the end of a job that
-    /// has copied what was there before. Requests in flight may end on what was below. Whether the graph is held does not
-    /// matter; both sides are on one thread.
+    /// has copied what was there before. Requests in flight may end on what was below. An edge of the caller keeps the image
+    /// where it is, and others from opening it in another way, with what was below it before; both sides are on one thread.
     ///
     /// # Errors
     /// In QEMU's words; what was below is there still.
@@ -117,8 +119,7 @@ impl Graph {
         overlay: NodeId,
         backing: Option<NodeId>,
     ) -> Result<(), EngineError> {
-        self.wait_until_still(overlay).await;
-        let mut change = {
+        let (mut change, backing) = {
             let records = self.records.borrow();
             let node = records.node(overlay).cloned();
             let mut node = node.ok_or_else(|| EngineError::generic("The node is gone"))?;
@@ -126,8 +127,9 @@ impl Graph {
                 let text = format!("Node '{}' has nothing below it", node.name);
                 return Err(EngineError::generic(text));
             };
-            *below = backing;
-            // In the records the filter of a job may be in between.
+            // In the records the filter of a job may be in between; it goes with its job.
+            let live = backing.map(|new| records.unfiltered(new));
+            *below = live;
             let mut children = records.children(overlay);
             let from = children.find(|edge| edge.role == BACKING_ROLE);
             let from = from.map(|edge| edge.child);
@@ -142,7 +144,7 @@ impl Graph {
                 from,
                 to: backing,
             };
-            Change::new(vec![node], vec![link])
+            (Change::new(vec![node], vec![link]), live)
         };
         self.records.borrow_mut().change_nodes(&mut change)?;
         let linked = self.threads.run(self.thread_of(overlay), move |context| {
@@ -235,11 +237,11 @@ impl Graph {
         reopened.await?
     }
 
-    /// Keeps a node, and what is connected with it, on its thread until the edge of [`pin`] is released. Waits for whoever is
-    /// changing one of them.
+    /// Keeps a node, and what is connected with it, on its thread until the edge of [`pin`] is released, and others from
+    /// changing one of them. Waits for whoever is doing that.
     ///
     /// # Errors
-    /// One of them is being opened.
+    /// Never, but for what is a bug.
     pub(super) async fn pin(&self, id: NodeId) -> Result<(), EngineError> {
         loop {
             self.wait_until_still(id).await;
@@ -248,7 +250,6 @@ impl Graph {
                 let mut records = self.records.borrow_mut();
                 let component = records.component(id);
                 if !records.has_command(&component) {
-                    records.check_unpinned(&component, None)?;
                     return records.change_edges(|edges| edges.push(pin(id)));
                 }
             }
