@@ -365,7 +365,9 @@ impl Graph {
             let unlinked = records.change_edges(|edges| {
                 edges.retain(|edge| edge.user != User::Node(id));
                 if let Some(below) = below {
-                    for edge in edges.iter_mut().filter(|edge| edge.child == id) {
+                    // What a command holds it lets go where it took it.
+                    let goes = |edge: &&mut Edge| edge.child == id && edge.user != User::Command;
+                    for edge in edges.iter_mut().filter(goes) {
                         edge.child = below;
                     }
                 }

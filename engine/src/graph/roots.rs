@@ -275,7 +275,8 @@ impl Graph {
 pub(super) fn move_edges(edges: &mut [Edge], from: NodeId, to: NodeId, but_of: Option<JobKey>) {
     for edge in edges.iter_mut().filter(|edge| edge.child == from) {
         let stays = but_of.is_some_and(|job| edge.is_of(job));
-        if !stays && !matches!(edge.user, User::Node(_)) {
+        // What a command holds it lets go where it took it.
+        if !stays && !matches!(edge.user, User::Node(_) | User::Command) {
             edge.child = to;
         }
     }

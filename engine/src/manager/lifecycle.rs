@@ -213,9 +213,6 @@ impl Manager {
             return Ok(());
         };
         if let Some(nodes) = nodes {
-            if keeps_equal && is_commit {
-                self.graph.keep_writable(key, &nodes);
-            }
             if pivots {
                 if is_commit {
                     self.graph.finish_active_commit(&nodes).await?;
@@ -223,6 +220,9 @@ impl Manager {
                 self.graph.pivot(key, &nodes, replaces.as_deref()).await?;
             } else if !keeps_equal {
                 self.graph.finish_chain(key, &nodes).await?;
+            }
+            if keeps_equal && is_commit {
+                self.graph.keep_writable(key, &nodes);
             }
         }
         let Some(driver) = driver else {
