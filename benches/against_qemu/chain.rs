@@ -12,7 +12,7 @@ use crate::Failure;
 use crate::case::EXT4;
 use crate::daemon::Daemon;
 use crate::data;
-use crate::image::{Format, Image, runs_in_mixed_order};
+use crate::image::{CLUSTER_BYTES, Format, Image, Piece, runs_in_mixed_order};
 use crate::job::{is_status, require_success};
 use crate::options::{Contestant, JobKind, Options, Scenario, Side};
 use crate::place::{Place, allocated_bytes};
@@ -70,6 +70,14 @@ pub(crate) fn run(options: &Options, scenario: Scenario) -> Result<Vec<CopyResul
     Ok(results)
 }
 
+/// All clusters of an image, one after the other.
+fn clusters(size_bytes: u64) -> Vec<Piece> {
+    let clusters = size_bytes / CLUSTER_BYTES;
+    (0..clusters)
+        .map(|cluster| (cluster * CLUSTER_BYTES, CLUSTER_BYTES))
+        .collect()
+}
+
 impl Chain {
     /// Makes the images that runs get copies of.
     fn make(options: &Options, scenario: Scenario, base: Base) -> Result<Self, Failure> {
@@ -105,10 +113,14 @@ impl Chain {
             fs::remove_file(&raw.path).map_err(|error| Failure::at(&raw.path, &error))?;
         }
         master_mid.create(size_bytes, &[])?;
-        // Every other run of a mixed order, so that data of both lies side by side.
+        // Every other piece, so that data of both lies side by side.
         let mut script = String::new();
         let mut left = chain.moved_bytes;
-        for (place, (offset, length)) in runs_in_mixed_order(size_bytes).into_iter().enumerate() {
+        let pieces = match scenario {
+            Scenario::ChainRuns | Scenario::Far => runs_in_mixed_order(size_bytes),
+            _ => clusters(size_bytes),
+        };
+        for (place, (offset, length)) in pieces.into_iter().enumerate() {
             if matches!(base, Base::Full) && place % 2 == 1 {
                 continue;
             }
@@ -171,7 +183,11 @@ impl Chain {
 
     fn what(&self, job: JobKind) -> String {
         let base = match self.base {
-            Base::Full => "base full of noise, every other run overwritten in mid".to_owned(),
+            Base::Full => match self.scenario {
+                Scenario::ChainRuns => "base full of noise, every other run overwritten in mid",
+                _ => "base full of noise, every other cluster overwritten in mid",
+            }
+            .to_owned(),
             Base::Far(latency_ns) => {
                 format!("base is null-co, {} ms a request", latency_ns / 1_000_000)
             }

@@ -14,7 +14,7 @@ use crate::options::Contestant;
 use crate::process::{run, run_with_input};
 
 /// Cluster of the images that are made here, in bytes: the default.
-const CLUSTER_BYTES: u64 = 64 << 10;
+pub(crate) const CLUSTER_BYTES: u64 = 64 << 10;
 
 /// A format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -104,7 +104,7 @@ fn measure(options: &Options, scenario: Scenario) -> Result<(), Failure> {
                 print(options, || result.json().to_string(), || result.table());
             }
         }
-        Scenario::Chain | Scenario::ChainDisk | Scenario::Far => {
+        Scenario::Chain | Scenario::ChainRuns | Scenario::ChainDisk | Scenario::Far => {
             for result in chain::run(options, scenario)? {
                 print(options, || result.json().to_string(), || result.table());
             }

@@ -106,9 +106,12 @@ pub(crate) enum Scenario {
     Zstd,
     /// qcow2 of 8 TiB with 1 GiB of data spread over it: opening, backup to qcow2, mirror to raw; as in `ram`.
     Huge,
-    /// Base full of noise, half of it overwritten in an overlay: commit below an empty top, stream, active commit; as in `ram`.
+    /// Base full of noise, every other cluster overwritten in an overlay: commit below an empty top, stream, active commit; as in
+    /// `ram`.
     Chain,
-    /// The same in a directory on a real disk.
+    /// The same with every other run of 64 KiB to 2 MiB overwritten.
+    ChainRuns,
+    /// As `chain`, in a directory on a real disk.
     ChainDisk,
     /// A base that answers after 10 ms, then 1 ms: commit into it, stream from it, 256 MiB; the rest as in `ram`.
     Far,
