@@ -60,6 +60,31 @@ fn afterwards(images: &[&str]) -> String {
     script
 }
 
+/// Takes the job `j` to its end, which waits to be told so where it `waits`, and closes everything.
+fn to_its_end(waits: bool) -> String {
+    let mut script = String::new();
+    if waits {
+        script += "wait j pending\n";
+        script += &line("x-debug-query-block-graph", &json!({}));
+        script += &line("query-named-block-nodes", &json!({"flat": true}));
+        script += &line("query-block-jobs", &json!({}));
+        script += &line("job-finalize", &json!({"id": "j"}));
+        script += "wait j concluded\n";
+        script += &line("query-jobs", &json!({}));
+        script += &line("job-dismiss", &json!({"id": "j"}));
+    }
+    script += "wait j null\n";
+    script += &line("x-debug-query-block-graph", &json!({}));
+    script += &line("query-named-block-nodes", &json!({}));
+    script += "locks base.qcow2\nlocks top.qcow2\n";
+    for name in ["top", "mid", "base"] {
+        script += &line("blockdev-del", &json!({"node-name": name}));
+    }
+    script += &afterwards(&["top", "mid", "base"]);
+    script += "$ qemu-img compare before.raw top.qcow2\n";
+    script
+}
+
 /// Five layers of 4 MiB, each with data of its own.
 fn five(folder: &Path) {
     image(folder, "n0.qcow2", &[]);
@@ -163,25 +188,7 @@ fn a_commit_below_the_top_shortens_the_chain() {
                 "block-commit",
                 &with(json!({"job-id": "j"}), commit.clone()),
             );
-            if waits {
-                script += "wait j pending\n";
-                script += &line("x-debug-query-block-graph", &json!({}));
-                script += &line("query-named-block-nodes", &json!({"flat": true}));
-                script += &line("query-block-jobs", &json!({}));
-                script += &line("job-finalize", &json!({"id": "j"}));
-                script += "wait j concluded\n";
-                script += &line("query-jobs", &json!({}));
-                script += &line("job-dismiss", &json!({"id": "j"}));
-            }
-            script += "wait j null\n";
-            script += &line("x-debug-query-block-graph", &json!({}));
-            script += &line("query-named-block-nodes", &json!({}));
-            script += "locks base.qcow2\nlocks top.qcow2\n";
-            for name in ["top", "mid", "base"] {
-                script += &line("blockdev-del", &json!({"node-name": name}));
-            }
-            script += &afterwards(&["top", "mid", "base"]);
-            script += "$ qemu-img compare before.raw top.qcow2\n";
+            script += &to_its_end(waits);
             compare(&script, chain);
         }
     }
@@ -280,25 +287,7 @@ fn a_stream_pulls_up_what_it_is_asked_for() {
                 "block-stream",
                 &with(json!({"job-id": "j"}), stream.clone()),
             );
-            if waits {
-                script += "wait j pending\n";
-                script += &line("x-debug-query-block-graph", &json!({}));
-                script += &line("query-named-block-nodes", &json!({"flat": true}));
-                script += &line("query-block-jobs", &json!({}));
-                script += &line("job-finalize", &json!({"id": "j"}));
-                script += "wait j concluded\n";
-                script += &line("query-jobs", &json!({}));
-                script += &line("job-dismiss", &json!({"id": "j"}));
-            }
-            script += "wait j null\n";
-            script += &line("x-debug-query-block-graph", &json!({}));
-            script += &line("query-named-block-nodes", &json!({}));
-            script += "locks base.qcow2\nlocks top.qcow2\n";
-            for name in ["top", "mid", "base"] {
-                script += &line("blockdev-del", &json!({"node-name": name}));
-            }
-            script += &afterwards(&["top", "mid", "base"]);
-            script += "$ qemu-img compare before.raw top.qcow2\n";
+            script += &to_its_end(waits);
             writeln!(script, "$ qemu-img compare device.raw {device}.qcow2").expect("a text");
             compare(&script, chain);
         }
