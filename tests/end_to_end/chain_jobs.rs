@@ -431,3 +431,33 @@ fn the_top_is_committed_until_its_client_decides() {
         }
     }
 }
+
+/// A stream that ends while a commit has its filter right below: what is below is the layer when the commit is given up, so that
+/// the nodes can still move and be opened in another way.
+#[test]
+fn a_stream_may_end_above_the_filter_of_a_commit() {
+    let mut script = one_by_one(&["base", "mid", "top"]);
+    script += &line(
+        "blockdev-add",
+        &with(on("other", "other.qcow2"), json!({"backing": "mid"})),
+    );
+    script += &line("object-add", &json!({"qom-type": "iothread", "id": "t"}));
+    let commit = json!({"job-id": "c", "device": "other", "top-node": "mid", "speed": 1});
+    script += &line("block-commit", &commit);
+    script += &line(
+        "block-stream",
+        &json!({"job-id": "s", "device": "top", "bottom": "top"}),
+    );
+    script += "wait s null\n";
+    script += &line("block-job-cancel", &json!({"device": "c", "force": true}));
+    script += "wait c null\n";
+    script += &line(
+        "x-blockdev-set-iothread",
+        &json!({"node-name": "top", "iothread": "t"}),
+    );
+    script += &afterwards(&["top", "other", "mid", "base"]);
+    compare(&script, |folder| {
+        chain(folder);
+        overlay(folder, "other.qcow2", "mid.qcow2", "qcow2");
+    });
+}
