@@ -560,3 +560,38 @@ fn a_writer_goes_on_while_its_chain_changes() {
         writer_beside_chain(last);
     }
 }
+
+/// A node in the middle that is shorter than what is above and below it: nobody writes to it.
+#[test]
+fn what_a_short_layer_hides_becomes_zeroes_in_the_base() {
+    block_on(async {
+        let yard = Yard::new();
+        yard.add("s", 1).await;
+        for name in ["o1", "o2"] {
+            yard.add_image(name).await;
+        }
+        let resize = Request::BlockResize {
+            device: None,
+            node_name: Some("o1".to_owned()),
+            size: 1 << 20,
+        };
+        yard.call(resize).await.expect("shorter");
+        let put = |node: &str, overlay: &str| Request::BlockdevSnapshot {
+            node: node.to_owned(),
+            overlay: overlay.to_owned(),
+        };
+        yard.call(put("s", "o1")).await.expect("put there");
+        yard.call(put("o1", "o2")).await.expect("put there");
+        let middle = CommitSpec {
+            device: "o2".to_owned(),
+            top_node: Some("o1".to_owned()),
+            base_node: Some("s".to_owned()),
+            ..CommitSpec::default()
+        };
+        let path = yard.path("s");
+        yard.start(WorkSpec::Commit(middle)).await.expect("started");
+        yard.until(Status::Null);
+        assert!(holds(&path, ByteRange::new(1 << 20, 3 << 20), 0));
+        assert!(holds(&path, ByteRange::new(0, 1 << 20), 1));
+    });
+}

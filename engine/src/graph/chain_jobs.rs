@@ -127,6 +127,15 @@ impl Graph {
         for id in above {
             seen_bytes = seen_bytes.max(self.facts(id).await?.length_bytes);
         }
+        let (top_bytes, base_bytes) = (lengths.0.length_bytes, lengths.1.length_bytes);
+        if is_active && top_bytes < base_bytes.min(seen_bytes) {
+            // Until the client completes the job, the base may not be changed there: the device does not hide it.
+            return Err(EngineError::generic(format!(
+                "Node '{}' is written to and shorter than the base and than an image above it, which would show what the \
+                 base holds behind its end; make it as long as that image first",
+                self.records.borrow().name_of(top)
+            )));
+        }
         Ok(JobNodes {
             source: Some(top),
             target: Some(base),
@@ -136,7 +145,7 @@ impl Graph {
                 device,
                 inner,
                 seen_bytes,
-                grows: lengths.1.length_bytes < lengths.0.length_bytes,
+                grows: base_bytes < top_bytes,
                 named: NewBacking {
                     name: spec.backing_file.clone(),
                     mask_protocol: spec.backing_mask_protocol,

@@ -207,7 +207,9 @@ impl Tracker {
     /// # Cancel safety
     /// Nobody waits then.
     pub(crate) async fn quiet(&self) -> Quiet {
-        Quiet(self.gate.close_again(Way::Write).await)
+        Quiet {
+            _closed: self.gate.close_again(Way::Write).await,
+        }
     }
 
     /// The job has ended: nothing is tracked any more, and no write that comes now goes to the other side.
@@ -235,4 +237,6 @@ impl Tracker {
 
 /// As long as it is there, no write is inside a filter and new ones wait.
 #[must_use = "writes go on when it is dropped"]
-pub(crate) struct Quiet(#[allow(dead_code, reason = "kept until it is dropped")] Closed);
+pub(crate) struct Quiet {
+    _closed: Closed,
+}
