@@ -168,7 +168,7 @@ impl Client {
         }
     }
 
-    /// Waits until a job has reached a status.
+    /// Waits until a job has reached a status. What came before that, of other jobs too, is passed over.
     pub(crate) fn wait_for(&mut self, job: &str, status: &str) {
         let is_it = |event: &Value| {
             event["event"] == "JOB_STATUS_CHANGE"

@@ -170,10 +170,11 @@ fn overlays_join_what_they_stand_on() {
         .len();
     let target = json!({"driver": "null-co", "node-name": "n3", "size": size});
     client.run("blockdev-add", target);
-    client.run("blockdev-backup", job("j", "mid", "n1"));
-    client.run("blockdev-backup", job("k", "topf", "n3"));
-    client.wait_for("j", "pending");
-    client.wait_for("k", "pending");
+    // One after the other: waiting for one job passes over what the others tell meanwhile.
+    for (name, device, target) in [("j", "mid", "n1"), ("k", "topf", "n3")] {
+        client.run("blockdev-backup", job(name, device, target));
+        client.wait_for(name, "pending");
+    }
     let refused = client.refusal("blockdev-add", read_only.clone());
     assert!(refused.contains("different data threads"), "{refused}");
     for name in ["j", "k"] {
