@@ -2,7 +2,7 @@
 //!
 //! Layers, lowest first; a line imports only lines above it:
 //! `error`, `clock`, `limits` < `request`, `reply`, `event` and `job` (status, verb, progress, speed, error policy) <
-//! `node` (what moves bytes, on a data thread) < `job::context`, `job::work` < `jobs` (copier, backup, mirror, create)
+//! `nbd` (what NBD's server and client share), `node` (what moves bytes, on a data thread) < `job::context`, `job::work` < `jobs` (copier, backup, mirror, create)
 //! and `images` (work that is no job) <
 //! `data` (the threads) < `graph` (names, edges, permissions; on the manager's thread) < `manager` < `engine`.
 //!
@@ -22,6 +22,7 @@ pub mod job;
 pub mod jobs;
 pub mod limits;
 mod manager;
+pub mod nbd;
 pub mod node;
 mod qcow2;
 pub mod reply;

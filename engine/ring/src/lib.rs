@@ -11,8 +11,11 @@ pub mod host_file;
 mod host_storage;
 pub mod inherited;
 pub mod ofd_lock;
+mod polled_socket;
 pub mod reactor;
 mod ring_file;
+mod ring_socket;
+pub mod socket;
 
 mod uring;
 mod wake;
@@ -20,4 +23,5 @@ mod workers;
 
 pub use host_file::{FileKind, HostFile, OpenMode};
 pub use reactor::{BackendChoice, BackendKind, Reactor, ReactorConfig, ReactorError, probe};
+pub use socket::{Fill, Part, Received, Sent, Socket};
 pub use wake::RemoteWaker;

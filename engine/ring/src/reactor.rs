@@ -1,6 +1,7 @@
 //! [`Reactor`]: what one data thread waits on, with a ring or without.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -10,7 +11,10 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::host_file::HostFile;
 use crate::host_storage::HostStorage;
+use crate::polled_socket::{PolledSocket, Poller};
 use crate::ring_file::RingFile;
+use crate::ring_socket::RingSocket;
+use crate::socket::Socket;
 use crate::uring::{Uring, set_up};
 use crate::wake::RemoteWaker;
 use crate::workers::Workers;
@@ -77,9 +81,17 @@ pub fn probe() -> Result<(), io::Error> {
     set_up(8).map(drop)
 }
 
+/// On what a thread waits.
+enum WayOfWaiting {
+    /// For completions.
+    Ring(Rc<Uring>),
+    /// Until the bell rings or a socket can go on.
+    Poll(Rc<Poller>),
+}
+
 /// What one thread waits on. Does not leave its thread.
 pub struct Reactor {
-    uring: Option<Rc<Uring>>,
+    way: WayOfWaiting,
     workers: Workers,
     waker: RemoteWaker,
 }
@@ -92,15 +104,11 @@ impl Reactor {
     pub fn open(config: ReactorConfig) -> Result<Self, ReactorError> {
         let workers = Workers::new(config.workers_max);
         if config.backend != BackendChoice::Threads {
-            let bell = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| ReactorError {
-                what: "Cannot make an event descriptor",
-                source: error.into(),
-            })?;
-            let waker = RemoteWaker::with_eventfd(bell);
+            let waker = RemoteWaker::new(bell(EventfdFlags::CLOEXEC)?);
             match Uring::open(config.depth, config.pool, waker.clone()) {
                 Ok(uring) => {
                     return Ok(Self {
-                        uring: Some(uring),
+                        way: WayOfWaiting::Ring(uring),
                         workers,
                         waker,
                     });
@@ -114,19 +122,22 @@ impl Reactor {
                 Err(error) => tracing::debug!(%error, "no io_uring, threads instead"),
             }
         }
+        let poller = Poller::new().map_err(|source| ReactorError {
+            what: "Cannot make a descriptor to wait with",
+            source,
+        })?;
         Ok(Self {
-            uring: None,
+            way: WayOfWaiting::Poll(Rc::new(poller)),
             workers,
-            waker: RemoteWaker::with_condition(),
+            waker: RemoteWaker::new(bell(EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?),
         })
     }
 
     /// With a ring or without.
     pub fn backend(&self) -> BackendKind {
-        if self.uring.is_some() {
-            BackendKind::Uring
-        } else {
-            BackendKind::Threads
+        match self.way {
+            WayOfWaiting::Ring(_) => BackendKind::Uring,
+            WayOfWaiting::Poll(_) => BackendKind::Threads,
         }
     }
 
@@ -141,31 +152,46 @@ impl Reactor {
     /// # Errors
     /// When the ring itself fails.
     pub fn turn(&self, timeout: Option<Duration>) -> Result<(), ReactorError> {
-        if let Some(uring) = &self.uring {
-            return uring.turn(timeout).map_err(|source| ReactorError {
+        match &self.way {
+            WayOfWaiting::Ring(uring) => uring.turn(timeout).map_err(|source| ReactorError {
                 what: "The io_uring failed",
                 source,
-            });
+            }),
+            WayOfWaiting::Poll(poller) => {
+                if timeout != Some(Duration::ZERO) && self.waker.fall_asleep() {
+                    poller.wait(self.waker.bell(), timeout);
+                    self.waker.wake_up();
+                } else {
+                    poller.look();
+                }
+                Ok(())
+            }
         }
-        if timeout != Some(Duration::ZERO) && self.waker.fall_asleep() {
-            self.waker.wait(timeout);
-            self.waker.wake_up();
-        }
-        Ok(())
     }
 
     /// A host file as a storage on this reactor.
     pub fn file(&self, file: HostFile, read_only: bool) -> Rc<dyn Storage> {
-        let ring = self
-            .uring
-            .as_ref()
-            .map(|uring| RingFile::new(uring.clone(), file.clone()));
+        let ring = match &self.way {
+            WayOfWaiting::Ring(uring) => Some(RingFile::new(uring.clone(), file.clone())),
+            WayOfWaiting::Poll(_) => None,
+        };
         Rc::new(HostStorage::new(
             file,
             read_only,
             self.workers.clone(),
             ring,
         ))
+    }
+
+    /// A connected socket on this reactor. It is shut down when it is dropped.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be waited for, as a file's.
+    pub fn socket(&self, socket: OwnedFd) -> io::Result<Rc<dyn Socket>> {
+        Ok(match &self.way {
+            WayOfWaiting::Ring(uring) => Rc::new(RingSocket::new(uring.clone(), socket)?),
+            WayOfWaiting::Poll(poller) => Rc::new(PolledSocket::new(poller.clone(), socket)?),
+        })
     }
 
     /// Carries out a call that may block on a worker; ends with it, also when it panicked.
@@ -175,4 +201,11 @@ impl Reactor {
             let _ = answer.await;
         })
     }
+}
+
+fn bell(flags: EventfdFlags) -> Result<OwnedFd, ReactorError> {
+    eventfd(0, flags).map_err(|error| ReactorError {
+        what: "Cannot make an event descriptor",
+        source: error.into(),
+    })
 }

@@ -47,7 +47,7 @@ impl RingFile {
                     done,
                 )
                 .await;
-            buffer = back;
+            buffer = back.into_buffer();
             match result {
                 0 => break,
                 count if count > 0 => {
@@ -96,7 +96,7 @@ impl RingFile {
                     done,
                 )
                 .await;
-            buffer = back;
+            buffer = back.into_buffer();
             match result {
                 0 => return (buffer, Err(ENOSPC)),
                 count if count > 0 => {

@@ -20,6 +20,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use slab::Slab;
 
 use crate::host_file::HostFile;
+use crate::ring_socket::Message;
 use crate::wake::RemoteWaker;
 
 /// Files that can be registered at once; more work unregistered.
@@ -47,9 +48,17 @@ pub(crate) enum Direction {
 /// A file's place in the ring's table, if it got one.
 pub(crate) struct FileSlot(Option<u32>);
 
+/// Memory that the kernel may touch.
+pub(crate) enum Held {
+    /// Filled, or written from.
+    Buffer(Buffer),
+    /// Sent.
+    Message(Box<Message>),
+}
+
 /// One operation the kernel may be working on.
 struct InFlight {
-    buffer: Buffer,
+    held: Held,
     /// Keeps the descriptor open until the kernel is done with it.
     _file: Arc<OwnedFd>,
     /// The place in the table of files that its entry names.
@@ -196,8 +205,7 @@ impl Uring {
         }
     }
 
-    /// Transfers `buffer[done..]` at `offset + done`, once. Returns the buffer and the kernel's answer: a count, or a
-    /// negative error number.
+    /// Transfers `buffer[done..]` at `offset + done`, once.
     pub(crate) fn transfer(
         self: &Rc<Self>,
         direction: Direction,
@@ -206,7 +214,7 @@ impl Uring {
         offset: u64,
         mut buffer: Buffer,
         done: usize,
-    ) -> Transferring {
+    ) -> Operating {
         let index = self.registered_index(&mut buffer);
         let bytes = &mut buffer.as_mut_slice()[done..];
         let address = bytes.as_mut_ptr();
@@ -220,16 +228,28 @@ impl Uring {
         if !file.is_direct() && bytes.len() >= COPIED_APART_BYTES {
             entry = entry.flags(squeue::Flags::ASYNC);
         }
+        let file = file.descriptor().clone();
+        self.submit(Held::Buffer(buffer), file, slot.0, entry)
+    }
+
+    /// Queues an entry whose addresses lead into what is `held`, on a file that is at `file_index` of the table, if it is there.
+    pub(crate) fn submit(
+        self: &Rc<Self>,
+        held: Held,
+        file: Arc<OwnedFd>,
+        file_index: Option<u32>,
+        entry: squeue::Entry,
+    ) -> Operating {
         let number = self.in_flight.borrow_mut().insert(InFlight {
-            buffer,
-            _file: file.descriptor().clone(),
-            file_index: slot.0,
+            held,
+            _file: file,
+            file_index,
             result: None,
             waker: None,
             abandoned: false,
         });
         self.queue(entry.user_data(number as u64));
-        Transferring {
+        Operating {
             uring: self.clone(),
             number: Some(number),
         }
@@ -374,14 +394,11 @@ impl Uring {
 
     /// Keeps a read on the bell in flight, so that a call ends a wait.
     fn arm_bell(&self) {
-        let Some(eventfd) = self.waker.eventfd() else {
-            return;
-        };
         if self.bell_armed.replace(true) {
             return;
         }
         let count = self.bell_count.as_ptr().cast::<u8>();
-        let entry = opcode::Read::new(types::Fd(eventfd.as_raw_fd()), count, 8).build();
+        let entry = opcode::Read::new(types::Fd(self.waker.bell().as_raw_fd()), count, 8).build();
         self.queue(entry.user_data(BELL));
     }
 }
@@ -389,10 +406,8 @@ impl Uring {
 impl Drop for Uring {
     /// Waits for everything in flight: the kernel must not write into memory that is gone.
     fn drop(&mut self) {
-        if let Some(eventfd) = self.waker.eventfd() {
-            // Ends the read on the bell. Nobody arms it again.
-            let _ = rustix::io::write(eventfd, &1_u64.to_le_bytes());
-        }
+        // Ends the read on the bell. Nobody arms it again.
+        let _ = rustix::io::write(self.waker.bell(), &1_u64.to_le_bytes());
         let mut patience = 50;
         while patience > 0
             && (self.bell_armed.get()
@@ -437,6 +452,16 @@ fn forgive(outcome: io::Result<usize>) -> io::Result<()> {
             Ok(())
         }
         Err(error) => Err(error),
+    }
+}
+
+impl Held {
+    /// The buffer, where it was one.
+    pub(crate) fn into_buffer(self) -> Buffer {
+        match self {
+            Held::Buffer(buffer) => buffer,
+            Held::Message(_) => Buffer::zeroed(0),
+        }
     }
 }
 
@@ -490,23 +515,23 @@ impl Target {
     }
 }
 
-/// Waits for one transfer.
-pub(crate) struct Transferring {
+/// Waits for one operation. Comes back with what the kernel has held, and its answer: a count, or a negative error number.
+pub(crate) struct Operating {
     uring: Rc<Uring>,
     number: Option<usize>,
 }
 
-impl Future for Transferring {
-    type Output = (Buffer, i32);
+impl Future for Operating {
+    type Output = (Held, i32);
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<(Buffer, i32)> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<(Held, i32)> {
         let uring = self.uring.clone();
         let mut table = uring.in_flight.borrow_mut();
         let number = self.number.expect("not polled after its end");
         match table[number].result {
             Some(result) => {
                 self.number = None;
-                Poll::Ready((table.remove(number).buffer, result))
+                Poll::Ready((table.remove(number).held, result))
             }
             None => {
                 table[number].waker = Some(cx.waker().clone());
@@ -516,7 +541,7 @@ impl Future for Transferring {
     }
 }
 
-impl Drop for Transferring {
+impl Drop for Operating {
     fn drop(&mut self) {
         let Some(number) = self.number else {
             return;

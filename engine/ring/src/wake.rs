@@ -1,9 +1,8 @@
 //! [`RemoteWaker`]: makes a waiting reactor return from any thread, without a system call while it is awake.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
 
 /// Wakes one reactor.
 #[derive(Clone)]
@@ -16,28 +15,13 @@ struct Shared {
     woken: AtomicBool,
     /// The thread waits, or is about to: only then a wake needs the bell.
     asleep: AtomicBool,
-    bell: Bell,
-}
-
-enum Bell {
-    /// A ring reads this descriptor all the time.
-    EventFd(OwnedFd),
-    /// A thread without a ring waits here.
-    Condition(Mutex<bool>, Condvar),
+    /// A ring reads this descriptor all the time; a thread without a ring waits until it can be read.
+    bell: OwnedFd,
 }
 
 impl RemoteWaker {
     /// A waker whose bell is an event descriptor.
-    pub(crate) fn with_eventfd(eventfd: OwnedFd) -> Self {
-        Self::with(Bell::EventFd(eventfd))
-    }
-
-    /// A waker whose bell is a condition variable.
-    pub(crate) fn with_condition() -> Self {
-        Self::with(Bell::Condition(Mutex::new(false), Condvar::new()))
-    }
-
-    fn with(bell: Bell) -> Self {
+    pub(crate) fn new(bell: OwnedFd) -> Self {
         let shared = Shared {
             woken: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
@@ -54,16 +38,8 @@ impl RemoteWaker {
         if !self.shared.asleep.swap(false, Ordering::SeqCst) {
             return;
         }
-        match &self.shared.bell {
-            Bell::EventFd(eventfd) => {
-                // A full counter (EAGAIN) is a bell that rings already.
-                let _ = rustix::io::write(eventfd.as_fd(), &1_u64.to_le_bytes());
-            }
-            Bell::Condition(rung, condition) => {
-                *rung.lock().unwrap_or_else(PoisonError::into_inner) = true;
-                condition.notify_one();
-            }
-        }
+        // A full counter (EAGAIN) is a bell that rings already.
+        let _ = rustix::io::write(self.shared.bell.as_fd(), &1_u64.to_le_bytes());
     }
 
     /// Whether somebody called since the last look.
@@ -92,36 +68,9 @@ impl RemoteWaker {
         self.shared.asleep.store(false, Ordering::SeqCst);
     }
 
-    /// The bell of a waker made with [`with_eventfd`](Self::with_eventfd).
-    pub(crate) fn eventfd(&self) -> Option<&OwnedFd> {
-        match &self.shared.bell {
-            Bell::EventFd(eventfd) => Some(eventfd),
-            Bell::Condition(..) => None,
-        }
-    }
-
-    /// Waits for the bell of a waker made with [`with_condition`](Self::with_condition), at most `timeout`.
-    pub(crate) fn wait(&self, timeout: Option<Duration>) {
-        let Bell::Condition(rung, condition) = &self.shared.bell else {
-            return;
-        };
-        let mut guard = rung.lock().unwrap_or_else(PoisonError::into_inner);
-        match timeout {
-            Some(timeout) if !*guard => {
-                guard = condition
-                    .wait_timeout(guard, timeout)
-                    .map_or_else(|poisoned| poisoned.into_inner().0, |(guard, _)| guard);
-            }
-            Some(_) => {}
-            None => {
-                while !*guard {
-                    guard = condition
-                        .wait(guard)
-                        .unwrap_or_else(PoisonError::into_inner);
-                }
-            }
-        }
-        *guard = false;
+    /// The bell.
+    pub(crate) fn bell(&self) -> &OwnedFd {
+        &self.shared.bell
     }
 }
 
@@ -131,7 +80,8 @@ mod tests {
 
     #[test]
     fn a_call_that_was_only_seen_still_keeps_the_thread_awake() {
-        let waker = RemoteWaker::with_condition();
+        let bell = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC);
+        let waker = RemoteWaker::new(bell.expect("a descriptor"));
         assert!(!waker.is_woken());
         waker.wake();
         assert!(waker.is_woken() && waker.is_woken());

@@ -12,7 +12,7 @@ use blockyard_storage::buffer::BufferPool;
 use blockyard_storage::{Storage, conformance};
 
 mod support;
-use support::block_on;
+use support::{block_on, forbid_io_uring};
 
 fn reactor(backend: BackendChoice) -> Reactor {
     let pool = BufferPool::new(8 << 20);
@@ -90,16 +90,6 @@ fn threads_take_over_where_io_uring_is_forbidden() {
         .join()
         .expect("the suite passes");
     }
-}
-
-fn forbid_io_uring(errno: i32) {
-    use seccompiler::{SeccompAction, SeccompFilter};
-    let arch = std::env::consts::ARCH.try_into().expect("a known machine");
-    let rules = [(libc::SYS_io_uring_setup, vec![])].into_iter().collect();
-    let refuse = SeccompAction::Errno(errno.unsigned_abs());
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).expect("a filter");
-    let program: seccompiler::BpfProgram = filter.try_into().expect("compiles");
-    seccompiler::apply_filter(&program).expect("installed");
 }
 
 /// Calls from another thread end every wait, however they fall.

@@ -2,9 +2,11 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use blockyard_ring::HostFile;
+use blockyard_ring::{HostFile, Socket};
 use blockyard_storage::buffer::BufferPool;
 use blockyard_storage::{LocalFuture, Storage};
 
@@ -22,10 +24,16 @@ pub struct NodeId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ThreadId(pub u64);
 
-/// How a data thread reaches the host's files.
+/// How a data thread reaches the host's files and sockets.
 pub trait HostFiles {
     /// An open file as a storage on this thread.
     fn storage(&self, file: &HostFile, read_only: bool) -> Rc<dyn Storage>;
+
+    /// A connected socket on this thread. It is shut down when it is dropped.
+    ///
+    /// # Errors
+    /// When there is nothing to wait for it with.
+    fn socket(&self, socket: OwnedFd) -> io::Result<Rc<dyn Socket>>;
 
     /// Carries out a call that may block somewhere else; ends with it.
     fn blocking(&self, call: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()>;

@@ -1,8 +1,10 @@
 //! [`ReactorOpener`]: host files as storages of this thread's reactor.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use blockyard_ring::{HostFile, Reactor};
+use blockyard_ring::{HostFile, Reactor, Socket};
 use blockyard_storage::{LocalFuture, Storage};
 
 use crate::data::context::HostFiles;
@@ -22,6 +24,10 @@ impl ReactorOpener {
 impl HostFiles for ReactorOpener {
     fn storage(&self, file: &HostFile, read_only: bool) -> Rc<dyn Storage> {
         self.reactor.file(file.clone(), read_only)
+    }
+
+    fn socket(&self, socket: OwnedFd) -> io::Result<Rc<dyn Socket>> {
+        self.reactor.socket(socket)
     }
 
     fn blocking(&self, call: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()> {

@@ -1,10 +1,12 @@
 //! Creation of a file whose bytes are simulated while its name is real: failed or cancelled at every step it removes what
 //! it made and only that.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use blockyard_ring::HostFile;
+use blockyard_ring::{HostFile, Socket};
 use blockyard_simulator::{Disk, DiskOptions, Fault, World};
 use blockyard_storage::buffer::BufferPool;
 use blockyard_storage::error::{EIO, ENOSPC};
@@ -34,6 +36,10 @@ impl HostFiles for SimulatedFiles {
     fn storage(&self, _: &HostFile, read_only: bool) -> Rc<dyn Storage> {
         assert!(!read_only, "a new file is written to");
         self.0.open()
+    }
+
+    fn socket(&self, _: OwnedFd) -> io::Result<Rc<dyn Socket>> {
+        unreachable!("nothing is connected")
     }
 
     fn blocking(&self, call: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()> {

@@ -2,6 +2,8 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
@@ -10,7 +12,7 @@ use blockyard_images::pace::Unwatched;
 use blockyard_images::qcow2::create::{CreateOptions, create};
 use blockyard_images::qcow2::units::{Compression, Version};
 use blockyard_images::qcow2::{Options, Qcow2};
-use blockyard_ring::HostFile;
+use blockyard_ring::{HostFile, Socket};
 use blockyard_simulator::{Disk, DiskOptions, Seed, World, run};
 use blockyard_storage::buffer::BufferPool;
 use blockyard_storage::{Aligned, ByteRange, LocalFuture, Storage};
@@ -159,6 +161,10 @@ struct NoFiles;
 impl HostFiles for NoFiles {
     fn storage(&self, _: &HostFile, _: bool) -> Rc<dyn Storage> {
         unreachable!("nodes are made on simulated disks")
+    }
+
+    fn socket(&self, _: OwnedFd) -> io::Result<Rc<dyn Socket>> {
+        unreachable!("nothing is connected")
     }
 
     fn blocking(&self, _: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()> {
