@@ -29,6 +29,23 @@ const FENCES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "nbd/src",
+        &[
+            "tokio",
+            "io_uring",
+            "serde",
+            "std::time",
+            "std::fs",
+            "std::net",
+            "std::os",
+            "std::io",
+            "std::thread",
+            "blockyard_storage",
+            "blockyard_engine",
+            "unsafe {",
+        ],
+    ),
+    (
         "engine/ring/src",
         &["tokio", "blockyard_images", "blockyard_engine", "serde"],
     ),
@@ -106,6 +123,7 @@ fn unsafe_code_is_forbidden_everywhere_but_in_the_ring() {
     for package in [
         "images/storage/src",
         "images/src",
+        "nbd/src",
         "engine/src",
         "qmp/src",
         "tests/simulator/src",
