@@ -2,6 +2,9 @@
 //!
 //! Spec: NBD, "Handshake phase".
 
+pub mod client;
+#[cfg(test)]
+mod client_tests;
 pub mod info;
 pub mod option;
 pub mod server;

@@ -5,6 +5,9 @@
 //! Spec: NBD, "Transmission".
 
 pub mod block_status;
+pub mod incoming;
+#[cfg(test)]
+mod incoming_tests;
 pub mod reply;
 pub mod request;
 
@@ -12,5 +15,6 @@ pub mod request;
 mod request_tests;
 
 pub use block_status::{Extent, StatusExtents, StatusQuery};
+pub use incoming::{Awaited, Content, Failure, Follows, Incoming, parse_extents};
 pub use reply::Reply;
 pub use request::{Command, Refusal, Request};
