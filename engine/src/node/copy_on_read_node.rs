@@ -17,6 +17,7 @@ use crate::limits::STATUS_EXTENTS_MAX;
 use crate::node::build::{NodePlan, child_of};
 use crate::node::chain::{Content, chain_status};
 use crate::node::fault_rules::DebugEvent;
+use crate::node::forwarding::forward_to_child;
 use crate::node::zeroes::is_zero;
 use crate::node::{
     Fill, ImageMarks, Node, NodeFacts, NodeTransfer, Place, StatusExtent, cannot_become, refused,
@@ -144,6 +145,11 @@ async fn fill(child: &Rc<dyn Node>, range: ByteRange) -> Result<(), NodeError> {
 }
 
 impl Node for CopyOnReadNode {
+    forward_to_child! {
+        status place has_clusters fill flush resize resize_refusal exact_length_bytes
+        backing names_backing image_marks compresses listens hear
+    }
+
     fn name(&self) -> String {
         self.name.clone()
     }
@@ -156,26 +162,6 @@ impl Node for CopyOnReadNode {
             unmaps: facts.unmaps && options.discard == Discard::Unmap,
             ..facts
         }
-    }
-
-    fn status(
-        &self,
-        range: ByteRange,
-        extents_max: usize,
-    ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
-        Box::pin(async move { self.child().status(range, extents_max).await })
-    }
-
-    fn place(
-        &self,
-        range: ByteRange,
-        finds_holes: bool,
-    ) -> LocalFuture<'_, Result<Place, NodeError>> {
-        Box::pin(async move { self.child().place(range, finds_holes).await })
-    }
-
-    fn has_clusters(&self, at_least: u64) -> LocalFuture<'_, Result<bool, NodeError>> {
-        Box::pin(async move { self.child().has_clusters(at_least).await })
     }
 
     fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
@@ -232,15 +218,6 @@ impl Node for CopyOnReadNode {
         })
     }
 
-    fn fill(
-        &self,
-        range: ByteRange,
-        with: Fill,
-        memory: Option<Buffer>,
-    ) -> LocalFuture<'_, Result<(), NodeError>> {
-        Box::pin(async move { self.child().fill(range, with, memory).await })
-    }
-
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
         Box::pin(async move {
             if let Some(error) = self.refusal(Operation::Discard, range) {
@@ -251,22 +228,6 @@ impl Node for CopyOnReadNode {
                 Discard::Unmap => self.child().discard(range).await,
             }
         })
-    }
-
-    fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {
-        Box::pin(async move { self.child().flush().await })
-    }
-
-    fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
-        Box::pin(async move { self.child().resize(length_bytes).await })
-    }
-
-    fn resize_refusal(&self, length_bytes: u64) -> Option<String> {
-        self.child().resize_refusal(length_bytes)
-    }
-
-    fn exact_length_bytes(&self) -> u64 {
-        self.child().exact_length_bytes()
     }
 
     fn preallocate(
@@ -282,22 +243,6 @@ impl Node for CopyOnReadNode {
             }
             self.child().preallocate(range, how).await
         })
-    }
-
-    fn backing(&self) -> Option<Rc<dyn Node>> {
-        self.child().backing()
-    }
-
-    fn names_backing(&self) -> bool {
-        self.child().names_backing()
-    }
-
-    fn image_marks(&self) -> Option<ImageMarks> {
-        self.child().image_marks()
-    }
-
-    fn compresses(&self) -> bool {
-        self.child().compresses()
     }
 
     fn write_compressed(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
@@ -326,13 +271,5 @@ impl Node for CopyOnReadNode {
             self.options.set(*options);
             Ok(())
         })
-    }
-
-    fn listens(&self) -> bool {
-        self.child().listens()
-    }
-
-    fn hear(&self, event: DebugEvent) {
-        self.child().hear(event);
     }
 }

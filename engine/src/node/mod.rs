@@ -14,6 +14,7 @@ pub mod copy_on_read_node;
 pub mod fault_rules;
 pub mod file_node;
 pub mod filter_node;
+mod forwarding;
 mod gate;
 pub mod mirror_top;
 pub mod news;
