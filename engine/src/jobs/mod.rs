@@ -19,7 +19,7 @@ mod simulated;
 mod steps;
 pub(crate) mod stream;
 #[cfg(test)]
-mod test_support;
+pub(crate) mod test_support;
 
 use std::rc::Rc;
 

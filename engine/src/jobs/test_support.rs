@@ -21,7 +21,7 @@ use crate::request::CopyMode;
 
 /// Time that passes only when nothing else is left to do.
 #[derive(Clone, Default)]
-pub(super) struct VirtualClock(Rc<VirtualTime>);
+pub(crate) struct VirtualClock(Rc<VirtualTime>);
 
 #[derive(Default)]
 struct VirtualTime {
@@ -32,7 +32,7 @@ struct VirtualTime {
 
 impl VirtualClock {
     /// Goes on to the next timer; `false`: there is none.
-    pub(super) fn advance(&self) -> bool {
+    pub(crate) fn advance(&self) -> bool {
         let first = self.0.timers.borrow_mut().pop_first();
         let Some(((moment, _), timer)) = first else {
             return false;
@@ -43,7 +43,7 @@ impl VirtualClock {
     }
 
     /// Runs to the end; a task that waits for nothing fails the test.
-    pub(super) fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+    pub(crate) fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         let result = blockyard_simulator::run(future, || self.advance());
         result.expect("waits for something that can happen")
     }
