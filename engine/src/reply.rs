@@ -11,6 +11,8 @@ use crate::job::status::Status;
 use crate::job::verb::JobType;
 use crate::request::{DetectZeroes, Permission};
 
+pub use crate::throttle::limits::{Counted, Limits, Rate};
+
 /// The answer to a request that succeeded.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
@@ -32,6 +34,30 @@ pub enum Reply {
     Snapshot(SnapshotInfo),
     /// What work on an image came to.
     Image(ImageReply),
+    /// What an object has.
+    Properties(Vec<PropertyView>),
+    /// The value of a property.
+    Property(PropertyValue),
+}
+
+/// A property of an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PropertyView {
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    pub kind: String,
+}
+
+/// The value of a property.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PropertyValue {
+    /// A string.
+    Text(String),
+    /// A number.
+    Int(i64),
+    /// Limits of a group.
+    Limits(Box<Limits>),
 }
 
 /// A job as `query-jobs` shows it.

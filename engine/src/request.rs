@@ -6,6 +6,10 @@ use crate::images::ImageSpec;
 use crate::job::error_policy::OnError;
 use crate::job::verb::{JobType, VerbCall};
 
+pub use crate::event_loop::EventLoopSpec;
+pub use crate::object_spec::{GivenValue, ObjectKind, ObjectSpec};
+pub use crate::throttle::limits::{LimitsChange, NewLimits};
+
 pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError, SetState};
 pub use crate::qcow2::{
     BackingRef, EncryptionFormat, OverlapCheckSpec, OverlapTemplate, Qcow2Spec,
@@ -74,6 +78,27 @@ pub enum Request {
     },
     /// Create an object.
     ObjectAdd(ObjectSpec),
+    /// Tell what an object has.
+    ListProperties {
+        /// Where it is.
+        path: String,
+    },
+    /// Tell a property of an object.
+    Property {
+        /// Where it is.
+        path: String,
+        /// Which.
+        name: String,
+    },
+    /// Give a property of an object another value.
+    SetProperty {
+        /// Where it is.
+        path: String,
+        /// Which.
+        name: String,
+        /// The value.
+        value: GivenValue,
+    },
     /// Delete an object.
     ObjectDel {
         /// Its id.
@@ -254,6 +279,13 @@ pub enum DriverSpec {
         /// The last layer that is copied from, by name.
         bottom: Option<String>,
     },
+    /// A filter with limits.
+    Throttle {
+        /// The child.
+        file: NodeRef,
+        /// The group whose limits hold, by id.
+        group: String,
+    },
     /// A qcow2 image.
     Qcow2(Box<Qcow2Spec>),
 }
@@ -269,6 +301,7 @@ impl DriverSpec {
             DriverSpec::NullAio(_) => "null-aio",
             DriverSpec::Blkdebug(_) => "blkdebug",
             DriverSpec::CopyOnRead { .. } => "copy-on-read",
+            DriverSpec::Throttle { .. } => "throttle",
             DriverSpec::Qcow2(_) => "qcow2",
         }
     }
@@ -276,9 +309,9 @@ impl DriverSpec {
     /// The same, to be changed.
     pub fn children_mut(&mut self) -> impl Iterator<Item = &mut NodeRef> {
         let children = match self {
-            DriverSpec::Raw { file, .. } | DriverSpec::CopyOnRead { file, .. } => {
-                [Some(file), None, None]
-            }
+            DriverSpec::Raw { file, .. }
+            | DriverSpec::CopyOnRead { file, .. }
+            | DriverSpec::Throttle { file, .. } => [Some(file), None, None],
             DriverSpec::Blkdebug(spec) => [Some(&mut spec.image), None, None],
             DriverSpec::Qcow2(spec) => {
                 let spec = &mut **spec;
@@ -296,9 +329,9 @@ impl DriverSpec {
     /// The nodes below that the client tells of, the one with the image first.
     pub fn children(&self) -> impl Iterator<Item = &NodeRef> {
         let children = match self {
-            DriverSpec::Raw { file, .. } | DriverSpec::CopyOnRead { file, .. } => {
-                [Some(file), None, None]
-            }
+            DriverSpec::Raw { file, .. }
+            | DriverSpec::CopyOnRead { file, .. }
+            | DriverSpec::Throttle { file, .. } => [Some(file), None, None],
             DriverSpec::Blkdebug(spec) => [Some(&spec.image), None, None],
             DriverSpec::Qcow2(spec) => {
                 let backing = match &spec.backing {
@@ -373,22 +406,6 @@ pub enum Permission {
     WriteUnchanged,
     /// Changes of length.
     Resize,
-}
-
-/// An object to create.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ObjectSpec {
-    /// Its id.
-    pub id: String,
-    /// Its type and properties.
-    pub kind: ObjectKind,
-}
-
-/// The object types there are.
-#[derive(Clone, Debug, PartialEq)]
-pub enum ObjectKind {
-    /// A data thread.
-    Iothread,
 }
 
 /// A job to start.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::task::Poll;
 use std::time::Duration;
 
 use blockyard_engine::engine::{Engine, EngineConfig, EngineHandle};
@@ -14,12 +15,13 @@ use blockyard_engine::event::{Event, EventKind};
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
-use blockyard_engine::reply::Reply;
+use blockyard_engine::reply::{Counted, Reply};
 use blockyard_engine::request::{
     BackupPerf, BackupSpec, CommitSpec, CommonOptions, CopyMode, CreateQcow2Spec, CreateSpec,
     DriverSpec, FileSpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Qcow2Spec, Request, StreamSpec,
     SyncMode, VerbFamily, WorkSpec,
 };
+use blockyard_engine::request::{LimitsChange, NewLimits, ObjectKind, ObjectSpec};
 use blockyard_engine::root_handle::RootHandle;
 use blockyard_storage::ByteRange;
 
@@ -593,5 +595,66 @@ fn what_a_short_layer_hides_becomes_zeroes_in_the_base() {
         yard.until(Status::Null);
         assert!(holds(&path, ByteRange::new(1 << 20, 3 << 20), 0));
         assert!(holds(&path, ByteRange::new(0, 1 << 20), 1));
+    });
+}
+
+/// At this limit the second write would wait for twelve days.
+#[test]
+fn what_waits_for_a_limit_keeps_nobody_from_draining_it() {
+    block_on(async {
+        let yard = Yard::new();
+        let path = yard.add("s", 1).await;
+        let mut limits = LimitsChange::default();
+        limits.rates[Counted::BytesWritten as usize].average = Some(1);
+        let group = ObjectSpec {
+            id: "g".to_owned(),
+            kind: ObjectKind::ThrottleGroup(Box::new(NewLimits {
+                limits,
+                ..NewLimits::default()
+            })),
+        };
+        yard.call(Request::ObjectAdd(group)).await.expect("made");
+        let above = |name: &str, driver| NodeSpec {
+            node_name: Some(name.to_owned()),
+            common: CommonOptions::default(),
+            driver,
+        };
+        let file = NodeRef::Name("s".to_owned());
+        let group = "g".to_owned();
+        let filter = above("f", DriverSpec::Throttle { file, group });
+        yard.call(Request::BlockdevAdd(filter))
+            .await
+            .expect("added");
+        let root = yard.engine.open_root("f", true).await.expect("opened");
+        root.write(0, vec![2; 1 << 20]).await.expect("the first");
+        let second = root.write(1 << 20, vec![3; 1 << 20]);
+        let draining = async {
+            // Reads are not limited, and come behind the write.
+            root.read(ByteRange::new(0, 512)).await.expect("read");
+            let passes = |file: &str| DriverSpec::Raw {
+                file: NodeRef::Name(file.to_owned()),
+                offset: None,
+                size: None,
+            };
+            let other = above("s2", passes("s"));
+            yard.call(Request::BlockdevAdd(other)).await.expect("added");
+            let driver = DriverSpec::Throttle {
+                file: NodeRef::Name("s2".to_owned()),
+                group: "g".to_owned(),
+            };
+            let nodes = vec![above("f", driver)];
+            let reopened = yard.call(Request::BlockdevReopen { nodes }).await;
+            reopened.expect("another child");
+        };
+        let (written, ()) = tokio::join!(second, draining);
+        written.expect("passed for the drain");
+        assert!(holds(&path, ByteRange::new(0, 1 << 20), 2));
+        assert!(holds(&path, ByteRange::new(1 << 20, 1 << 20), 3));
+        // Closing waits for what is inside, too.
+        let third = root.write(2 << 20, vec![4; 1 << 20]);
+        let mut third = std::pin::pin!(third);
+        let begun = std::future::poll_fn(|cx| Poll::Ready(third.as_mut().poll(cx)));
+        assert!(begun.await.is_pending());
+        yard.call(Request::Quit).await.expect("ends");
     });
 }

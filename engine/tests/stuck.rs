@@ -10,8 +10,8 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CommonOptions, DriverSpec, JobSpec, NodeSpec, NullSpec, ObjectKind,
-    ObjectSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    BackupPerf, BackupSpec, CommonOptions, DriverSpec, EventLoopSpec, JobSpec, NodeSpec, NullSpec,
+    ObjectKind, ObjectSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
 
 /// No test lasts as long as this.
@@ -110,7 +110,7 @@ async fn moving_to_another_thread_waits_for_no_disk() {
         &engine,
         Request::ObjectAdd(ObjectSpec {
             id,
-            kind: ObjectKind::Iothread,
+            kind: ObjectKind::Iothread(EventLoopSpec::default()),
         }),
     )
     .await;

@@ -1,8 +1,9 @@
 //! Replies as clients see them.
 
 use blockyard_engine::reply::{
-    BitmapInfo, BlockJobView, Compression, FormatSpecific, GraphNodeKind, GraphView, ImageView,
-    IoStatus, JobView, LayerView, NodeView, PlanView, Reply, SnapshotInfo, Version3Info,
+    BitmapInfo, BlockJobView, Compression, Counted, FormatSpecific, GraphNodeKind, GraphView,
+    ImageView, IoStatus, JobView, LayerView, NodeView, PlanView, PropertyValue, Reply,
+    SnapshotInfo, Version3Info,
 };
 use blockyard_engine::request::{DetectZeroes, Permission};
 use serde_json::{Value, json};
@@ -19,7 +20,29 @@ pub fn value(reply: &Reply) -> Value {
         Reply::Chain(layers) => layers.iter().map(layer).collect(),
         Reply::Plan(view) => plan(view),
         Reply::Snapshot(gone) => snapshot(gone),
+        Reply::Properties(list) => list
+            .iter()
+            .map(|property| json!({"name": property.name, "type": property.kind}))
+            .collect(),
+        Reply::Property(value) => property(value),
     }
+}
+
+/// The value of a property of an object.
+fn property(value: &PropertyValue) -> Value {
+    let limits = match value {
+        PropertyValue::Text(text) => return json!(text),
+        PropertyValue::Int(number) => return json!(number),
+        PropertyValue::Limits(limits) => limits,
+    };
+    let mut value = json!({"iops-size": limits.request_bytes.cast_signed()});
+    for counted in Counted::ALL {
+        let (name, rate) = (counted.name(), limits.rate(counted));
+        value[name] = json!(rate.average);
+        value[format!("{name}-max")] = json!(rate.burst);
+        value[format!("{name}-max-length")] = json!(rate.burst_seconds);
+    }
+    value
 }
 
 /// What a job within a chain would come to.

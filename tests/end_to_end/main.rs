@@ -44,6 +44,7 @@ mod reopen;
 mod schema;
 mod script;
 mod snapshots;
+mod throttle;
 mod tools;
 mod tour;
 mod verbs;

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Wake, Waker};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use blockyard_ring::{Reactor, ReactorConfig, RemoteWaker};
 use blockyard_storage::LocalFuture;
@@ -58,6 +59,7 @@ impl DataThread {
     pub(super) fn start(
         name: &str,
         config: ReactorConfig,
+        clock_start: Instant,
         pool: BufferPool,
         cpu: CpuPool,
         news: News,
@@ -70,7 +72,8 @@ impl DataThread {
                 Ok(reactor) => {
                     let reactor = Rc::new(reactor);
                     let _ = opened.send(Ok(reactor.waker()));
-                    run(&reactor, &tasks, pool, cpu, news);
+                    let clock = Rc::new(ThreadClock::new(clock_start));
+                    run(&reactor, &tasks, &clock, pool, cpu, news);
                 }
                 Err(error) => {
                     let _ = opened.send(Err(error.to_string()));
@@ -141,8 +144,14 @@ impl Wake for LoopWaker {
 }
 
 /// The loop: take in tasks, poll what is awake, submit and wait once, wake what is due.
-fn run(reactor: &Rc<Reactor>, tasks: &Receiver<Task>, pool: BufferPool, cpu: CpuPool, news: News) {
-    let clock = Rc::new(ThreadClock::new());
+fn run(
+    reactor: &Rc<Reactor>,
+    tasks: &Receiver<Task>,
+    clock: &Rc<ThreadClock>,
+    pool: BufferPool,
+    cpu: CpuPool,
+    news: News,
+) {
     let opener = Rc::new(ReactorOpener::new(reactor.clone()));
     let context = Rc::new(DataContext::new(clock.clone(), pool, cpu, news, opener));
     let mut local = LocalSet::new();

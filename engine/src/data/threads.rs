@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Instant;
 
 use blockyard_ring::{BackendChoice, ReactorConfig};
 use blockyard_storage::LocalFuture;
@@ -32,6 +33,8 @@ struct Members {
 #[derive(Clone)]
 pub struct ThreadSet {
     members: Rc<RefCell<Members>>,
+    /// Of all clocks, so that what threads share can count time.
+    clock_start: Instant,
     backend: BackendChoice,
     pool: BufferPool,
     cpu: CpuPool,
@@ -55,6 +58,7 @@ impl ThreadSet {
         }));
         let threads = Self {
             members,
+            clock_start: Instant::now(),
             backend,
             pool,
             cpu: CpuPool::new(),
@@ -76,6 +80,7 @@ impl ThreadSet {
         let thread = DataThread::start(
             &format!("data-{}", id.0),
             config,
+            self.clock_start,
             self.pool.clone(),
             self.cpu.clone(),
             self.news.clone(),

@@ -23,10 +23,10 @@ pub(super) struct ThreadClock {
 }
 
 impl ThreadClock {
-    /// A clock that starts now, without timers.
-    pub(super) fn new() -> Self {
+    /// A clock without timers. Moments of those with one start can be compared.
+    pub(super) fn new(start: Instant) -> Self {
         Self {
-            start: Instant::now(),
+            start,
             queue: Rc::default(),
         }
     }
@@ -53,12 +53,6 @@ impl ThreadClock {
             };
             waker.wake();
         }
-    }
-}
-
-impl Default for ThreadClock {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

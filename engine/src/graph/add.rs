@@ -160,6 +160,9 @@ impl Graph {
                     self.open_copy_on_read(name, file, bottom, resolved, site)
                         .await
                 }
+                DriverSpec::Throttle { file, group } => {
+                    self.open_throttle(name, file, &group, resolved, site).await
+                }
                 DriverSpec::Qcow2(spec) => self.open_qcow2(name, *spec, resolved, site).await,
             };
             if let (Ok(id), Some(fixed)) = (&opened, fixed)

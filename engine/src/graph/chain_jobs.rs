@@ -422,6 +422,12 @@ impl Records {
         let above = nodes.filter.unwrap_or(source);
         let job = |node, role, taken, shared| edge(User::Job(key), node, role, taken, shared);
         let is_stream = source == target;
+        let base = self.unfiltered(target);
+        // Filters on the base show what the base does, which the job reads.
+        let let_in = |id, shared: Permissions| match self.unfiltered(id) == base {
+            true => shared.with(Permission::ConsistentRead),
+            false => shared,
+        };
         let mut edges = Vec::new();
         if is_stream {
             edges.push(job(above, "main node", none, every));
@@ -435,12 +441,12 @@ impl Records {
             edges.push(job(target, "target", none, every));
             let shared = unchanged.with(Permission::Write);
             let inner = part.inner.iter().skip(1);
-            edges.extend(inner.map(|id| job(*id, INTERMEDIATE_ROLE, none, shared)));
+            edges.extend(inner.map(|id| job(*id, INTERMEDIATE_ROLE, none, let_in(*id, shared))));
         } else {
             edges.push(job(part.device, "main node", none, every));
             let shared = unchanged.with(Permission::Write);
             let inner = part.inner.iter();
-            edges.extend(inner.map(|id| job(*id, INTERMEDIATE_ROLE, none, shared)));
+            edges.extend(inner.map(|id| job(*id, INTERMEDIATE_ROLE, none, let_in(*id, shared))));
             edges.push(job(target, BASE_ROLE, none, every));
             edges.push(edge(User::Backend(key), source, "root", none, every));
         }

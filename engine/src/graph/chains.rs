@@ -71,6 +71,16 @@ impl Records {
         chain.find(|id| !is_filter(id)).unwrap_or(id)
     }
 
+    /// What is below the filters of jobs that may stand above a node's place in its chain. What a client has put there stays.
+    pub(super) fn below_job_filters(&self, id: NodeId) -> NodeId {
+        let is_of_job = |id: &NodeId| {
+            let node = self.node(*id);
+            node.is_some_and(|node| matches!(node.plan, NodePlan::Filter { .. }))
+        };
+        let mut chain = self.chain(id);
+        chain.find(|id| !is_of_job(id)).unwrap_or(id)
+    }
+
     /// How many of these nodes are no filters.
     pub(super) fn layers(&self, nodes: &[NodeId]) -> usize {
         let layers = nodes.iter().filter_map(|id| self.node(*id));
@@ -142,6 +152,9 @@ impl Records {
                 FileName::of_blkdebug(&below, spec)
             }
             (NodePlan::CopyOnRead { .. }, _) => FileName::of_copy_on_read(&below),
+            (NodePlan::Throttle { member, .. }, _) => {
+                FileName::of_throttle(&below, member.group().name())
+            }
             (NodePlan::Filter { .. }, _) => below,
             _ => return,
         };

@@ -135,6 +135,22 @@ impl FileName {
         }
     }
 
+    /// Of a filter with limits.
+    pub(super) fn of_throttle(child: &FileName, group: &str) -> Self {
+        let mut options = driver_only("throttle");
+        push(
+            &mut options,
+            "throttle-group",
+            Shown::Text(group.to_owned()),
+        );
+        push(&mut options, "file", child.shown());
+        Self {
+            plain: None,
+            is_protocol: false,
+            options: Rc::new(options),
+        }
+    }
+
     /// Of a fault filter: its plain name can tell of a file of rules and of nothing else.
     pub(super) fn of_blkdebug(child: &FileName, spec: &BlkdebugSpec) -> Self {
         let mut options = driver_only("blkdebug");

@@ -29,6 +29,7 @@ mod moving;
 mod named_by_images;
 mod names;
 mod new_overlays;
+mod objects;
 mod options;
 mod overlaying;
 pub mod permissions;
@@ -39,6 +40,7 @@ mod records;
 mod reopen;
 mod roots;
 mod snapshots;
+mod throttling;
 mod views;
 
 use std::cell::RefCell;
@@ -49,12 +51,13 @@ use tokio::sync::{Mutex, MutexGuard, Notify};
 
 use crate::data::{NodeId, ThreadId, ThreadSet};
 use crate::error::EngineError;
+use crate::graph::objects::Objects;
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, NodeRecord, Records, Resizing, User};
 use crate::image_policy::ImagePolicy;
 use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
-use crate::request::{ObjectSpec, Permission};
+use crate::request::Permission;
 
 pub use chain_jobs::ChainPart;
 pub use jobs::JobNodes;
@@ -65,6 +68,7 @@ pub use roots::RootPlace;
 /// The node graph.
 pub struct Graph {
     records: RefCell<Records>,
+    objects: RefCell<Objects>,
     threads: ThreadSet,
     policy: ImagePolicy,
     changes: Mutex<()>,
@@ -77,6 +81,7 @@ impl Graph {
     pub fn new(threads: ThreadSet, policy: ImagePolicy) -> Rc<Self> {
         Rc::new(Self {
             records: RefCell::default(),
+            objects: RefCell::default(),
             threads,
             policy,
             changes: Mutex::default(),
@@ -354,31 +359,17 @@ impl Graph {
         })
     }
 
-    /// Creates an object.
+    /// Lets a thread go that a client has added; nodes on it move to the engine's own. The graph is held.
     ///
     /// # Errors
-    /// When the id is taken or the thread cannot be had.
-    pub fn add_object(&self, spec: ObjectSpec) -> Result<(), EngineError> {
-        if !names::is_identifier(&spec.id) {
-            return Err(EngineError::generic("Parameter 'id' expects an identifier"));
-        }
-        if self.threads.named(&spec.id).is_some() {
-            return Err(EngineError::generic(format!(
-                "attempt to add duplicate property '{}' to object (type 'container')",
-                spec.id
-            )));
-        }
-        self.threads.add_named(&spec.id).map(|_| ())
-    }
-
-    /// Deletes an object. Nodes on its thread move to the engine's own.
-    ///
-    /// # Errors
-    /// When it is not there, or jobs run on its thread.
-    pub async fn delete_object(&self, id: &str) -> Result<(), EngineError> {
-        let mut held = self.hold().await;
+    /// In QEMU's words, when jobs run on it.
+    async fn delete_thread<'a>(
+        &'a self,
+        mut held: MutexGuard<'a, ()>,
+        id: &str,
+    ) -> Result<(), EngineError> {
         let Some(thread) = self.threads.named(id) else {
-            return Err(EngineError::generic(format!("object '{id}' not found")));
+            return Ok(());
         };
         loop {
             let next = {
@@ -401,10 +392,7 @@ impl Graph {
                         held = self.move_component(held, node, to, None).await?;
                     }
                 }
-                Some((_, false)) => {
-                    let text = format!("object '{id}' is in use, can not be deleted");
-                    return Err(EngineError::generic(text));
-                }
+                Some((_, false)) => return Err(objects::in_use(id)),
             }
         }
         self.threads.remove_named(id);

@@ -107,6 +107,7 @@ impl Graph {
         component: &[NodeId],
         thread: ThreadId,
     ) -> Result<Vec<(NodeId, ThreadId)>, EngineError> {
+        let _unlimited = self.suspend_limits(component);
         let moving = component.iter().map(|id| (*id, self.thread_of(*id)));
         let moving: Vec<(NodeId, ThreadId)> = moving.filter(|(_, from)| *from != thread).collect();
         // Overlays first: what they write goes through the nodes below.

@@ -219,6 +219,7 @@ fn retarget(plan: &mut NodePlan, from: NodeId, to: NodeId) -> bool {
         NodePlan::Raw { child, .. }
         | NodePlan::Blkdebug { child, .. }
         | NodePlan::CopyOnRead { child, .. }
+        | NodePlan::Throttle { child, .. }
         | NodePlan::Filter { child, .. } => turn(child),
         NodePlan::Qcow2 {
             file,

@@ -5,6 +5,7 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use tokio::sync::MutexGuard;
 
@@ -20,7 +21,7 @@ use crate::graph::records::{
     BACKING_ROLE, DATA_FILE_ROLE, FILE_ROLE, IMAGE_ROLE, NodeRecord, User,
 };
 use crate::graph::reopen::{file_for, not_opened, pin};
-use crate::graph::{Graph, not_found};
+use crate::graph::{Graph, not_found, throttling};
 use crate::node::build::NodePlan;
 use crate::node::qcow2::opening::{header_on, refusal};
 use crate::request::{BackingRef, DriverSpec, NodeRef, NodeSpec, Qcow2Spec};
@@ -197,6 +198,9 @@ impl Graph {
                 };
                 self.plan_qcow2(&mut node, spec, resolved, planned).await?;
             }
+            NodePlan::Throttle { .. } => {
+                self.plan_throttle(&mut node, driver, resolved, planned)?;
+            }
             NodePlan::CopyOnRead { .. } | NodePlan::Filter { .. } | NodePlan::Opening => {
                 return Err(EngineError::generic(format!(
                     "Block format '{}' used by node '{}' does not support reopening files",
@@ -265,6 +269,40 @@ impl Graph {
             options.discard = resolved.discard;
             options.detect_zeroes = resolved.detect_zeroes;
             options.no_flush = resolved.cache_no_flush;
+        }
+        Ok(())
+    }
+
+    fn plan_throttle(
+        &self,
+        node: &mut NodeRecord,
+        spec: Option<DriverSpec>,
+        resolved: Resolved,
+        planned: &mut Planned,
+    ) -> Result<(), EngineError> {
+        let (file, group) = match &spec {
+            Some(DriverSpec::Throttle { file, group }) => (Some(file), Some(group)),
+            _ => (None, None),
+        };
+        let NodePlan::Throttle { child, .. } = node.plan else {
+            return Ok(());
+        };
+        let inherits = Inherits::Filtered(resolved);
+        let wanted = self.plan_child(node, FILE_ROLE, Some(child), file, inherits, planned)?;
+        let group = group.map(|group| self.objects.borrow().throttle_group(group));
+        let group = group.transpose()?;
+        if let NodePlan::Throttle {
+            child,
+            member,
+            options,
+        } = &mut node.plan
+        {
+            *child = wanted;
+            *options = throttling::options(resolved);
+            match group {
+                Some(group) if !Arc::ptr_eq(member.group(), &group) => *member = group.join(),
+                _ => {}
+            }
         }
         Ok(())
     }

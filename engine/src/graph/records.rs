@@ -98,7 +98,10 @@ impl NodeRecord {
     pub(super) fn is_filter(&self) -> bool {
         matches!(
             self.plan,
-            NodePlan::Filter { .. } | NodePlan::Blkdebug { .. } | NodePlan::CopyOnRead { .. }
+            NodePlan::Filter { .. }
+                | NodePlan::Blkdebug { .. }
+                | NodePlan::CopyOnRead { .. }
+                | NodePlan::Throttle { .. }
         )
     }
 }
@@ -389,7 +392,8 @@ impl Records {
                 }
                 NodePlan::Filter { child, .. }
                 | NodePlan::Blkdebug { child, .. }
-                | NodePlan::CopyOnRead { child, .. } => {
+                | NodePlan::CopyOnRead { child, .. }
+                | NodePlan::Throttle { child, .. } => {
                     next = self.node(*child);
                     continue;
                 }

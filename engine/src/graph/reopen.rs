@@ -128,7 +128,7 @@ impl Graph {
                 return Err(EngineError::generic(text));
             };
             // In the records the filter of a job may be in between; it goes with its job.
-            let live = backing.map(|new| records.unfiltered(new));
+            let live = backing.map(|new| records.below_job_filters(new));
             *below = live;
             let mut children = records.children(overlay);
             let from = children.find(|edge| edge.role == BACKING_ROLE);
@@ -187,6 +187,8 @@ impl Graph {
         if change.nodes.is_empty() {
             return Ok(());
         }
+        let changing: Vec<NodeId> = change.nodes.iter().map(|node| node.id).collect();
+        let _unlimited = self.suspend_limits(&changing);
         let steps = {
             let mut records = self.records.borrow_mut();
             let losers = records.losing_write(&change);
@@ -418,6 +420,7 @@ pub(super) fn with_access(
         NodePlan::Raw { read_only, .. } => *read_only = now_read_only,
         NodePlan::Null(options) => options.read_only = now_read_only,
         NodePlan::CopyOnRead { options, .. } => options.read_only = now_read_only,
+        NodePlan::Throttle { options, .. } => options.read_only = now_read_only,
         NodePlan::Blkdebug { options, .. } => options.read_only = now_read_only,
         NodePlan::Qcow2 { plan, .. } => plan.image.read_only = now_read_only,
         NodePlan::Filter { .. } | NodePlan::Opening => {}

@@ -18,6 +18,7 @@ use crate::graph::{Graph, not_found};
 use crate::job::context::JobKey;
 use crate::node::root::{Root, RootId};
 use crate::request::Permission;
+use crate::throttle::group::Suspended;
 
 /// How long the requests of a root may take to end before it goes to another node: longer, and something is stuck.
 const DRAIN_WAIT: Duration = Duration::from_secs(30);
@@ -36,6 +37,7 @@ pub struct RootPlace {
 pub(super) struct DrainedRoots<'a> {
     graph: &'a Graph,
     roots: Vec<(RootId, ThreadId)>,
+    _unlimited: Vec<Suspended>,
 }
 
 impl Graph {
@@ -93,6 +95,7 @@ impl Graph {
         let Some(node) = self.node_of_root(id) else {
             return;
         };
+        let _unlimited = self.suspend_limits(&[node]);
         let closed = self.threads.run(self.thread_of(node), move |context| {
             Box::pin(async move {
                 if let Some(root) = context.remove_root(id) {
@@ -176,14 +179,15 @@ impl Graph {
     ) -> Result<DrainedRoots<'_>, EngineError> {
         let thread = self.thread_of(node);
         let roots = self.records.borrow().roots_on(nodes);
+        let mut drained = DrainedRoots {
+            graph: self,
+            roots: Vec::new(),
+            _unlimited: self.suspend_limits(nodes),
+        };
         let draining: Vec<_> = roots
             .into_iter()
             .map(|id| (id, self.start_draining(thread, id)))
             .collect();
-        let mut drained = DrainedRoots {
-            graph: self,
-            roots: Vec::new(),
-        };
         let all = async {
             for (id, ended) in draining {
                 if ended.await.is_ok() {

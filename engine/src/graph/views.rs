@@ -283,7 +283,8 @@ fn room(records: &Records, id: NodeId, known: &HashMap<NodeId, Known>) -> Option
         NodePlan::Blkdebug { .. } | NodePlan::Opening => None,
         NodePlan::Raw { child, .. }
         | NodePlan::Filter { child, .. }
-        | NodePlan::CopyOnRead { child, .. } => room(records, *child, known),
+        | NodePlan::CopyOnRead { child, .. }
+        | NodePlan::Throttle { child, .. } => room(records, *child, known),
         NodePlan::Qcow2 {
             file, data_file, ..
         } => {

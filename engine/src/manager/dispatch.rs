@@ -153,6 +153,15 @@ impl Manager {
                 self.graph.set_iothread(&node_name, iothread, force).await?;
             }
             Request::ObjectAdd(spec) => self.graph.add_object(spec)?,
+            Request::ListProperties { path } => {
+                return Ok(Reply::Properties(self.graph.properties(&path)?));
+            }
+            Request::Property { path, name } => {
+                return Ok(Reply::Property(self.graph.property(&path, &name)?));
+            }
+            Request::SetProperty { path, name, value } => {
+                self.graph.set_property(&path, &name, value)?;
+            }
             Request::ObjectDel { id } => self.graph.delete_object(&id).await?,
             Request::QueryNamedBlockNodes { flat } => {
                 return Ok(Reply::Nodes(self.graph.views(flat).await));
@@ -199,6 +208,7 @@ impl Manager {
 
     /// Quiets all jobs, ends them newest first, and closes every node.
     async fn end_everything(&self) {
+        self.graph.end_limits();
         if tokio::time::timeout(JOBS_END_WAIT, self.end_jobs())
             .await
             .is_err()

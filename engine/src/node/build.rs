@@ -1,6 +1,7 @@
 //! [`NodePlan`]: what it takes to bring a node up on a data thread, as data that can go to any of them.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use blockyard_images::qcow2::info::ImageInfo;
 use blockyard_ring::HostFile;
@@ -17,7 +18,9 @@ use crate::node::null_node::{NullNode, NullOptions};
 use crate::node::qcow2::Qcow2Files;
 use crate::node::qcow2::opening::{Qcow2Plan, open};
 use crate::node::raw_node::{RawNode, Window};
+use crate::node::throttle_node::{ThrottleNode, ThrottleOptions};
 use crate::request::{DetectZeroes, Discard};
+use crate::throttle::group::Member;
 
 /// How to bring a node up.
 #[derive(Clone, Debug)]
@@ -61,6 +64,15 @@ pub enum NodePlan {
         bottom: Option<NodeId>,
         /// What the client chose.
         options: CopyOnReadOptions,
+    },
+    /// A filter with limits.
+    Throttle {
+        /// The child, on the same thread.
+        child: NodeId,
+        /// Its place in a group, which it keeps when it moves.
+        member: Arc<Member>,
+        /// What the client chose.
+        options: ThrottleOptions,
     },
     /// A qcow2 image.
     Qcow2 {
@@ -142,6 +154,17 @@ pub async fn build(
             child_of(*child)?,
             bottom.map(child_of).transpose()?,
             *options,
+        )),
+        NodePlan::Throttle {
+            child,
+            member,
+            options,
+        } => Rc::new(ThrottleNode::new(
+            name,
+            child_of(*child)?,
+            member.clone(),
+            *options,
+            context.clock().clone(),
         )),
         NodePlan::Filter {
             child,

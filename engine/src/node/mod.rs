@@ -23,6 +23,9 @@ mod pieces;
 pub mod qcow2;
 pub mod raw_node;
 pub mod root;
+pub mod throttle_node;
+#[cfg(test)]
+mod throttle_tests;
 pub mod zeroes;
 
 pub use block_node::{

@@ -3,6 +3,7 @@
 
 mod jobs;
 mod nodes;
+mod objects;
 mod protocol;
 mod qcow2;
 
@@ -18,7 +19,8 @@ use crate::schema::{EMPTY, Object, Type};
 use crate::wire::document::Members;
 use crate::wire::output::Constant;
 
-pub use nodes::{node_options_in_image, node_spec, object_spec};
+pub use nodes::{node_options_in_image, node_spec};
+pub use objects::object_spec;
 pub use protocol::VERSION;
 
 /// What a command comes to.
@@ -80,9 +82,14 @@ impl Command {
 }
 
 fn table() -> impl Iterator<Item = &'static Command> {
-    [protocol::COMMANDS, jobs::COMMANDS, nodes::COMMANDS]
-        .into_iter()
-        .flatten()
+    [
+        protocol::COMMANDS,
+        jobs::COMMANDS,
+        nodes::COMMANDS,
+        objects::COMMANDS,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// Whether there is such a command.

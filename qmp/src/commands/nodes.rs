@@ -1,12 +1,12 @@
-//! Commands of nodes and objects.
+//! Commands of nodes.
 
 use std::path::PathBuf;
 
 use blockyard_engine::error::EngineError;
 use blockyard_engine::request::{
     Aio, BlkdebugIo, BlkdebugSpec, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec,
-    InjectError, NamedBy, NewOverlaySpec, NodeRef, NodeSpec, NullSpec, ObjectKind, ObjectSpec,
-    OnOffAuto, Permission, Request, SetState,
+    InjectError, NamedBy, NewOverlaySpec, NodeRef, NodeSpec, NullSpec, OnOffAuto, Permission,
+    Request, SetState,
 };
 use serde_json::Value;
 
@@ -19,7 +19,7 @@ use crate::schema::images::{DEVICE_INFO, SNAPSHOT_INFO};
 use crate::schema::jobs::CHAIN_LAYER;
 use crate::schema::nodes::{
     BY_NAME, CHANGE, CHANGE_BACKING_FILE, GRAPH, INTERNAL_SNAPSHOT, INTERNAL_SNAPSHOT_BY_NAME,
-    OBJECT, OBJECT_BY_ID, OPTIONS, QUERY, REOPEN, RESIZE, SET_IOTHREAD, SNAPSHOT, SNAPSHOT_SYNC,
+    OPTIONS, QUERY, REOPEN, RESIZE, SET_IOTHREAD, SNAPSHOT, SNAPSHOT_SYNC,
 };
 use crate::schema::{EMPTY, Type};
 use crate::wire::document::{Document, Json};
@@ -139,14 +139,6 @@ pub(super) static COMMANDS: &[Command] = &[
         })
     })
     .unstable(),
-    Command::act("object-add", &OBJECT, |a| {
-        call(Request::ObjectAdd(object_spec(a)?))
-    }),
-    Command::act("object-del", &OBJECT_BY_ID, |mut a| {
-        call(Request::ObjectDel {
-            id: a.required_text("id"),
-        })
-    }),
 ];
 
 /// Deepest nesting of inline definitions, checked before anything is built.
@@ -167,38 +159,6 @@ const IO_TYPES: &[(&str, BlkdebugIo)] = &[
     ("flush", BlkdebugIo::Flush),
     ("block-status", BlkdebugIo::BlockStatus),
 ];
-
-/// Reads a checked object description.
-///
-/// # Errors
-/// When a number is outside what an event loop could be tuned to.
-pub fn object_spec(mut fields: Fields) -> Result<ObjectSpec, QmpError> {
-    for name in [
-        "aio-max-batch",
-        "thread-pool-min",
-        "thread-pool-max",
-        "poll-max-ns",
-        "poll-grow",
-        "poll-shrink",
-    ] {
-        if fields.int(name).is_some_and(|number| number < 0) {
-            let most = i64::MAX;
-            let text = format!("{name} value must be in range [0, {most}]");
-            return Err(QmpError::generic(text));
-        }
-    }
-    let workers_min = fields.int("thread-pool-min").unwrap_or(0);
-    let workers_max = fields.int("thread-pool-max").unwrap_or(64);
-    if workers_min > workers_max || workers_max == 0 || workers_max > i64::from(i32::MAX) {
-        let text = "bad thread-pool-min/thread-pool-max values";
-        return Err(QmpError::generic(text));
-    }
-    // Otherwise the tuning is that of an event loop which is not this one.
-    Ok(ObjectSpec {
-        id: fields.required_text("id"),
-        kind: ObjectKind::Iothread,
-    })
-}
 
 /// Reads a checked node description.
 ///
@@ -277,6 +237,10 @@ fn nested_spec(mut fields: Fields, depth: usize) -> Result<NodeSpec, QmpError> {
         "raw" => DriverSpec::Raw {
             offset: length(&fields, "offset")?,
             size: length(&fields, "size")?,
+            file: reference(&mut fields, "file", depth)?,
+        },
+        "throttle" => DriverSpec::Throttle {
+            group: fields.required_text("throttle-group"),
             file: reference(&mut fields, "file", depth)?,
         },
         other => {

@@ -195,6 +195,7 @@ only name what stands before it.
   --monitor [chardev=]ID[,mode=control][,pretty=on|off]
         speak QMP on a chardev
   --object [qom-type=]iothread,id=ID | JSON
+  --object [qom-type=]throttle-group,id=ID,limits.bps-total=N,...
         create an object; the same as the command object-add
   --daemonize
         go to the background once everything is set up

@@ -59,6 +59,11 @@ impl Fields {
         Some(*value)
     }
 
+    /// Any value.
+    pub fn any(&mut self, name: &str) -> Value {
+        self.members.remove(name).unwrap_or_default()
+    }
+
     /// An object.
     pub fn object(&mut self, name: &str) -> Option<Fields> {
         match self.members.remove(name) {

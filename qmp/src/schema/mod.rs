@@ -2,7 +2,7 @@
 //! so that the two cannot differ.
 //!
 //! [`check`] refuses what does not fit, in QEMU's words; [`fields`] then reads what does. The types themselves stand in
-//! [`protocol`], [`jobs`], [`nodes`] and [`images`], named as in QEMU's documentation.
+//! [`protocol`], [`jobs`], [`nodes`], [`images`] and [`objects`], named as in QEMU's documentation.
 
 pub mod check;
 pub mod fields;
@@ -10,6 +10,7 @@ pub mod images;
 pub mod introspect;
 pub mod jobs;
 pub mod nodes;
+pub mod objects;
 pub mod protocol;
 
 /// A type of values.

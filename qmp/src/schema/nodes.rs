@@ -12,6 +12,7 @@ pub static DRIVER: Words = Words::of(&[
     "null-co",
     "qcow2",
     "raw",
+    "throttle",
 ]);
 static DISCARD: Words = Words::of(&["ignore", "unmap"]);
 /// `BlockdevDetectZeroesOptions`.
@@ -198,6 +199,11 @@ static COPY_ON_READ: Object = Object::of(&[
     optional("bottom", Type::Text),
 ]);
 
+static THROTTLE: Object = Object::of(&[
+    required("throttle-group", Type::Text),
+    required("file", Type::Alternate(&REFERENCE)),
+]);
+
 /// `BlockdevOptions`.
 pub static OPTIONS: Object = Object::union(
     &[
@@ -221,6 +227,7 @@ pub static OPTIONS: Object = Object::union(
         ("null-co", &NULL),
         ("qcow2", &QCOW2),
         ("raw", &RAW),
+        ("throttle", &THROTTLE),
     ],
 );
 
@@ -283,27 +290,6 @@ pub static SET_IOTHREAD: Object = Object::of(&[
     required("iothread", Type::Alternate(&TEXT_OR_NULL)),
     optional("force", Type::Bool),
 ]);
-
-static OBJECT_TYPE: Words = Words::of(&["iothread"]);
-static IOTHREAD: Object = Object::of(&[
-    optional("aio-max-batch", Type::Int),
-    optional("thread-pool-min", Type::Int),
-    optional("thread-pool-max", Type::Int),
-    optional("poll-max-ns", Type::Int),
-    optional("poll-grow", Type::Int),
-    optional("poll-shrink", Type::Int),
-]);
-/// `ObjectOptions`.
-pub static OBJECT: Object = Object::union(
-    &[
-        required("qom-type", Type::Word(&OBJECT_TYPE)),
-        required("id", Type::Text),
-    ],
-    "qom-type",
-    &[("iothread", &IOTHREAD)],
-);
-/// Arguments of `object-del`.
-pub static OBJECT_BY_ID: Object = Object::of(&[required("id", Type::Text)]);
 
 /// Data of `BLOCK_IMAGE_CORRUPTED`.
 pub static IMAGE_CORRUPTED: Object = Object::of(&[
