@@ -31,4 +31,5 @@ pub mod reply;
 pub mod request;
 pub mod root_handle;
 pub mod throttle;
+pub mod sockets;
 mod within_chain;

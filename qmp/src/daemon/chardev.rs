@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use blockyard_engine::sockets::Address;
+
 use crate::error::QmpError;
 use crate::keyval;
 
@@ -44,35 +46,6 @@ pub enum Role {
         /// How long after a failure or a loss it tries again; `None`: it does not.
         reconnect: Option<Duration>,
     },
-}
-
-/// Where a socket is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Address {
-    /// A path.
-    Path(String),
-    /// A name without a file.
-    Abstract {
-        /// The name.
-        name: String,
-        /// Without padding to the whole address.
-        tight: bool,
-    },
-    /// A host and port.
-    Host {
-        /// Name or address; empty: any.
-        host: String,
-        /// Port number or service.
-        port: String,
-        /// Last port to try when listening.
-        port_last: Option<u16>,
-        /// Whether IPv4 may be used.
-        ipv4: bool,
-        /// Whether IPv6 may be used.
-        ipv6: bool,
-    },
-    /// An inherited descriptor.
-    Descriptor(i32),
 }
 
 const STDIO_PARAMETERS: &[&str] = &["signal", "logfile", "logappend", "mux"];

@@ -3,10 +3,11 @@
 use std::io;
 use std::time::Duration;
 
+use blockyard_engine::sockets::{Address, Listener, connect};
 use tokio::task::JoinSet;
 
-use crate::daemon::chardev::{Address, Backend, Chardev, Role};
-use crate::daemon::sockets::{Halves, Listener, connect};
+use crate::daemon::chardev::{Backend, Chardev, Role};
+use crate::daemon::sockets::{Halves, halves};
 use crate::server::connection::{Service, serve};
 
 /// How long accepting pauses when the kernel has no room for another connection.
@@ -58,7 +59,8 @@ pub async fn open(chardev: Chardev) -> Result<Open, String> {
             let listener = Listener::bind(&address).await?;
             let first = if wait {
                 tracing::info!(id = %chardev.id, "waiting for a client");
-                Some(listener.accept().await.map_err(|error| error.to_string())?)
+                let first = listener.accept().await;
+                Some(halves(first.map_err(|error| error.to_string())?))
             } else {
                 None
             };
@@ -69,7 +71,7 @@ pub async fn open(chardev: Chardev) -> Result<Open, String> {
             role: Role::Client { reconnect },
         } => {
             let first = match (connect(&address).await, reconnect) {
-                (Ok(halves), _) => Some(halves),
+                (Ok(stream), _) => Some(halves(stream)),
                 (Err(text), None) => return Err(text),
                 (Err(text), Some(_)) => {
                     tracing::warn!(id = %chardev.id, "{text}, will try again");
@@ -115,7 +117,8 @@ async fn listen(listener: Listener, first: Option<Halves>, pretty: bool, service
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((input, output)) => {
+                Ok(stream) => {
+                    let (input, output) = halves(stream);
                     connections.spawn(serve(service.clone(), input, output, pretty, false));
                 }
                 Err(error) => {
@@ -150,7 +153,7 @@ async fn call(
             () = service.until_ended() => return,
         }
         match connect(address).await {
-            Ok(halves) => next = Some(halves),
+            Ok(stream) => next = Some(halves(stream)),
             Err(text) => tracing::debug!("{text}, will try again"),
         }
     }
