@@ -52,6 +52,11 @@ pub enum EventKind {
         /// What is done about it.
         action: ErrorAction,
     },
+    /// `BLOCK_EXPORT_DELETED`.
+    BlockExportDeleted {
+        /// Id of the export.
+        id: String,
+    },
     /// `BLOCK_IMAGE_CORRUPTED`.
     BlockImageCorrupted {
         /// Name of the image's node.

@@ -4,7 +4,7 @@
 //! `error`, `clock`, `limits` < `throttle` < `request`, `reply`, `event` and `job` (status, verb, progress, speed, error policy) <
 //! `nbd` (what NBD's server and client share), `node` (what moves bytes, on a data thread) < `job::context`, `job::work` < `jobs` (copier, backup, mirror, create)
 //! and `images` (work that is no job) <
-//! `data` (the threads) < `graph` (names, edges, permissions; on the manager's thread) < `manager` < `engine`.
+//! `data` (the threads) < `graph` (names, edges, permissions; on the manager's thread) < `export` < `manager` < `engine`.
 //!
 //! No JSON here, and no type of this crate is serializable: the front-end converts by hand.
 #![forbid(unsafe_code)]
@@ -16,6 +16,7 @@ pub mod engine;
 pub mod error;
 pub mod event;
 mod event_loop;
+mod export;
 pub mod graph;
 pub mod image_policy;
 pub mod images;
@@ -30,6 +31,6 @@ mod qcow2;
 pub mod reply;
 pub mod request;
 pub mod root_handle;
-pub mod throttle;
 pub mod sockets;
+pub mod throttle;
 mod within_chain;

@@ -3,6 +3,19 @@
 /// Bytes of all transfer buffers of the daemon together.
 pub const BUFFER_BUDGET_BYTES: usize = 48 << 20;
 
+/// Bytes of all buffers of exports together, besides one slot for each connection. They have a pool of their own: a writer that
+/// waits for a job's copy holds its buffer, and the copy must get one.
+pub const EXPORT_BUDGET_BYTES: usize = 64 << 20;
+
+/// Bytes of those that one connection holds at most.
+pub const CLIENT_SHARE_BYTES: usize = 8 << 20;
+
+/// Requests of one connection that are carried out at once; those behind are not read yet.
+pub const CLIENT_REQUESTS_MAX: usize = 16;
+
+/// Connections whose clients have not chosen an export yet.
+pub const HALF_OPEN_MAX: usize = 100;
+
 /// Largest request a job makes, in bytes; one slot of the buffer pool.
 pub const COPY_CHUNK_BYTES: u64 = 1 << 20;
 

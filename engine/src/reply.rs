@@ -30,6 +30,8 @@ pub enum Reply {
     Chain(Vec<LayerView>),
     /// What a job would come to.
     Plan(Box<PlanView>),
+    /// All exports, newest first.
+    Exports(Vec<ExportView>),
     /// An internal snapshot that is gone.
     Snapshot(SnapshotInfo),
     /// What work on an image came to.
@@ -81,6 +83,17 @@ pub struct JobView {
     pub failed_at: Option<String>,
     /// How long its requests took. Not on the wire.
     pub latency: LatencyView,
+}
+
+/// An export as `query-block-exports` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportView {
+    /// Its id.
+    pub id: String,
+    /// The node it is on now.
+    pub node_name: String,
+    /// It is being deleted.
+    pub shutting_down: bool,
 }
 
 /// One image of a chain.

@@ -11,6 +11,10 @@ pub use crate::object_spec::{GivenValue, ObjectKind, ObjectSpec};
 pub use crate::throttle::limits::{LimitsChange, NewLimits};
 
 pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError, SetState};
+pub use crate::export::spec::{
+    BitmapRef, ExportDeletion, ExportRequest, ExportSpec, LegacyExportSpec, NbdExportSpec,
+    NbdServerSpec,
+};
 pub use crate::qcow2::{
     BackingRef, EncryptionFormat, OverlapCheckSpec, OverlapTemplate, Qcow2Spec,
 };
@@ -156,6 +160,8 @@ pub enum Request {
         /// Name of the snapshot. If both are given, both have to be the snapshot's.
         name: Option<String>,
     },
+    /// Something about exports.
+    Export(ExportRequest),
     /// Do something with a whole image that is no job. Not on the wire.
     Image(ImageSpec),
     /// End all jobs, close all nodes, then end the daemon.

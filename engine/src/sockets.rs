@@ -16,6 +16,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
 /// Clients that may queue up before they are accepted.
 const BACKLOG: u32 = 1024;
+/// Longest path of a socket in bytes.
+const PATH_BYTES_MAX: usize = 107;
 /// Bytes of an abstract name that is padded to the whole address.
 const ABSTRACT_NAME_BYTES: usize = 107;
 
@@ -90,6 +92,9 @@ impl Listener {
     /// A text for the user, in QEMU's words where it has some.
     pub async fn bind(address: &Address) -> Result<Self, String> {
         match address {
+            Address::Path(path) if path.len() > PATH_BYTES_MAX => {
+                Err(format!("UNIX socket path '{path}' is too long"))
+            }
             Address::Path(path) => bind_path(Path::new(path))
                 .map_err(|error| format!("Failed to bind socket to {path}: {}", reason(&error))),
             Address::Abstract { name, tight } => bind_abstract(name, *tight)
@@ -234,6 +239,10 @@ async fn resolve(address: &Address) -> Result<Vec<SocketAddr>, String> {
     else {
         return Ok(Vec::new());
     };
+    let failed = |reason: &str| format!("address resolution failed for {host}:{port}: {reason}");
+    if port.parse::<u16>().is_err() {
+        return Err(failed("Servname not supported for ai_socktype"));
+    }
     let named = if host.is_empty() { "::" } else { host.as_str() };
     let found = tokio::net::lookup_host(format!(
         "{}:{port}",
@@ -244,14 +253,13 @@ async fn resolve(address: &Address) -> Result<Vec<SocketAddr>, String> {
         }
     ))
     .await
-    .map_err(|error| {
-        format!(
-            "address resolution failed for {host}:{port}: {}",
-            reason(&error)
-        )
-    })?;
+    .map_err(|error| failed(&reason(&error)))?;
     let wanted = |address: &SocketAddr| if address.is_ipv4() { *ipv4 } else { *ipv6 };
-    Ok(found.filter(wanted).collect())
+    let found: Vec<_> = found.filter(wanted).collect();
+    match found.is_empty() {
+        true => Err(failed("Address family for hostname not supported")),
+        false => Ok(found),
+    }
 }
 
 enum Inherited {
@@ -304,6 +312,12 @@ impl Stream {
 fn reason(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(errno) => errno_text(errno),
-        None => error.to_string(),
+        None => {
+            let text = error.to_string();
+            match text.strip_prefix("failed to lookup address information: ") {
+                Some(words) => words.to_owned(),
+                None => text,
+            }
+        }
     }
 }

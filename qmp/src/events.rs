@@ -49,6 +49,7 @@ fn content(kind: &EventKind) -> (&'static str, Value) {
             let data = json!({"device": id, "operation": operation, "action": action});
             ("BLOCK_JOB_ERROR", data)
         }
+        EventKind::BlockExportDeleted { id } => ("BLOCK_EXPORT_DELETED", json!({"id": id})),
         EventKind::BlockImageCorrupted {
             node_name,
             message,

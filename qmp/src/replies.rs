@@ -1,8 +1,8 @@
 //! Replies as clients see them.
 
 use blockyard_engine::reply::{
-    BitmapInfo, BlockJobView, Compression, Counted, FormatSpecific, GraphNodeKind, GraphView,
-    ImageView, IoStatus, JobView, LayerView, NodeView, PlanView, PropertyValue, Reply,
+    BitmapInfo, BlockJobView, Compression, Counted, ExportView, FormatSpecific, GraphNodeKind,
+    GraphView, ImageView, IoStatus, JobView, LayerView, NodeView, PlanView, PropertyValue, Reply,
     SnapshotInfo, Version3Info,
 };
 use blockyard_engine::request::{DetectZeroes, Permission};
@@ -20,6 +20,7 @@ pub fn value(reply: &Reply) -> Value {
         Reply::Chain(layers) => layers.iter().map(layer).collect(),
         Reply::Plan(view) => plan(view),
         Reply::Snapshot(gone) => snapshot(gone),
+        Reply::Exports(exports) => exports.iter().map(export).collect(),
         Reply::Properties(list) => list
             .iter()
             .map(|property| json!({"name": property.name, "type": property.kind}))
@@ -43,6 +44,15 @@ fn property(value: &PropertyValue) -> Value {
         value[format!("{name}-max-length")] = json!(rate.burst_seconds);
     }
     value
+}
+
+fn export(export: &ExportView) -> Value {
+    json!({
+        "node-name": export.node_name,
+        "shutting-down": export.shutting_down,
+        "type": "nbd",
+        "id": export.id,
+    })
 }
 
 /// What a job within a chain would come to.

@@ -194,21 +194,6 @@ fn help_and_version_end_well() {
 }
 
 #[test]
-fn what_is_not_there_yet_says_so() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let (text, code) = refusal(
-        daemon(),
-        &["--nbd-server", "addr.type=unix,addr.path=x"],
-        folder.path(),
-    );
-    assert_eq!(
-        text,
-        "blockyard: --nbd-server addr.type=unix,addr.path=x: exports and NBD are not supported yet\n"
-    );
-    assert_eq!(code, Some(1));
-}
-
-#[test]
 fn signals_end_it_well_and_nothing_stays_behind() {
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let daemon = Daemon::start();

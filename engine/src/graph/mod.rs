@@ -475,7 +475,7 @@ fn resizer(id: NodeId) -> Edge {
 }
 
 /// The text for a device or node that does not exist.
-fn not_found(device: &str, node_name: &str) -> EngineError {
+pub(crate) fn not_found(device: &str, node_name: &str) -> EngineError {
     EngineError::generic(format!(
         "Cannot find device='{device}' nor node-name='{node_name}'"
     ))

@@ -16,6 +16,7 @@ use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, ROOT_ROLE, User};
 use crate::graph::{Graph, not_found};
 use crate::job::context::JobKey;
+use crate::node::NodeFacts;
 use crate::node::root::{Root, RootId};
 use crate::request::Permission;
 use crate::throttle::group::Suspended;
@@ -132,6 +133,35 @@ impl Graph {
             records.roots_on(&nodes)
         };
         join_all(roots.into_iter().map(|id| self.close_root(id))).await;
+    }
+
+    /// Name of the node that a root is on now; empty: it is on none.
+    pub fn node_name_of_root(&self, id: RootId) -> String {
+        let node = self.node_of_root(id);
+        let records = self.records.borrow();
+        node.map_or_else(String::new, |node| records.name_of(node).to_owned())
+    }
+
+    /// Facts of the node that a root is on.
+    ///
+    /// # Errors
+    /// When it is closed.
+    pub async fn root_facts(&self, place: &RootPlace) -> Result<NodeFacts, EngineError> {
+        let gone = || EngineError::generic("The node has been closed meanwhile");
+        let node = self.node_of_root(place.id).ok_or_else(gone)?;
+        self.facts(node).await
+    }
+
+    /// Whether a node refuses writers; `None`: there is none of this name.
+    pub fn is_read_only(&self, node_name: &str) -> Option<bool> {
+        let node = self.find(node_name)?;
+        let records = self.records.borrow();
+        records.node(node).map(|node| node.read_only)
+    }
+
+    /// Whether there is an `iothread` object of this id.
+    pub fn has_iothread(&self, id: &str) -> bool {
+        self.threads.named(id).is_some()
     }
 
     fn node_of_root(&self, id: RootId) -> Option<NodeId> {

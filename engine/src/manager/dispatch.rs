@@ -15,6 +15,9 @@ use crate::node::root::RootId;
 use crate::reply::Reply;
 use crate::request::Request;
 
+/// How long the end of the daemon waits for clients of exports.
+const EXPORTS_END_WAIT: Duration = Duration::from_secs(30);
+
 /// How long the end of the daemon waits for jobs that do not end.
 const JOBS_END_WAIT: Duration = Duration::from_secs(30);
 
@@ -198,6 +201,7 @@ impl Manager {
                     .delete_snapshot(&device, id.as_deref(), name.as_deref());
                 return Ok(Reply::Snapshot(gone.await?));
             }
+            Request::Export(request) => return self.exports.handle(request).await,
             Request::Image(spec) => {
                 return Ok(Reply::Image(self.graph.work_on_image(spec).await?));
             }
@@ -206,9 +210,15 @@ impl Manager {
         Ok(Reply::Done)
     }
 
-    /// Quiets all jobs, ends them newest first, and closes every node.
+    /// Closes all exports, quiets all jobs, ends them newest first, and closes every node.
     async fn end_everything(&self) {
         self.graph.end_limits();
+        if tokio::time::timeout(EXPORTS_END_WAIT, self.exports.end())
+            .await
+            .is_err()
+        {
+            tracing::error!("some exports did not end in time; the daemon ends without them");
+        }
         if tokio::time::timeout(JOBS_END_WAIT, self.end_jobs())
             .await
             .is_err()

@@ -29,6 +29,7 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::data::ThreadSet;
 use crate::event::EventKind;
+use crate::export::Exports;
 use crate::graph::Graph;
 use crate::job::context::{JobKey, Report};
 
@@ -37,9 +38,10 @@ pub(crate) use dispatch::{Call, serve};
 /// The manager: every job, and what jobs need.
 pub(crate) struct Manager {
     jobs: RefCell<record::JobTable>,
-    publisher: publisher::Publisher,
+    publisher: Rc<publisher::Publisher>,
     journal: journal::Journal,
     graph: Rc<Graph>,
+    exports: Rc<Exports>,
     threads: ThreadSet,
     pool: BufferPool,
     reports: mpsc::UnboundedSender<(JobKey, Report)>,
@@ -57,11 +59,15 @@ impl Manager {
         pool: BufferPool,
         reports: mpsc::UnboundedSender<(JobKey, Report)>,
     ) -> Self {
+        let publisher = Rc::new(publisher::Publisher::default());
+        let news = Rc::clone(&publisher);
+        let exports = Exports::new(Rc::clone(&graph), move |kind| news.publish(kind));
         Self {
             jobs: RefCell::default(),
-            publisher: publisher::Publisher::default(),
+            publisher,
             journal: journal::Journal::default(),
             graph,
+            exports: Rc::new(exports),
             threads,
             pool,
             reports,

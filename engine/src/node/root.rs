@@ -12,6 +12,7 @@ use blockyard_storage::{Buffer, ByteRange, Operation, StorageError, ZeroMode};
 
 use crate::data::Spawner;
 use crate::error::NodeError;
+use crate::node::chain::{ChainExtent, chain_status};
 use crate::node::gate::{Closed, Gate, Way};
 use crate::node::{Node, NodeFacts, NodeTransfer};
 
@@ -69,6 +70,24 @@ impl Root {
                 outcome: Err(error),
             },
         }
+    }
+
+    /// What `range` is through all layers below, and which of them decides. As
+    /// [`chain_status`](crate::node::chain::chain_status); what no layer holds is unallocated.
+    ///
+    /// # Errors
+    /// As the node's.
+    ///
+    /// # Cancel safety
+    /// Nothing has changed.
+    pub async fn layers(
+        &self,
+        range: ByteRange,
+        extents_max: usize,
+    ) -> Result<Vec<ChainExtent>, NodeError> {
+        let _pass = self.gate.enter(Way::Read).await;
+        let node = self.node_for(Operation::Allocation, range, false)?;
+        chain_status(&node, Some(usize::MAX), range, extents_max).await
     }
 
     /// Writes the whole of `from` at `offset`.

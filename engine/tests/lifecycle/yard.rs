@@ -137,6 +137,7 @@ pub(crate) fn short(kind: &EventKind) -> String {
         }
         EventKind::BlockJobPending { id, .. } => format!("{id} PENDING"),
         EventKind::BlockJobError { id, side, action } => format!("{id} ERROR {side:?} {action:?}"),
+        EventKind::BlockExportDeleted { id } => format!("{id} DELETED"),
         EventKind::BlockImageCorrupted { node_name, .. } => format!("{node_name} CORRUPTED"),
     }
 }

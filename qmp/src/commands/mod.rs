@@ -1,6 +1,7 @@
 //! The commands: name, types, and how checked arguments become a request. Dispatch, `query-commands` and
 //! `query-qmp-schema` read the same table.
 
+mod exports;
 mod jobs;
 mod nodes;
 mod objects;
@@ -19,6 +20,7 @@ use crate::schema::{EMPTY, Object, Type};
 use crate::wire::document::Members;
 use crate::wire::output::Constant;
 
+pub use exports::{Asker, export_spec, nbd_server_spec};
 pub use nodes::{node_options_in_image, node_spec};
 pub use objects::object_spec;
 pub use protocol::VERSION;
@@ -87,6 +89,7 @@ fn table() -> impl Iterator<Item = &'static Command> {
         jobs::COMMANDS,
         nodes::COMMANDS,
         objects::COMMANDS,
+        exports::COMMANDS,
     ]
     .into_iter()
     .flatten()

@@ -15,16 +15,19 @@ use std::time::Duration;
 
 use blockyard_engine::engine::{Engine, EngineConfig, EngineHandle};
 use blockyard_engine::image_policy::ImagePolicy;
-use blockyard_engine::request::Request;
+use blockyard_engine::request::{ExportRequest, Request};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::commands::{node_options_in_image, node_spec, object_spec};
+use crate::commands::{
+    Asker, export_spec, nbd_server_spec, node_options_in_image, node_spec, object_spec,
+};
 use crate::daemon::chardev::Backend;
 use crate::daemon::options::{Asked, HELP, Options, Step, StepKind};
 use crate::daemon::pidfile::Pidfile;
 use crate::error::reason;
 use crate::keyval;
+use crate::schema::exports::{EXPORT_OPTIONS, NBD_SERVER_OPTIONS};
 use crate::schema::nodes::OPTIONS;
 use crate::schema::objects::OBJECT;
 use crate::schema::{Object, Type, Words, optional, required};
@@ -232,9 +235,8 @@ impl Setup<'_> {
             StepKind::Object => self.object(argument).await,
             StepKind::Chardev => self.chardev(argument).await,
             StepKind::Monitor => self.monitor(argument),
-            StepKind::Export | StepKind::NbdServer => {
-                Err("exports and NBD are not supported yet".to_owned())
-            }
+            StepKind::Export => self.export(argument).await,
+            StepKind::NbdServer => self.nbd_server(argument).await,
         }
     }
 
@@ -252,6 +254,23 @@ impl Setup<'_> {
             keyval::read(argument, Some("qom-type"), &OBJECT).map_err(|error| error.text)?;
         let spec = object_spec(fields).map_err(|error| error.text)?;
         self.call(Request::ObjectAdd(spec)).await
+    }
+
+    async fn export(&self, argument: &str) -> Result<(), String> {
+        no_help(argument)?;
+        let fields =
+            keyval::read(argument, Some("type"), &EXPORT_OPTIONS).map_err(|error| error.text)?;
+        self.call(Request::Export(ExportRequest::Add(export_spec(fields))))
+            .await
+    }
+
+    async fn nbd_server(&self, argument: &str) -> Result<(), String> {
+        no_help(argument)?;
+        let fields =
+            keyval::read(argument, None, &NBD_SERVER_OPTIONS).map_err(|error| error.text)?;
+        let spec = nbd_server_spec(fields, Asker::CommandLine).map_err(|error| error.text)?;
+        self.call(Request::Export(ExportRequest::ServerStart(spec)))
+            .await
     }
 
     async fn call(&self, request: Request) -> Result<(), String> {

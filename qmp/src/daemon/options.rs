@@ -41,9 +41,9 @@ pub enum StepKind {
     Monitor,
     /// Creates an object.
     Object,
-    /// QEMU's, and not here yet.
+    /// Exports a node.
     Export,
-    /// QEMU's, and not here yet.
+    /// Starts the NBD server.
     NbdServer,
 }
 
@@ -197,6 +197,12 @@ only name what stands before it.
   --object [qom-type=]iothread,id=ID | JSON
   --object [qom-type=]throttle-group,id=ID,limits.bps-total=N,...
         create an object; the same as the command object-add
+  --nbd-server addr.type=unix,addr.path=PATH[,OPTION=VALUE]...
+  --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,...]
+        start the NBD server; the same as the command nbd-server-start
+  --export [type=]nbd,id=ID,node-name=NAME[,name=EXPORT][,writable=on|off]
+        [,description=TEXT][,allocation-depth=on|off] | JSON
+        let clients use a node; the same as the command block-export-add
   --daemonize
         go to the background once everything is set up
   --end-with-parent

@@ -167,9 +167,10 @@ fn check_value(
             _ => Err(place.expects("'on' or 'off'")),
         },
         (Type::Bool, _) => Err(place.wrong_type("boolean")),
-        (Type::Int | Type::Int32 | Type::Uint32 | Type::Uint64 | Type::Size, value) => {
-            check_number(kind, value, spelling, place)
-        }
+        (
+            Type::Int | Type::Int32 | Type::Uint16 | Type::Uint32 | Type::Uint64 | Type::Size,
+            value,
+        ) => check_number(kind, value, spelling, place),
         (Type::Word(words), Json::Text(text)) => check_word(words, text, place),
         (Type::Word(_), _) => Err(place.wrong_type("string")),
         (Type::Object(object), Json::Object(members)) => {
@@ -180,7 +181,12 @@ fn check_value(
             let fitting = alternate.kinds.iter().find(|kind| fits(kind, value));
             match fitting {
                 Some(kind) => check_value(kind, value, spelling, place),
-                None => Err(place.wrong_type(alternate.name)),
+                // QEMU has only the last component here.
+                None => Err(QmpError::generic(format!(
+                    "Invalid parameter type for '{}', expected: {}",
+                    place.name(),
+                    alternate.name
+                ))),
             }
         }
         (Type::List(kind), Json::List(elements)) => elements
@@ -249,6 +255,9 @@ fn check_number(
         (_, None) => Err(place.expects("uint64")),
         (Type::Int32, Some(number)) if i32::try_from(number).is_err() => Err(QmpError::generic(
             format!("Parameter '{}' expects int32_t", place.name()),
+        )),
+        (Type::Uint16, Some(number)) if u16::try_from(number).is_err() => Err(QmpError::generic(
+            format!("Parameter '{}' expects uint16_t", place.name()),
         )),
         (Type::Uint32, Some(number)) if u32::try_from(number).is_err() => Err(QmpError::generic(
             format!("Parameter '{}' expects uint32_t", place.name()),

@@ -100,6 +100,19 @@ impl Fields {
             .collect()
     }
 
+    /// A list of names, or objects in their place; empty where there is none.
+    pub fn names_or_objects(&mut self, name: &str) -> Vec<Result<String, Fields>> {
+        let Some(Value::Array(elements)) = self.members.remove(name) else {
+            return Vec::new();
+        };
+        let read = |element| match element {
+            Value::String(text) => Some(Ok(text)),
+            Value::Object(members) => Some(Err(Fields { members })),
+            _ => None,
+        };
+        elements.into_iter().filter_map(read).collect()
+    }
+
     /// A name or an object in its place.
     pub fn name_or_object(&mut self, name: &str) -> Result<String, Fields> {
         match self.members.remove(name) {

@@ -60,7 +60,7 @@ impl Printer {
         match kind {
             Type::Text => self.builtin("str", "string"),
             Type::Bool => self.builtin("bool", "boolean"),
-            Type::Int | Type::Int32 | Type::Uint32 | Type::Uint64 | Type::Size => {
+            Type::Int | Type::Int32 | Type::Uint16 | Type::Uint32 | Type::Uint64 | Type::Size => {
                 self.builtin("int", "int")
             }
             Type::Null => self.builtin("null", "null"),

@@ -2,9 +2,10 @@
 //! so that the two cannot differ.
 //!
 //! [`check`] refuses what does not fit, in QEMU's words; [`fields`] then reads what does. The types themselves stand in
-//! [`protocol`], [`jobs`], [`nodes`], [`images`] and [`objects`], named as in QEMU's documentation.
+//! [`protocol`], [`jobs`], [`nodes`], [`exports`], [`images`] and [`objects`], named as in QEMU's documentation.
 
 pub mod check;
+pub mod exports;
 pub mod fields;
 pub mod images;
 pub mod introspect;
@@ -24,6 +25,8 @@ pub enum Type {
     Int,
     /// A signed 32-bit integer.
     Int32,
+    /// An unsigned 16-bit integer.
+    Uint16,
     /// An unsigned 32-bit integer.
     Uint32,
     /// An unsigned 64-bit integer; negative numbers wrap, as everywhere in QMP.

@@ -1,5 +1,6 @@
 //! The protocol's own types: version, commands, the schema of the schema, and the events.
 
+use crate::schema::exports::EXPORT_DELETED;
 use crate::schema::jobs::{
     BLOCK_JOB_ENDED, BLOCK_JOB_ERROR, BLOCK_JOB_FAILED, BLOCK_JOB_PENDING, JOB_STATUS_CHANGE,
 };
@@ -123,5 +124,9 @@ pub static EVENTS: &[EventType] = &[
     EventType {
         name: "BLOCK_IMAGE_CORRUPTED",
         data: &IMAGE_CORRUPTED,
+    },
+    EventType {
+        name: "BLOCK_EXPORT_DELETED",
+        data: &EXPORT_DELETED,
     },
 ];

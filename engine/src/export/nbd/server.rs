@@ -1,0 +1,265 @@
+//! [`NbdServer`]: where clients come in and choose an export, on a thread of its own, so that neither the manager nor a data
+//! thread has anything to do with a client that has not chosen.
+//!
+//! Promises: no byte of an image is read before a client has chosen its export; whoever takes too long is cut off; when it is
+//! stopped, nobody is half-way in any more.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use blockyard_nbd::Session;
+use blockyard_nbd::handshake::server::{Security, ServerHandshake, Step};
+use rustix::net::sockopt::set_socket_keepalive;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::task::JoinSet;
+
+use super::Directory;
+use super::connection::{Arrival, serve};
+use crate::error::EngineError;
+use crate::export::spec::NbdServerSpec;
+use crate::limits::HALF_OPEN_MAX;
+use crate::sockets::{Listener, Stream};
+
+/// How long accepting pauses when the kernel has no room for another connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes read at once from a client that has not chosen yet.
+const READ_BYTES: usize = 4096;
+
+/// A running server. Stopped when it is dropped, without waiting for that.
+pub(crate) struct NbdServer {
+    /// Connections at once; 0: as many as come.
+    connections_max: u32,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the server's thread works with.
+struct Reception {
+    directory: Directory,
+    connections: Arc<Semaphore>,
+    half_open: Arc<Semaphore>,
+    patience: Option<Duration>,
+}
+
+impl NbdServer {
+    /// Listens, and lets clients choose among what is in `directory`.
+    ///
+    /// # Errors
+    /// In QEMU's words: there is no listening at this address, or what TLS needs is not there.
+    pub(crate) async fn start(
+        spec: NbdServerSpec,
+        directory: Directory,
+    ) -> Result<Self, EngineError> {
+        let (started, outcome) = oneshot::channel();
+        let (stop, stopped) = oneshot::channel();
+        let connections_max = spec.connections_max;
+        let thread = std::thread::Builder::new()
+            .name("nbd-server".to_owned())
+            .spawn(move || run(&spec, directory, started, stopped));
+        let thread = thread.map_err(|error| {
+            EngineError::generic(format!("Cannot start the NBD server: {error}"))
+        })?;
+        let ended = || EngineError::generic("The NBD server ended while it started");
+        outcome.await.map_err(|_| ended())??;
+        Ok(Self {
+            connections_max,
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+
+    /// Whether clients may use several connections at once.
+    pub(crate) fn multi_conn(&self) -> bool {
+        self.connections_max != 1
+    }
+
+    /// Lets nobody in any more, and waits until nobody is half-way in. Who has chosen an export stays.
+    pub(crate) async fn stop(mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let joined = tokio::task::spawn_blocking(move || thread.join());
+            if !matches!(joined.await, Ok(Ok(()))) {
+                tracing::error!("the NBD server ended by a panic (this is a bug)");
+            }
+        }
+    }
+}
+
+fn run(
+    spec: &NbdServerSpec,
+    directory: Directory,
+    started: oneshot::Sender<Result<(), EngineError>>,
+    stopped: oneshot::Receiver<()>,
+) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = started.send(Err(EngineError::generic(error.to_string())));
+            return;
+        }
+    };
+    runtime.block_on(async move {
+        let listener = match listen(spec).await {
+            Ok(listener) => listener,
+            Err(error) => {
+                let _ = started.send(Err(error));
+                return;
+            }
+        };
+        let connections = match spec.connections_max {
+            0 => Semaphore::MAX_PERMITS,
+            most => usize::try_from(most).unwrap_or(Semaphore::MAX_PERMITS),
+        };
+        let patience = u64::from(spec.handshake_seconds_max);
+        let reception = Arc::new(Reception {
+            directory,
+            connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
+            half_open: Arc::new(Semaphore::new(HALF_OPEN_MAX)),
+            patience: (patience > 0).then(|| Duration::from_secs(patience)),
+        });
+        if started.send(Ok(())).is_err() {
+            // Who has asked for it has given up.
+            return;
+        }
+        tokio::select! {
+            _ = stopped => {}
+            () = reception.accept_all(&listener) => {}
+        }
+    });
+    // A name that is still looked up holds nobody up.
+    runtime.shutdown_background();
+}
+
+async fn listen(spec: &NbdServerSpec) -> Result<Listener, EngineError> {
+    let listener = Listener::bind(&spec.address).await;
+    let listener = listener.map_err(EngineError::generic)?;
+    if let Some(id) = &spec.tls_creds {
+        let text = format!("No TLS credentials with id '{id}'");
+        return Err(EngineError::generic(text));
+    }
+    Ok(listener)
+}
+
+impl Reception {
+    /// Lets clients in. Those beyond a limit wait in the kernel's queue.
+    async fn accept_all(self: Arc<Self>, listener: &Listener) {
+        // Dropping it cuts off who is half-way in.
+        let mut handshakes = JoinSet::new();
+        loop {
+            tokio::select! {
+                entered = self.accept(listener) => {
+                    let Some((stream, place, half)) = entered else {
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    };
+                    let reception = Arc::clone(&self);
+                    handshakes.spawn(async move {
+                        reception.receive(stream, place).await;
+                        drop(half);
+                    });
+                }
+                // Reaped as they end, so that the set does not grow.
+                Some(_) = handshakes.join_next() => {}
+            }
+        }
+    }
+
+    async fn accept(
+        &self,
+        listener: &Listener,
+    ) -> Option<(Stream, OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+        let place = Arc::clone(&self.connections).acquire_owned().await.ok()?;
+        let half = Arc::clone(&self.half_open).acquire_owned().await.ok()?;
+        match listener.accept().await {
+            Ok(stream) => Some((stream, place, half)),
+            Err(error) => {
+                tracing::warn!(%error, "an NBD client cannot be let in");
+                None
+            }
+        }
+    }
+
+    /// Lets one client choose, and hands it over to the data thread of its export.
+    async fn receive(&self, stream: Stream, place: OwnedSemaphorePermit) {
+        let negotiated = async {
+            match stream {
+                Stream::Unix(mut stream) => {
+                    let chosen = negotiate(&mut stream, &self.directory).await?;
+                    let socket = stream.into_std().ok()?;
+                    Some((chosen, OwnedFd::from(socket)))
+                }
+                Stream::Tcp(mut stream) => {
+                    // A peer that is gone without a word does not keep its place for ever.
+                    let _ = set_socket_keepalive(&stream, true);
+                    let chosen = negotiate(&mut stream, &self.directory).await?;
+                    let socket = stream.into_std().ok()?;
+                    Some((chosen, OwnedFd::from(socket)))
+                }
+            }
+        };
+        let negotiated = match self.patience {
+            Some(patience) => match tokio::time::timeout(patience, negotiated).await {
+                Ok(negotiated) => negotiated,
+                Err(_) => {
+                    tracing::debug!("an NBD client has taken too long to choose an export");
+                    None
+                }
+            },
+            None => negotiated.await,
+        };
+        let Some(((session, unread), socket)) = negotiated else {
+            return;
+        };
+        let Some(attendance) = self.directory.enter(&session) else {
+            tracing::debug!(export = session.export_name, "an export is gone");
+            return;
+        };
+        let mailbox = attendance.0.place.mailbox.clone();
+        let arrival = Arrival {
+            session,
+            socket,
+            unread,
+            attendance,
+            place,
+            pool: self.directory.pool.clone(),
+        };
+        mailbox.send(Box::new(|context| Box::pin(serve(context, arrival))));
+    }
+}
+
+/// Speaks the handshake. What was agreed on, and what came behind it; `None`: the client has left, or has to.
+async fn negotiate(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    directory: &Directory,
+) -> Option<(Box<Session>, Vec<u8>)> {
+    let mut handshake = ServerHandshake::new(Security::Plain);
+    let (mut unread, mut buffer) = (Vec::new(), [0; READ_BYTES]);
+    loop {
+        stream.write_all(&handshake.output()).await.ok()?;
+        let taken = handshake.receive(&unread);
+        unread.drain(..taken);
+        let step = handshake.step(directory);
+        stream.write_all(&handshake.output()).await.ok()?;
+        match step {
+            Step::Transmit(session) => return Some((session, unread)),
+            // It is never offered.
+            Step::Close | Step::StartTls => return None,
+            Step::More if taken > 0 && !unread.is_empty() => {}
+            Step::More => {
+                let count = stream
+                    .read(&mut buffer)
+                    .await
+                    .ok()
+                    .filter(|count| *count > 0)?;
+                unread.extend(buffer.iter().take(count));
+            }
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! Writers through exports while jobs run below them: every reply holds, whatever becomes of the graph, and the copies are what
+//! they have to be.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::daemon::Daemon;
+use crate::images::{image, overlay, run};
+use crate::nbd::{FLUSH, FUA, Nbd, TRIM, ZERO, export, start_server};
+use crate::oracle::hole_file;
+use crate::tools;
+
+/// Length of the disks, as those of the images.
+const LENGTH: u64 = crate::images::SIZE;
+
+/// A client that writes at random, and knows what it has to read.
+struct Writer {
+    stop: Arc<AtomicBool>,
+    written: Arc<AtomicU64>,
+    thread: JoinHandle<Vec<u8>>,
+}
+
+impl Writer {
+    fn start(socket: PathBuf, name: &'static str, seed: u64) -> Self {
+        let (stop, written) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::<AtomicU64>::default(),
+        );
+        let (stopped, count) = (Arc::clone(&stop), Arc::clone(&written));
+        let thread = std::thread::spawn(move || {
+            let mut nbd = Nbd::open(&socket, name);
+            let length = u32::try_from(nbd.length).expect("small");
+            let mut model = nbd.read(0, length);
+            let mut random = Random(seed | 1);
+            while !stopped.load(Ordering::Relaxed) {
+                step(&mut nbd, &mut model, &mut random);
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            assert!(nbd.read(0, length) == model, "the disk is another");
+            model
+        });
+        Self {
+            stop,
+            written,
+            thread,
+        }
+    }
+
+    /// Waits until it has made more requests.
+    fn goes_on(&self, requests: u64) {
+        let until = self.written.load(Ordering::Relaxed) + requests;
+        while self.written.load(Ordering::Relaxed) < until {
+            assert!(!self.thread.is_finished(), "the writer has failed");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Ends it. What the disk holds now.
+    fn end(self) -> Vec<u8> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("every byte as it was written")
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// One request, and what it means.
+fn step(nbd: &mut Nbd, model: &mut [u8], random: &mut Random) {
+    let unit = [1, 512, 4096, 65536][usize::try_from(random.below(4)).expect("small")];
+    let length = (1 + random.below(16)) * unit;
+    let length = length.min(LENGTH / 4);
+    let offset = random.below((LENGTH - length) / unit + 1) * unit;
+    let place = usize::try_from(offset).expect("small");
+    let range = place..place + usize::try_from(length).expect("small");
+    let short = u32::try_from(length).expect("small");
+    match random.below(12) {
+        0 => {
+            nbd.change(ZERO, (offset, short));
+            model[range].fill(0);
+        }
+        1 => {
+            // What it reads as afterwards is not said.
+            nbd.change(TRIM, (offset, short));
+            let now = nbd.read(offset, short);
+            model[range].copy_from_slice(&now);
+        }
+        2 => nbd.change(FLUSH, (0, 0)),
+        3..=5 => assert!(nbd.read(offset, short) == model[range], "read {offset}"),
+        kind => {
+            let mut data = vec![0; range.len()];
+            for byte in &mut data {
+                *byte = (random.0 >> 20) as u8;
+                random.0 = random
+                    .0
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+            }
+            nbd.write(offset, &data, if kind == 6 { FUA } else { 0 });
+            model[range].copy_from_slice(&data);
+        }
+    }
+}
+
+fn qcow2(name: &str, backing: Value) -> Value {
+    json!({"driver": "qcow2", "node-name": name, "backing": backing, "discard": "unmap",
+        "file": {"driver": "file", "filename": format!("{name}.qcow2"), "discard": "unmap"}})
+}
+
+/// Three images, all of them holding something.
+fn images(folder: &Path) {
+    image(folder, "base.qcow2", &[]);
+    overlay(folder, "mid.qcow2", "base.qcow2", "qcow2");
+    overlay(folder, "top.qcow2", "mid.qcow2", "qcow2");
+    image(folder, "copy.qcow2", &[]);
+    for (name, write) in [
+        ("base.qcow2", "write -P 1 0 3M"),
+        ("mid.qcow2", "write -P 2 1M 2M"),
+        ("top.qcow2", "write -P 3 2500k 1M"),
+    ] {
+        run(folder, "qemu-io", &["-f", "qcow2", "-c", write, name]);
+    }
+    hole_file(&folder.join("copy.raw"), LENGTH);
+}
+
+fn disk_of(folder: &Path, name: &str, format: &str) -> Vec<u8> {
+    let out = format!("{name}.out");
+    let arguments = ["convert", "-f", format, "-O", "raw", name, &out];
+    run(folder, "qemu-img", &arguments);
+    std::fs::read(folder.join(out)).expect("read")
+}
+
+struct Yard {
+    daemon: Daemon,
+    client: Client,
+}
+
+impl Yard {
+    fn new() -> Option<Self> {
+        if !tools::have("qemu-io", "qemu-utils") || !tools::have("qemu-img", "qemu-utils") {
+            return None;
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        images(folder.path());
+        let daemon = Daemon::start_in(folder, &[]);
+        let mut client = daemon.client();
+        let mut base = qcow2("base", json!(null));
+        base["read-only"] = json!(true);
+        base["auto-read-only"] = json!(true);
+        client.run("blockdev-add", base);
+        client.run("blockdev-add", qcow2("mid", json!("base")));
+        client.run("blockdev-add", qcow2("top", json!("mid")));
+        client.run("blockdev-add", qcow2("copy", json!(null)));
+        let raw = json!({"driver": "file", "node-name": "raw", "filename": "copy.raw"});
+        client.run("blockdev-add", raw);
+        start_server(&daemon, &mut client, 100);
+        export(&mut client, "top");
+        Some(Self { daemon, client })
+    }
+
+    fn writer(&self, seed: u64) -> Writer {
+        Writer::start(self.daemon.path("nbd.sock"), "top", seed)
+    }
+
+    /// On which node the export is.
+    fn exported(&mut self) -> Value {
+        let exports = self.client.run("query-block-exports", json!({}));
+        exports[0]["node-name"].clone()
+    }
+
+    /// Ends everything; the disk has to be `model`, and the image sound.
+    fn end(self, image: &str, model: &[u8]) {
+        let Self { daemon, client } = self;
+        drop(client);
+        let folder = daemon.path("");
+        let keep = tempfile::tempdir().expect("a folder");
+        let pid = daemon.pid();
+        let mut client = daemon.client();
+        client.run("quit", json!({}));
+        client.end();
+        assert!(pid > 0);
+        let format = if image.ends_with(".raw") {
+            "raw"
+        } else {
+            "qcow2"
+        };
+        assert!(disk_of(&folder, image, format) == model, "{image}");
+        if format == "qcow2" {
+            run(&folder, "qemu-img", &["check", "-q", "-f", "qcow2", image]);
+        }
+        drop(keep);
+        assert!(daemon.wait().success());
+    }
+}
+
+#[test]
+fn a_mirror_takes_its_writers_over() {
+    for (number, (copy_mode, target)) in [
+        ("background", "copy"),
+        ("write-blocking", "copy"),
+        ("background", "raw"),
+        ("write-blocking", "raw"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let Some(mut yard) = Yard::new() else { return };
+        let writer = yard.writer(31 * number as u64 + 7);
+        writer.goes_on(20);
+        let job = json!({"job-id": "j", "device": "top", "target": target, "sync": "full",
+            "copy-mode": copy_mode, "granularity": 4096});
+        yard.client.run("blockdev-mirror", job);
+        yard.client.wait_for("j", "ready");
+        writer.goes_on(50);
+        assert_ne!(yard.exported(), json!("copy"));
+        yard.client.run("job-complete", json!({"id": "j"}));
+        yard.client.wait_for("j", "null");
+        assert_eq!(yard.exported(), json!(target));
+        writer.goes_on(50);
+        let model = writer.end();
+        let image = if target == "raw" {
+            "copy.raw"
+        } else {
+            "copy.qcow2"
+        };
+        yard.end(image, &model);
+    }
+}
+
+#[test]
+fn a_mirror_that_is_cancelled_leaves_a_copy_and_its_writers() {
+    let Some(mut yard) = Yard::new() else { return };
+    let writer = yard.writer(5);
+    let job = json!({"job-id": "j", "device": "top", "target": "raw", "sync": "full",
+        "copy-mode": "write-blocking"});
+    yard.client.run("blockdev-mirror", job);
+    yard.client.wait_for("j", "ready");
+    writer.goes_on(30);
+    let model = writer.end();
+    yard.client.run("job-cancel", json!({"id": "j"}));
+    yard.client.wait_for("j", "null");
+    assert_eq!(yard.exported(), json!("top"));
+    let copy = std::fs::read(yard.daemon.path("copy.raw")).expect("read");
+    assert!(copy == model, "the copy is another");
+    let writer = yard.writer(6);
+    writer.goes_on(30);
+    let model = writer.end();
+    yard.end("top.qcow2", &model);
+}
+
+#[test]
+fn commits_and_streams_run_below_writers() {
+    let stream = json!({"job-id": "j", "device": "top"});
+    let commit = json!({"job-id": "j", "device": "top", "top-node": "mid", "base-node": "base"});
+    for (number, (command, job)) in [("block-stream", stream), ("block-commit", commit)]
+        .into_iter()
+        .enumerate()
+    {
+        let Some(mut yard) = Yard::new() else { return };
+        let writer = yard.writer(1000 + number as u64);
+        writer.goes_on(10);
+        yard.client.run(command, job);
+        yard.client.wait_for("j", "null");
+        writer.goes_on(30);
+        let model = writer.end();
+        yard.end("top.qcow2", &model);
+    }
+}
+
+#[test]
+fn the_commit_of_the_top_takes_its_writers_down() {
+    let Some(mut yard) = Yard::new() else { return };
+    let writer = yard.writer(77);
+    let job = json!({"job-id": "j", "device": "top", "base-node": "base"});
+    yard.client.run("block-commit", job);
+    yard.client.wait_for("j", "ready");
+    writer.goes_on(50);
+    yard.client.run("job-complete", json!({"id": "j"}));
+    yard.client.wait_for("j", "null");
+    assert_eq!(yard.exported(), json!("base"));
+    writer.goes_on(50);
+    let model = writer.end();
+    yard.end("base.qcow2", &model);
+}
+
+#[test]
+fn an_overlay_comes_between_and_is_committed_again() {
+    let Some(mut yard) = Yard::new() else { return };
+    let writer = yard.writer(99);
+    for number in 0..3 {
+        let name = format!("over{number}");
+        let device = yard.exported();
+        let file = yard.daemon.path(&format!("{name}.qcow2"));
+        yard.client.run(
+            "blockdev-snapshot-sync",
+            json!({"node-name": device, "snapshot-file": file, "snapshot-node-name": name}),
+        );
+        assert_eq!(yard.exported(), json!(name));
+        writer.goes_on(30);
+        let job = json!({"job-id": "j", "device": name, "base-node": "top"});
+        yard.client.run("block-commit", job);
+        yard.client.wait_for("j", "ready");
+        yard.client.run("job-complete", json!({"id": "j"}));
+        yard.client.wait_for("j", "null");
+        assert_eq!(yard.exported(), json!("top"));
+        writer.goes_on(30);
+    }
+    let model = writer.end();
+    yard.end("top.qcow2", &model);
+}
+
+/// Until backups have their filter for it, they refuse what is written to; the writer does not notice.
+#[test]
+fn a_backup_and_a_writer_do_not_harm_each_other() {
+    let Some(mut yard) = Yard::new() else { return };
+    let writer = yard.writer(123);
+    writer.goes_on(10);
+    let job = json!({"job-id": "j", "device": "top", "target": "copy", "sync": "full"});
+    let started = yard.client.command("blockdev-backup", job);
+    if started.get("return").is_some() {
+        yard.client.wait_for("j", "null");
+    }
+    writer.goes_on(30);
+    let model = writer.end();
+    yard.end("top.qcow2", &model);
+}
