@@ -1,7 +1,7 @@
 //! Jobs on images: data threads, node graph, jobs and their manager.
 //!
 //! Layers, lowest first; a line imports only lines above it:
-//! `error`, `clock`, `limits` < `throttle` < `request`, `reply`, `event` and `job` (status, verb, progress, speed, error policy) <
+//! `error`, `clock`, `limits` < `throttle`, `tls` < `request`, `reply`, `event` and `job` (status, verb, progress, speed, error policy) <
 //! `nbd` (what NBD's server and client share), `node` (what moves bytes, on a data thread) < `job::context`, `job::work` < `jobs` (copier, backup, mirror, create)
 //! and `images` (work that is no job) <
 //! `data` (the threads) < `graph` (names, edges, permissions; on the manager's thread) < `export` < `manager` < `engine`.
@@ -33,4 +33,5 @@ pub mod request;
 pub mod root_handle;
 pub mod sockets;
 pub mod throttle;
+pub mod tls;
 mod within_chain;

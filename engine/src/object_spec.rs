@@ -3,6 +3,8 @@
 use crate::error::EngineError;
 use crate::event_loop::EventLoopSpec;
 use crate::throttle::limits::{LimitsChange, NewLimits};
+use crate::tls::authorization::{Authorization, Rule};
+use crate::tls::credentials::X509Spec;
 
 /// An object to create.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +22,12 @@ pub enum ObjectKind {
     Iothread(EventLoopSpec),
     /// Nodes that share limits.
     ThrottleGroup(Box<NewLimits>),
+    /// Certificates and keys.
+    X509(Box<X509Spec>),
+    /// Another kind of secrets for TLS, by the name of its type. It is refused.
+    OtherCredentials(&'static str),
+    /// Who may come in.
+    Authorization(Authorization),
 }
 
 /// A value that a client gives to a property, as each of the types it might be wanted as, or why it is none.
@@ -27,6 +35,10 @@ pub enum ObjectKind {
 pub struct GivenValue {
     /// A number.
     pub int: Result<i64, EngineError>,
+    /// A string.
+    pub text: Result<String, EngineError>,
     /// Limits of a group.
     pub limits: Result<Box<LimitsChange>, EngineError>,
+    /// Rules of who may come in.
+    pub rules: Result<Vec<Rule>, EngineError>,
 }

@@ -12,6 +12,7 @@ use crate::job::verb::JobType;
 use crate::request::{DetectZeroes, Permission};
 
 pub use crate::throttle::limits::{Counted, Limits, Rate};
+pub use crate::tls::authorization::{Format, Rule};
 
 /// The answer to a request that succeeded.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,6 +59,10 @@ pub enum PropertyValue {
     Text(String),
     /// A number.
     Int(i64),
+    /// A boolean.
+    Flag(bool),
+    /// Rules of who may come in.
+    Rules(Vec<Rule>),
     /// Limits of a group.
     Limits(Box<Limits>),
 }

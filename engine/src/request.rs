@@ -9,6 +9,8 @@ use crate::job::verb::{JobType, VerbCall};
 pub use crate::event_loop::EventLoopSpec;
 pub use crate::object_spec::{GivenValue, ObjectKind, ObjectSpec};
 pub use crate::throttle::limits::{LimitsChange, NewLimits};
+pub use crate::tls::authorization::{Authorization, Format, Rule};
+pub use crate::tls::credentials::{Endpoint, X509Spec};
 
 pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError, SetState};
 pub use crate::export::spec::{

@@ -1,9 +1,9 @@
 //! Replies as clients see them.
 
 use blockyard_engine::reply::{
-    BitmapInfo, BlockJobView, Compression, Counted, ExportView, FormatSpecific, GraphNodeKind,
-    GraphView, ImageView, IoStatus, JobView, LayerView, NodeView, PlanView, PropertyValue, Reply,
-    SnapshotInfo, Version3Info,
+    BitmapInfo, BlockJobView, Compression, Counted, ExportView, Format, FormatSpecific,
+    GraphNodeKind, GraphView, ImageView, IoStatus, JobView, LayerView, NodeView, PlanView,
+    PropertyValue, Reply, Rule, SnapshotInfo, Version3Info,
 };
 use blockyard_engine::request::{DetectZeroes, Permission};
 use serde_json::{Value, json};
@@ -34,6 +34,8 @@ fn property(value: &PropertyValue) -> Value {
     let limits = match value {
         PropertyValue::Text(text) => return json!(text),
         PropertyValue::Int(number) => return json!(number),
+        PropertyValue::Flag(flag) => return json!(flag),
+        PropertyValue::Rules(rules) => return rules.iter().map(rule).collect(),
         PropertyValue::Limits(limits) => limits,
     };
     let mut value = json!({"iops-size": limits.request_bytes.cast_signed()});
@@ -53,6 +55,18 @@ fn export(export: &ExportView) -> Value {
         "type": "nbd",
         "id": export.id,
     })
+}
+
+fn rule(rule: &Rule) -> Value {
+    let policy = if rule.allows { "allow" } else { "deny" };
+    let mut value = json!({"match": rule.matches, "policy": policy});
+    if let Some(format) = rule.format {
+        value["format"] = json!(match format {
+            Format::Exact => "exact",
+            Format::Glob => "glob",
+        });
+    }
+    value
 }
 
 /// What a job within a chain would come to.

@@ -50,6 +50,7 @@ mod schema;
 mod script;
 mod snapshots;
 mod throttle;
+mod tls_objects;
 mod tools;
 mod tour;
 mod verbs;

@@ -3,16 +3,21 @@
 use std::sync::Arc;
 
 use crate::error::EngineError;
+use crate::graph::host_files::in_background;
 use crate::graph::{Graph, names};
 use crate::reply::{PropertyValue, PropertyView};
-use crate::request::{EventLoopSpec, GivenValue, ObjectKind, ObjectSpec};
+use crate::request::{Authorization, EventLoopSpec, GivenValue, ObjectKind, ObjectSpec, X509Spec};
 use crate::throttle::group::ThrottleGroup;
 use crate::throttle::limits::{Counted, Limits};
+use crate::tls::authorization::Authorizations;
+use crate::tls::credentials::Credentials;
 
 /// What there is, in the order in which it was made.
 #[derive(Default)]
 pub(super) struct Objects {
     list: Vec<(String, Object)>,
+    /// Those that say who may come in, again.
+    authorizations: Authorizations,
 }
 
 /// One of them.
@@ -21,6 +26,8 @@ enum Object {
     /// A data thread, known to the set of threads under its id, and how its event loop would be tuned if it were QEMU's.
     Iothread(EventLoopSpec),
     ThrottleGroup(Arc<ThrottleGroup>),
+    Credentials(Arc<Credentials>),
+    Authorization(Authorization),
 }
 
 /// Where a path leads.
@@ -55,6 +62,22 @@ impl Objects {
                 let text = format!("Throttle group '{id}' does not exist");
                 Err(EngineError::generic(text))
             }
+        }
+    }
+
+    /// The secrets with an id.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    fn credentials(&self, id: &str) -> Result<Arc<Credentials>, EngineError> {
+        match self.find(id) {
+            Some(Object::Credentials(credentials)) => Ok(credentials.clone()),
+            Some(_) => Err(EngineError::generic(format!(
+                "Object with id '{id}' is not TLS credentials"
+            ))),
+            None => Err(EngineError::generic(format!(
+                "No TLS credentials with id '{id}'"
+            ))),
         }
     }
 
@@ -97,16 +120,32 @@ impl Object {
         match self {
             Object::Iothread(_) => "iothread",
             Object::ThrottleGroup(_) => "throttle-group",
+            Object::Credentials(_) => "tls-creds-x509",
+            Object::Authorization(Authorization::Simple { .. }) => "authz-simple",
+            Object::Authorization(Authorization::List { .. }) => "authz-list",
         }
     }
 }
 
 impl Graph {
-    /// Creates an object.
+    /// The secrets with an id, for whoever connects or is connected to.
     ///
     /// # Errors
     /// In QEMU's words.
-    pub fn add_object(&self, spec: ObjectSpec) -> Result<(), EngineError> {
+    pub fn credentials(&self, id: &str) -> Result<Arc<Credentials>, EngineError> {
+        self.objects.borrow().credentials(id)
+    }
+
+    /// Who may come in, as of whenever it is asked.
+    pub fn authorizations(&self) -> Authorizations {
+        self.objects.borrow().authorizations.clone()
+    }
+
+    /// Creates an object. Secrets are read before it is there.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub async fn add_object(&self, spec: ObjectSpec) -> Result<(), EngineError> {
         if !names::is_identifier(&spec.id) {
             return Err(EngineError::generic("Parameter 'id' expects an identifier"));
         }
@@ -127,11 +166,32 @@ impl Graph {
                 let limits = Limits::new(limits).map_err(EngineError::generic)?;
                 Object::ThrottleGroup(ThrottleGroup::new(spec.id.clone(), limits))
             }
+            ObjectKind::X509(x509) => {
+                let x509 = (**x509).clone();
+                let loading = in_background(move || Ok(Credentials::load(x509)));
+                let loaded = loading.await;
+                let loaded = loaded.map_err(|error| EngineError::generic(error.to_string()))?;
+                Object::Credentials(Arc::new(loaded.map_err(EngineError::generic)?))
+            }
+            ObjectKind::OtherCredentials(kind) => {
+                return Err(EngineError::generic(format!(
+                    "Object type '{kind}' is not supported: connections are encrypted with \
+                     certificates only, by tls-creds-x509"
+                )));
+            }
+            ObjectKind::Authorization(authorization) => {
+                Object::Authorization(authorization.clone())
+            }
         };
-        if is_known {
+        let mut objects = self.objects.borrow_mut();
+        // Others may have been faster.
+        if is_known || objects.find(&spec.id).is_some() {
             return Err(duplicate());
         }
-        self.objects.borrow_mut().list.push((spec.id, object));
+        if let Object::Authorization(authorization) = &object {
+            objects.authorizations.set(&spec.id, Some(authorization));
+        }
+        objects.list.push((spec.id, object));
         Ok(())
     }
 
@@ -148,9 +208,11 @@ impl Graph {
             Some(Object::ThrottleGroup(group)) if self.records.borrow().is_throttled_by(&group) => {
                 return Err(in_use(id));
             }
-            Some(Object::ThrottleGroup(_)) => {}
+            // Who uses the others keeps what he has.
+            Some(_) => {}
         }
         let mut objects = self.objects.borrow_mut();
+        objects.authorizations.set(id, None);
         objects.list.retain(|(known, _)| known != id);
         Ok(())
     }
@@ -178,6 +240,16 @@ impl Graph {
             Place::Object(_, Object::ThrottleGroup(_)) => {
                 list.extend(limit_properties().map(|(name, _)| property(&name, "int")));
                 list.push(property(LIMITS, "ThrottleLimits"));
+            }
+            Place::Object(_, Object::Credentials(_)) => {
+                list.extend(X509_PROPERTIES.map(|(name, kind)| property(name, kind)));
+            }
+            Place::Object(_, Object::Authorization(Authorization::Simple { .. })) => {
+                list.push(property("identity", "string"));
+            }
+            Place::Object(_, Object::Authorization(Authorization::List { .. })) => {
+                list.push(property("policy", "QAuthZListPolicy"));
+                list.push(property("rules", "QAuthZListRule"));
             }
         }
         Ok(list)
@@ -226,7 +298,12 @@ impl Graph {
                 let kind = object.type_name();
                 let exists = object.property(name).is_some();
                 if exists && let Some(object) = objects.find_mut(&id) {
-                    return object.set_property(name, value);
+                    object.set_property(name, value)?;
+                    if let Object::Authorization(now) = object {
+                        let now = now.clone();
+                        objects.authorizations.set(&id, Some(&now));
+                    }
+                    return Ok(());
                 }
                 (kind, false)
             }
@@ -253,6 +330,18 @@ impl Object {
                 let value = found.map(|(_, value)| value(&limits));
                 value.map(|value| PropertyValue::Int(value.cast_signed()))
             }
+            Object::Credentials(credentials) => x509_property(credentials.spec(), name),
+            Object::Authorization(Authorization::Simple { identity }) => {
+                (name == "identity").then(|| PropertyValue::Text(identity.clone()))
+            }
+            Object::Authorization(Authorization::List {
+                rules,
+                allows_others,
+            }) => match name {
+                "policy" => Some(PropertyValue::Text(policy(*allows_others).to_owned())),
+                "rules" => Some(PropertyValue::Rules(rules.clone())),
+                _ => None,
+            },
         }
     }
 
@@ -263,10 +352,61 @@ impl Object {
                 let changed = group.change_limits(&*value.limits?);
                 changed.map_err(EngineError::generic)
             }
-            Object::ThrottleGroup(_) => Err(EngineError::generic(
+            Object::Authorization(Authorization::Simple { identity }) => {
+                *identity = value.text?;
+                Ok(())
+            }
+            Object::Authorization(Authorization::List { rules, .. }) if name == "rules" => {
+                *rules = value.rules?;
+                Ok(())
+            }
+            Object::Authorization(Authorization::List { allows_others, .. }) => {
+                let text = value.text?;
+                *allows_others = match text.as_str() {
+                    "allow" => true,
+                    "deny" => false,
+                    _ => {
+                        let text = format!("Parameter 'policy' does not accept value '{text}'");
+                        return Err(EngineError::generic(text));
+                    }
+                };
+                Ok(())
+            }
+            // QEMU takes them, and does nothing with them.
+            Object::Credentials(_) | Object::ThrottleGroup(_) => Err(EngineError::generic(
                 "Property cannot be set after initialization",
             )),
         }
+    }
+}
+
+/// Properties of certificates and keys, and their types.
+const X509_PROPERTIES: [(&str, &str); 6] = [
+    ("endpoint", "QCryptoTLSCredsEndpoint"),
+    ("dir", "string"),
+    ("verify-peer", "bool"),
+    ("priority", "string"),
+    ("sanity-check", "bool"),
+    ("passwordid", "string"),
+];
+
+fn x509_property(spec: &X509Spec, name: &str) -> Option<PropertyValue> {
+    let text = |text: &Option<String>| PropertyValue::Text(text.clone().unwrap_or_default());
+    Some(match name {
+        "endpoint" => PropertyValue::Text(spec.endpoint.name().to_owned()),
+        "dir" => text(&spec.dir),
+        "verify-peer" => PropertyValue::Flag(spec.verify_peer),
+        "priority" => text(&spec.priority),
+        "sanity-check" => PropertyValue::Flag(spec.sanity_check),
+        "passwordid" => text(&spec.password_id),
+        _ => return None,
+    })
+}
+
+const fn policy(allows: bool) -> &'static str {
+    match allows {
+        true => "allow",
+        false => "deny",
     }
 }
 

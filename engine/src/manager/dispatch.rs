@@ -155,7 +155,7 @@ impl Manager {
             } => {
                 self.graph.set_iothread(&node_name, iothread, force).await?;
             }
-            Request::ObjectAdd(spec) => self.graph.add_object(spec)?,
+            Request::ObjectAdd(spec) => self.graph.add_object(spec).await?,
             Request::ListProperties { path } => {
                 return Ok(Reply::Properties(self.graph.properties(&path)?));
             }

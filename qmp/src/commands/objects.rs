@@ -3,16 +3,17 @@
 use blockyard_engine::error::EngineError;
 use blockyard_engine::reply::Counted;
 use blockyard_engine::request::{
-    EventLoopSpec, GivenValue, LimitsChange, NewLimits, ObjectKind, ObjectSpec, Request,
+    Authorization, Endpoint, EventLoopSpec, Format, GivenValue, LimitsChange, NewLimits,
+    ObjectKind, ObjectSpec, Request, Rule, X509Spec,
 };
 use serde_json::{Value, json};
 
 use crate::commands::{Command, call};
 use crate::error::QmpError;
-use crate::schema::Type;
 use crate::schema::check::{Spelling, check};
 use crate::schema::fields::Fields;
-use crate::schema::objects::{GET, LIMITS, LIST, OBJECT, OBJECT_BY_ID, PROPERTY_INFO, SET};
+use crate::schema::objects::{GET, LIMITS, LIST, OBJECT, OBJECT_BY_ID, PROPERTY_INFO, RULES, SET};
+use crate::schema::{Object, Type};
 use crate::wire::document::{Document, Json};
 
 pub(super) static COMMANDS: &[Command] = &[
@@ -64,12 +65,48 @@ pub fn object_spec(mut fields: Fields) -> Result<ObjectSpec, QmpError> {
                 properties: limits_change(&fields, "x-"),
             }))
         }
+        "tls-creds-x509" => ObjectKind::X509(Box::new(X509Spec {
+            dir: fields.text("dir"),
+            endpoint: fields
+                .word("endpoint", &[("server", Endpoint::Server)])
+                .unwrap_or_default(),
+            verify_peer: fields.flag("verify-peer").unwrap_or(true),
+            sanity_check: fields.flag("sanity-check").unwrap_or(true),
+            priority: fields.text("priority"),
+            password_id: fields.text("passwordid"),
+        })),
+        "tls-creds-anon" => ObjectKind::OtherCredentials("tls-creds-anon"),
+        "tls-creds-psk" => ObjectKind::OtherCredentials("tls-creds-psk"),
+        "authz-simple" => ObjectKind::Authorization(Authorization::Simple {
+            identity: fields.required_text("identity"),
+        }),
+        "authz-list" => ObjectKind::Authorization(Authorization::List {
+            allows_others: fields.word("policy", POLICIES).unwrap_or(false),
+            rules: rules(&mut fields),
+        }),
         _ => {
             let tuning = EventLoopSpec::new(|name| fields.int(name));
             ObjectKind::Iothread(tuning.map_err(|error| QmpError::generic(error.text))?)
         }
     };
     Ok(ObjectSpec { id, kind })
+}
+
+const POLICIES: &[(&str, bool)] = &[("allow", true), ("deny", false)];
+
+/// Who may come in.
+fn rules(fields: &mut Fields) -> Vec<Rule> {
+    let rules = fields.objects("rules").into_iter();
+    rules
+        .map(|mut rule| Rule {
+            allows: rule.word("policy", POLICIES).unwrap_or(false),
+            format: rule.word(
+                "format",
+                &[("exact", Format::Exact), ("glob", Format::Glob)],
+            ),
+            matches: rule.required_text("match"),
+        })
+        .collect()
 }
 
 /// What is said of limits, in members whose names begin so.
@@ -94,17 +131,24 @@ fn given(property: &str, value: &Value) -> GivenValue {
             "Invalid parameter type for '{property}', expected: {kind}"
         ))
     };
-    let limits = || {
-        let document = Document::from(&json!({"limits": value}));
-        let Json::Object(members) = document.root() else {
-            return Err(QmpError::generic("JSON object expected"));
+    let checked = |name: &str, object: &Object| {
+        let document = Document::from(&json!({name: value}));
+        let checked = match document.root() {
+            Json::Object(members) => check(object, members, Spelling::Json).map(Fields::new),
+            _ => Err(QmpError::generic("JSON object expected")),
         };
-        let checked = check(&LIMITS, members, Spelling::Json)?;
-        let limits = Fields::new(checked).object("limits").unwrap_or_default();
-        Ok(Box::new(limits_change(&limits, "")))
+        checked.map_err(|error| EngineError::generic(error.text))
     };
     GivenValue {
         int: value.as_i64().ok_or_else(|| not_a("integer")),
-        limits: limits().map_err(|error| EngineError::generic(error.text)),
+        text: match value {
+            Value::String(text) => Ok(text.clone()),
+            _ => Err(not_a("string")),
+        },
+        limits: checked("limits", &LIMITS).map(|mut fields| {
+            let limits = fields.object("limits").unwrap_or_default();
+            Box::new(limits_change(&limits, ""))
+        }),
+        rules: checked("rules", &RULES).map(|mut fields| rules(&mut fields)),
     }
 }

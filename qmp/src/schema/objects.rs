@@ -2,7 +2,52 @@
 
 use crate::schema::{Object, Type, Words, optional, required};
 
-static OBJECT_TYPE: Words = Words::of(&["iothread", "throttle-group"]);
+static OBJECT_TYPE: Words = Words::of(&[
+    "authz-list",
+    "authz-simple",
+    "iothread",
+    "throttle-group",
+    "tls-creds-anon",
+    "tls-creds-psk",
+    "tls-creds-x509",
+]);
+
+static POLICY: Words = Words::of(&["deny", "allow"]);
+static FORMAT: Words = Words::of(&["exact", "glob"]);
+static RULE: Object = Object::of(&[
+    required("match", Type::Text),
+    required("policy", Type::Word(&POLICY)),
+    optional("format", Type::Word(&FORMAT)),
+]);
+static AUTHZ_LIST: Object = Object::of(&[
+    optional("policy", Type::Word(&POLICY)),
+    optional("rules", Type::List(&Type::Object(&RULE))),
+]);
+static AUTHZ_SIMPLE: Object = Object::of(&[required("identity", Type::Text)]);
+
+static ENDPOINT: Words = Words::of(&["client", "server"]);
+static TLS_CREDS: Object = Object::of(&[
+    optional("verify-peer", Type::Bool),
+    optional("dir", Type::Text),
+    optional("endpoint", Type::Word(&ENDPOINT)),
+    optional("priority", Type::Text),
+]);
+static TLS_CREDS_PSK: Object = Object::of(&[
+    optional("verify-peer", Type::Bool),
+    optional("dir", Type::Text),
+    optional("endpoint", Type::Word(&ENDPOINT)),
+    optional("priority", Type::Text),
+    optional("username", Type::Text),
+]);
+static TLS_CREDS_X509: Object = Object::of(&[
+    optional("verify-peer", Type::Bool),
+    optional("dir", Type::Text),
+    optional("endpoint", Type::Word(&ENDPOINT)),
+    optional("priority", Type::Text),
+    optional("sanity-check", Type::Bool),
+    optional("passwordid", Type::Text),
+]);
+
 static IOTHREAD: Object = Object::of(&[
     optional("aio-max-batch", Type::Int),
     optional("thread-pool-min", Type::Int),
@@ -64,7 +109,15 @@ pub static OBJECT: Object = Object::union(
         required("id", Type::Text),
     ],
     "qom-type",
-    &[("iothread", &IOTHREAD), ("throttle-group", &THROTTLE_GROUP)],
+    &[
+        ("authz-list", &AUTHZ_LIST),
+        ("authz-simple", &AUTHZ_SIMPLE),
+        ("iothread", &IOTHREAD),
+        ("tls-creds-anon", &TLS_CREDS),
+        ("tls-creds-psk", &TLS_CREDS_PSK),
+        ("tls-creds-x509", &TLS_CREDS_X509),
+        ("throttle-group", &THROTTLE_GROUP),
+    ],
 );
 /// Arguments of `object-del`.
 pub static OBJECT_BY_ID: Object = Object::of(&[required("id", Type::Text)]);
@@ -89,5 +142,7 @@ pub static SET: Object = Object::of(&[
     required("property", Type::Text),
     required("value", Type::Any),
 ]);
+/// The property `rules` by itself.
+pub static RULES: Object = Object::of(&[required("rules", Type::List(&Type::Object(&RULE)))]);
 /// The property `limits` by itself.
 pub static LIMITS: Object = Object::of(&[required("limits", Type::Object(&THROTTLE_LIMITS))]);
