@@ -461,3 +461,43 @@ fn a_stream_may_end_above_the_filter_of_a_commit() {
         overlay(folder, "other.qcow2", "mid.qcow2", "qcow2");
     });
 }
+
+/// The overlay of a commit's top is the base of another commit, which writes to it: it goes onto the first one's base all the
+/// same.
+#[test]
+fn a_commit_may_end_below_what_another_commit_writes_to() {
+    let mut script = one_by_one(&["n0", "n1", "n2", "n3", "n4"]);
+    script += &line(
+        "blockdev-add",
+        &with(on("t", "t.qcow2"), json!({"backing": "n3"})),
+    );
+    let upper = json!({"job-id": "u", "device": "t", "top-node": "n3", "base-node": "n2"});
+    let upper = with(upper, json!({"speed": 1}));
+    let lower = json!({"job-id": "l", "device": "n4", "top-node": "n1", "base-node": "n0"});
+    let lower = with(lower, json!({"auto-finalize": false}));
+    // The other way round it is refused.
+    script += &line("block-commit", &upper);
+    script += &line("block-commit", &lower);
+    script += &line("job-cancel", &json!({"id": "u"}));
+    script += "wait u null\n";
+    script += &line("block-commit", &lower);
+    script += "wait l pending\n";
+    script += &line("block-commit", &upper);
+    script += &line("job-finalize", &json!({"id": "l"}));
+    script += "wait l null\n";
+    script += &line("x-debug-query-block-graph", &json!({}));
+    script += &line("block-job-set-speed", &json!({"device": "u", "speed": 0}));
+    script += "wait u null\n";
+    script += &line("x-debug-query-block-graph", &json!({}));
+    script += &afterwards(&["n0", "n1", "n2", "n3", "n4"]);
+    script += "$ qemu-img compare before.raw n4.qcow2\n";
+    compare(&script, |folder| {
+        five(folder);
+        overlay(folder, "t.qcow2", "n3.qcow2", "qcow2");
+        run(
+            folder,
+            "qemu-img",
+            &["convert", "-f", "qcow2", "n4.qcow2", "before.raw"],
+        );
+    });
+}

@@ -54,6 +54,7 @@ impl Graph {
         let Some(filter) = nodes.filter else {
             return Ok(());
         };
+        self.let_go_of_base(key, base);
         for overlay in self.overlays_of(filter) {
             self.relink(overlay, |_| Some(base), &part.named).await?;
         }
@@ -66,10 +67,15 @@ impl Graph {
     ///
     /// # Errors
     /// When the users of the device cannot live with the base.
-    pub async fn finish_active_commit(&self, nodes: &JobNodes) -> Result<(), JobError> {
+    pub async fn finish_active_commit(
+        &self,
+        key: JobKey,
+        nodes: &JobNodes,
+    ) -> Result<(), JobError> {
         let (Some(filter), Some(base)) = (nodes.filter, nodes.target) else {
             return Ok(());
         };
+        self.let_go_of_base(key, base);
         for overlay in self.overlays_of(filter) {
             let put = async {
                 self.pin(overlay).await?;
@@ -81,6 +87,18 @@ impl Graph {
             put.map_err(|error| JobError::text(error.text))?;
         }
         Ok(())
+    }
+
+    /// A commit that has moved everything does not write to its base any more. What comes to stand on the base now may be written
+    /// to by another job, which wants all that is below it to stay as it is.
+    fn let_go_of_base(&self, key: JobKey, base: NodeId) {
+        let mut records = self.records.borrow_mut();
+        let let_go = records.change_edges(|edges| {
+            edges.retain(|edge| edge.child != base || edge.user != User::Backend(key));
+        });
+        if let Err(error) = let_go {
+            tracing::error!(%error, "a job keeps its base");
+        }
     }
 
     /// The base of an active commit that has not failed stays writable where its device is.

@@ -118,8 +118,12 @@ impl Graph {
                     false => "'backing-file' specified, but 'top' has a writer on it",
                 }));
             }
+            let is_active = is_device || has_writer;
+            if let (false, Some(overlay)) = (is_active, records.overlay_in(device, top)) {
+                records.check_no_job(overlay)?;
+            }
             let layers = records.layers(&inner);
-            (inner, layers, is_device || has_writer)
+            (inner, layers, is_active)
         };
         let lengths = (self.facts(top).await?, self.facts(base).await?);
         let above = self.records.borrow().above(top);

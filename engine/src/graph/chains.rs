@@ -47,6 +47,14 @@ impl Records {
         std::iter::successors(Some(top), |id| self.next_in_chain(*id))
     }
 
+    /// What stands on a node in the chain of `top`; filters do not count.
+    pub(super) fn overlay_in(&self, top: NodeId, id: NodeId) -> Option<NodeId> {
+        let below = self.unfiltered(id);
+        let is_layer = |id: &NodeId| self.node(*id).is_some_and(|node| !node.is_filter());
+        let layers = self.chain(top).filter(is_layer);
+        layers.take_while(|id| *id != below).last()
+    }
+
     /// All nodes that have this one anywhere below them.
     pub(super) fn above(&self, id: NodeId) -> Vec<NodeId> {
         let mut above: Vec<NodeId> = Vec::new();

@@ -215,7 +215,7 @@ impl Manager {
         if let Some(nodes) = nodes {
             if pivots {
                 if is_commit {
-                    self.graph.finish_active_commit(&nodes).await?;
+                    self.graph.finish_active_commit(key, &nodes).await?;
                 }
                 self.graph.pivot(key, &nodes, replaces.as_deref()).await?;
             } else if !keeps_equal {
