@@ -24,6 +24,7 @@ pub mod job;
 pub mod jobs;
 pub mod limits;
 mod manager;
+mod mirror;
 pub mod nbd;
 pub mod node;
 mod object_spec;

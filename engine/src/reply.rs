@@ -7,6 +7,7 @@ pub use blockyard_images::qcow2::info::{BitmapInfo, SnapshotInfo, Version3Info};
 pub use blockyard_images::qcow2::units::Compression;
 
 use crate::job::latency::LatencyView;
+use crate::job::rates::RatesView;
 use crate::job::status::Status;
 use crate::job::verb::JobType;
 use crate::request::{DetectZeroes, Permission};
@@ -182,6 +183,8 @@ pub struct BlockJobView {
     pub error: Option<String>,
     /// For mirrors: whether the target is equal and stays so.
     pub actively_synced: Option<bool>,
+    /// For those that keep both sides equal: how fast the source changes and is copied, once somebody has written.
+    pub rates: Option<RatesView>,
 }
 
 /// A node as `query-named-block-nodes` shows it.

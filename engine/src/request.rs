@@ -17,6 +17,7 @@ pub use crate::export::spec::{
     BitmapRef, ExportDeletion, ExportRequest, ExportSpec, LegacyExportSpec, NbdExportSpec,
     NbdServerSpec,
 };
+pub use crate::mirror::{CopyMode, MirrorSpec, NewTargetSpec};
 pub use crate::qcow2::{
     BackingRef, EncryptionFormat, OverlapCheckSpec, OverlapTemplate, Qcow2Spec,
 };
@@ -434,7 +435,7 @@ pub struct JobSpec {
 pub enum WorkSpec {
     /// `blockdev-backup`.
     Backup(BackupSpec),
-    /// `blockdev-mirror`.
+    /// `blockdev-mirror`, `drive-mirror`.
     Mirror(MirrorSpec),
     /// `block-commit`.
     Commit(CommitSpec),
@@ -537,42 +538,6 @@ impl Default for BackupPerf {
             min_cluster_size: 0,
         }
     }
-}
-
-/// How a mirror treats writes while it runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CopyMode {
-    /// Copied later.
-    Background,
-    /// Copied before the write ends.
-    WriteBlocking,
-}
-
-/// Arguments of `blockdev-mirror`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MirrorSpec {
-    /// Source node.
-    pub device: String,
-    /// Target node.
-    pub target: String,
-    /// Node that the target takes the place of; `None`: the source.
-    pub replaces: Option<String>,
-    /// How much.
-    pub sync: SyncMode,
-    /// Limit in bytes per second; 0: none.
-    pub speed: i64,
-    /// Unit of dirty tracking in bytes; `None`: from the target.
-    pub granularity: Option<u32>,
-    /// Bytes in flight at most; `None` or 0: 16 MiB.
-    pub buf_size: Option<i64>,
-    /// When reading fails.
-    pub on_source_error: OnError,
-    /// When writing fails.
-    pub on_target_error: OnError,
-    /// Name of the filter node.
-    pub filter_node_name: Option<String>,
-    /// How writes are treated.
-    pub copy_mode: CopyMode,
 }
 
 /// Arguments of `x-blockdev-amend`. Options left out stay as they are; values are as the client gave them.

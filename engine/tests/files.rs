@@ -15,8 +15,8 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CommonOptions, CopyMode, CreatePreallocation, CreateSpec, DriverSpec,
-    FileSpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    BackupPerf, BackupSpec, CommonOptions, CreatePreallocation, CreateSpec, DriverSpec, FileSpec,
+    JobSpec, MirrorSpec, NodeRef, NodeSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
 use blockyard_ring::file_attributes;
 use proptest::prelude::*;
@@ -166,15 +166,7 @@ fn mirror() -> WorkSpec {
     WorkSpec::Mirror(MirrorSpec {
         device: "s".to_owned(),
         target: "t".to_owned(),
-        replaces: None,
-        sync: SyncMode::Full,
-        speed: 0,
-        granularity: None,
-        buf_size: None,
-        on_source_error: OnError::Report,
-        on_target_error: OnError::Report,
-        filter_node_name: None,
-        copy_mode: CopyMode::Background,
+        ..MirrorSpec::default()
     })
 }
 

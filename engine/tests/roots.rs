@@ -171,15 +171,9 @@ fn mirror(copy_mode: CopyMode) -> WorkSpec {
     WorkSpec::Mirror(MirrorSpec {
         device: "s".to_owned(),
         target: "t".to_owned(),
-        replaces: None,
-        sync: SyncMode::Full,
-        speed: 0,
-        granularity: None,
-        buf_size: None,
-        on_source_error: OnError::Report,
-        on_target_error: OnError::Report,
         filter_node_name: Some("filter".to_owned()),
         copy_mode,
+        ..MirrorSpec::default()
     })
 }
 

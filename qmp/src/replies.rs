@@ -147,6 +147,12 @@ fn block_job(job: &BlockJobView) -> Value {
     if let Some(synced) = job.actively_synced {
         value["actively-synced"] = json!(synced);
     }
+    if let Some(rates) = &job.rates {
+        value["x-dirty-bytes"] = json!(rates.dirty_bytes);
+        value["x-dirty-rate"] = json!(rates.dirtied_a_second);
+        value["x-copy-rate"] = json!(rates.copied_a_second);
+        value["x-converges"] = json!(rates.converges());
+    }
     value
 }
 

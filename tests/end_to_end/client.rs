@@ -114,9 +114,12 @@ impl Client {
         }
     }
 
-    /// The next message of any kind.
+    /// The next message of any kind. What QEMU prints of the images that it makes, monitor or not, is none.
     pub(crate) fn message(&mut self) -> Option<Value> {
-        let line = self.line()?;
+        let mut line = self.line()?;
+        while line.starts_with("Formatting '") {
+            line = self.line()?;
+        }
         Some(serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}")))
     }
 

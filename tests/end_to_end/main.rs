@@ -18,6 +18,7 @@ mod create_qcow2;
 mod create_raw;
 mod daemon;
 mod damage;
+mod drive_mirror;
 mod exports;
 mod flows;
 mod host_device;

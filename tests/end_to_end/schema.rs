@@ -14,8 +14,17 @@ const CREATE_RAW: &str = "blockdev-create.\"options\"(\"raw\")";
 /// What QEMU's own tool can change and its command cannot; only what is not in its schema is passed over.
 const AMEND_QCOW2: &str = "x-blockdev-amend.\"options\"(\"qcow2\")";
 
-/// What the chain of a concluded job has become, which QEMU does not tell.
-const RESULT_CHAIN: &str = "x-chain";
+/// Members that QEMU does not have: what the chain of a concluded job has become, and whether a mirror gains on its writers.
+const OUR_MEMBERS: [&str; 5] = [
+    "x-chain",
+    "x-dirty-bytes",
+    "x-dirty-rate",
+    "x-copy-rate",
+    "x-converges",
+];
+
+/// Members that newer releases of QEMU have.
+const NEWER_MEMBERS: [&str; 1] = ["target-is-zero"];
 
 /// Commands that are ours alone.
 pub(crate) const OUR_COMMANDS: [&str; 2] = ["x-plan", "x-query-chain"];
@@ -86,7 +95,9 @@ fn contained(
                 }
                 let all = their["members"].as_array().expect("members");
                 let same = all.iter().find(|other| other["name"] == *name);
-                if (path == AMEND_QCOW2 || name == RESULT_CHAIN) && same.is_none() {
+                let is_known = |list: &[&str]| list.iter().any(|known| name == known);
+                let is_ours = is_known(&OUR_MEMBERS) || is_known(&NEWER_MEMBERS);
+                if (path == AMEND_QCOW2 || is_ours) && same.is_none() {
                     continue;
                 }
                 let same = same.unwrap_or_else(|| panic!("{path}.{name} is ours alone"));

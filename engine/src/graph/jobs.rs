@@ -7,6 +7,7 @@ use crate::error::EngineError;
 use crate::graph::amending::AmendEffect;
 use crate::graph::chain_jobs::ChainPart;
 use crate::graph::creating::{Opened, image_edges};
+use crate::graph::new_targets::TargetBacking;
 use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{
     BACKING_ROLE, Blocker, Edge, FILE_ROLE, JobLabel, NodeRecord, TARGET_ROLE, User,
@@ -45,6 +46,8 @@ pub struct JobNodes {
     pub opened: Opened,
     /// What it takes of a chain, if it moves data within one.
     pub chain: Option<ChainPart>,
+    /// What comes below the target of a mirror in the end, if it was opened for that.
+    pub(super) target_backing: Option<TargetBacking>,
 }
 
 impl Graph {
@@ -62,6 +65,7 @@ impl Graph {
                 data_file: None,
             }),
             WorkSpec::Create(CreateSpec::Qcow2(spec)) => self.open_for_qcow2(spec).await,
+            WorkSpec::Mirror(spec) => self.open_for_mirror(spec).await,
             _ => Ok(Opened::default()),
         }
     }
@@ -80,8 +84,8 @@ impl Graph {
         let names = match work {
             WorkSpec::Backup(spec) => [Some(&*spec.device), Some(&*spec.target), None],
             WorkSpec::Mirror(spec) => {
-                let replaces = spec.replaces.as_deref();
-                [Some(&*spec.device), Some(&*spec.target), replaces]
+                let target = spec.new_target.is_none().then_some(&*spec.target);
+                [Some(&*spec.device), target, spec.replaces.as_deref()]
             }
             WorkSpec::Create(CreateSpec::Raw { file, .. }) => [name(Some(file)), None, None],
             WorkSpec::Create(CreateSpec::Qcow2(spec)) => {
@@ -117,7 +121,7 @@ impl Graph {
     ) -> Result<JobNodes, EngineError> {
         match work {
             WorkSpec::Backup(spec) => self.prepare_backup(spec).await,
-            WorkSpec::Mirror(spec) => self.prepare_mirror(spec).await,
+            WorkSpec::Mirror(spec) => self.prepare_mirror(spec, opened).await,
             WorkSpec::Commit(spec) => self.prepare_commit(spec).await,
             WorkSpec::Stream(spec) => self.prepare_stream(spec).await,
             WorkSpec::Create(CreateSpec::File { .. }) => Ok(JobNodes::default()),
@@ -298,13 +302,20 @@ impl Graph {
                 fixed_size: false,
                 windowed: false,
                 force_share: false,
+                cache_direct: false,
+                cache_no_flush: false,
                 extra: ExtraPermissions::default(),
                 exclusive: false,
                 plan: NodePlan::Filter {
                     child: source,
                     kind,
                 },
-                read_only: below.read_only || driver == "commit_top",
+                // As QEMU shows them; whoever writes through one is refused below it.
+                read_only: match driver {
+                    "commit_top" => true,
+                    "mirror_top" => false,
+                    _ => below.read_only,
+                },
                 locked: None,
                 ..below
             });

@@ -4,6 +4,7 @@
 use crate::data::NodeId;
 use crate::error::{EngineError, JobError};
 use crate::graph::Graph;
+use crate::graph::creating::Opened;
 use crate::graph::jobs::JobNodes;
 use crate::graph::roots::move_edges;
 use crate::job::context::JobKey;
@@ -15,45 +16,66 @@ const GRANULARITY_MIN_BYTES: u64 = 4 << 10;
 const GRANULARITY_MAX_BYTES: u64 = 64 << 10;
 
 impl Graph {
-    /// The nodes of a mirror, and the filter above its source.
+    /// The nodes of a mirror, and the filter above its source. What was `opened` for it is its own from here on.
     ///
     /// # Errors
-    /// In QEMU's words and order; nothing has changed then.
-    pub(super) async fn prepare_mirror(&self, spec: &MirrorSpec) -> Result<JobNodes, EngineError> {
+    /// In QEMU's words and order; nothing has changed then, and nothing stays open.
+    pub(super) async fn prepare_mirror(
+        &self,
+        spec: &MirrorSpec,
+        opened: Opened,
+    ) -> Result<JobNodes, EngineError> {
+        let prepared = self.check_and_filter(spec, opened).await;
+        if prepared.is_err() {
+            self.close_opened(&opened).await;
+        }
+        prepared
+    }
+
+    /// That a node may be the source of a mirror.
+    pub(super) fn check_mirror_source(&self, source: NodeId) -> Result<(), EngineError> {
+        let records = self.records.borrow();
+        match records.has_node_or_job_parent(source) {
+            true => Err(EngineError::generic("Need a root block node")),
+            false => records.check_free(source),
+        }
+    }
+
+    /// What can be said of the arguments of a mirror without its target, in QEMU's order.
+    pub(super) fn check_mirror_arguments(
+        &self,
+        spec: &MirrorSpec,
+        source: NodeId,
+    ) -> Result<(), EngineError> {
+        check_granularity(spec)?;
+        if let Some(replaces) = &spec.replaces {
+            self.check_may_replace(replaces, source, spec)?;
+        }
+        check_sync(spec)
+    }
+
+    async fn check_and_filter(
+        &self,
+        spec: &MirrorSpec,
+        opened: Opened,
+    ) -> Result<JobNodes, EngineError> {
         let source = self.look_up(&spec.device)?;
-        let target = self.look_up(&spec.target)?;
+        let target = match (&spec.new_target, opened.target) {
+            (Some(_), Some(target)) => target,
+            (Some(_), None) => return Err(EngineError::generic("A node was not opened (bug)")),
+            (None, _) => self.look_up(&spec.target)?,
+        };
         let is_root = !self.records.borrow().has_node_or_job_parent(source);
         if !is_root {
             return Err(EngineError::generic("Need a root block node"));
         }
-        if let Some(granularity) = spec.granularity.filter(|granularity| *granularity != 0) {
-            if !(512..=64 << 20).contains(&granularity) {
-                return Err(EngineError::generic(
-                    "Parameter 'granularity' expects a value in range [512B, 64MB]",
-                ));
-            }
-            if !granularity.is_power_of_two() {
-                let text = "Parameter 'granularity' expects a power of 2";
-                return Err(EngineError::generic(text));
-            }
-        }
+        check_granularity(spec)?;
         self.records.borrow().check_free(source)?;
         self.records.borrow().check_free(target)?;
         if let Some(replaces) = &spec.replaces {
-            self.check_replaces(replaces, source, target, spec).await?;
+            self.check_may_replace(replaces, source, spec)?;
         }
-        if let Some(mode) = match spec.sync {
-            SyncMode::Incremental => Some("incremental"),
-            SyncMode::Bitmap => Some("bitmap"),
-            _ => None,
-        } {
-            return Err(EngineError::generic(format!(
-                "Sync mode '{mode}' not supported"
-            )));
-        }
-        if spec.buf_size.is_some_and(|size| size < 0) {
-            return Err(EngineError::generic("Invalid parameter 'buf-size'"));
-        }
+        check_sync(spec)?;
         if source == target {
             return Err(EngineError::generic("Can't mirror node into itself"));
         }
@@ -70,6 +92,8 @@ impl Graph {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
+            target_backing: self.target_backing(spec),
+            opened,
             ..JobNodes::default()
         })
     }
@@ -92,11 +116,10 @@ impl Graph {
     }
 
     /// Only the source may be replaced: everything else would change under its users.
-    async fn check_replaces(
+    fn check_may_replace(
         &self,
         replaces: &str,
         source: NodeId,
-        target: NodeId,
         spec: &MirrorSpec,
     ) -> Result<(), EngineError> {
         let Some(id) = self.find(replaces) else {
@@ -110,10 +133,6 @@ impl Graph {
                  guaranteed that doing so would not lead to an abrupt change of visible data",
                 spec.device
             )));
-        }
-        if self.facts(id).await?.length_bytes != self.facts(target).await?.length_bytes {
-            let text = "cannot replace image with a mirror image of different size";
-            return Err(EngineError::generic(text));
         }
         Ok(())
     }
@@ -164,6 +183,41 @@ impl Graph {
             self.put_on(&roots, target).await
         };
         put.await
-            .map_err(|error: EngineError| JobError::text(error.text))
+            .map_err(|error: EngineError| JobError::text(error.text))?;
+        self.follow_access(source, target).await;
+        Ok(())
+    }
+}
+
+fn check_granularity(spec: &MirrorSpec) -> Result<(), EngineError> {
+    let Some(granularity) = spec.granularity.filter(|granularity| *granularity != 0) else {
+        return Ok(());
+    };
+    if !(512..=64 << 20).contains(&granularity) {
+        return Err(EngineError::generic(
+            "Parameter 'granularity' expects a value in range [512B, 64MB]",
+        ));
+    }
+    if !granularity.is_power_of_two() {
+        let text = "Parameter 'granularity' expects a power of 2";
+        return Err(EngineError::generic(text));
+    }
+    Ok(())
+}
+
+/// Bitmaps are refused, as by QEMU.
+fn check_sync(spec: &MirrorSpec) -> Result<(), EngineError> {
+    if let Some(mode) = match spec.sync {
+        SyncMode::Incremental => Some("incremental"),
+        SyncMode::Bitmap => Some("bitmap"),
+        _ => None,
+    } {
+        return Err(EngineError::generic(format!(
+            "Sync mode '{mode}' not supported"
+        )));
+    }
+    match spec.buf_size.is_some_and(|size| size < 0) {
+        true => Err(EngineError::generic("Invalid parameter 'buf-size'")),
+        false => Ok(()),
     }
 }

@@ -103,6 +103,18 @@ impl Graph {
         }
     }
 
+    /// The format that the first bytes of a client's file look like.
+    ///
+    /// # Errors
+    /// The file cannot be opened in the background.
+    pub(super) async fn format_by_content(&self, path: &str) -> Result<&'static str, EngineError> {
+        let guessed = self.guess_format(PathBuf::from(path), &NamedBy::Client);
+        Ok(match guessed.await? {
+            BackingFormat::Qcow2 => "qcow2",
+            _ => "raw",
+        })
+    }
+
     /// What the first bytes of a file look like.
     async fn guess_format(
         &self,

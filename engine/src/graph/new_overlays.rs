@@ -1,17 +1,11 @@
 //! `blockdev-snapshot-sync`: an overlay is made in a file, or found there, and put on a node.
 
-use std::sync::Arc;
-
-use crate::data::{DataContext, NodeId};
+use crate::data::NodeId;
 use crate::error::EngineError;
+use crate::graph::new_images::{NewImage, check_format, file_node};
 use crate::graph::{Graph, not_found};
-use crate::job::context::{ErrorPolicies, JobContext, JobKey, JobShared};
-use crate::job::work::{Stop, Work};
-use crate::jobs::create::{CreateFile, CreateFileOptions, piece_bytes};
-use crate::jobs::create_qcow2::CreateQcow2;
 use crate::request::{
-    BackingRef, CommonOptions, CopyMode, CreatePreallocation, CreateQcow2Spec, DriverSpec,
-    FileSpec, NewOverlaySpec, NodeRef, NodeSpec, Qcow2Spec,
+    BackingRef, CommonOptions, DriverSpec, NewOverlaySpec, NodeRef, NodeSpec, Qcow2Spec,
 };
 
 impl Graph {
@@ -44,104 +38,20 @@ impl Graph {
 
     /// An empty image that says that it stands on a node.
     async fn make_overlay(&self, spec: &NewOverlaySpec, below: NodeId) -> Result<(), EngineError> {
-        let fail = |text: String| Err(EngineError::generic(text));
-        let file = &spec.filename;
-        match spec.format.as_str() {
-            "qcow2" => {}
-            "raw" | "file" | "host_device" | "luks" => {
-                return fail(format!(
-                    "Backing file not supported for file format '{}'",
-                    spec.format
-                ));
-            }
-            other => return fail(format!("Unknown file format '{other}'")),
-        }
-        let (backing, driver) = {
+        check_format(&spec.format, true)?;
+        let backing = {
             let records = self.records.borrow();
             let node = records.node(below);
             let node = node.ok_or_else(|| EngineError::generic("The node is gone"))?;
             (node.filename.to_string(), node.driver)
         };
-        if backing == *file {
-            let text =
-                "Error: Trying to create an image with the same filename as the backing file";
-            return Err(EngineError::generic(text));
-        }
-        let image = CreateQcow2Spec {
-            file: NodeRef::Name(String::new()),
-            data_file: None,
-            data_file_raw: false,
-            extended_l2: false,
-            size: self.facts(below).await?.length_bytes,
-            version_2: false,
-            backing_file: Some(backing),
-            backing_fmt: Some(driver.to_owned()),
-            encrypt: None,
-            cluster_size: None,
-            preallocation: None,
-            lazy_refcounts: false,
-            refcount_bits: None,
-            zstd: false,
-        };
-        let options = CreateFileOptions {
-            filename: file.into(),
-            size_bytes: 0,
-            preallocation: CreatePreallocation::Off,
-            nocow: false,
-            extent_size_hint: None,
-            piece_bytes: piece_bytes(CreatePreallocation::Off),
-        };
-        let thread = self.threads.choose();
-        let made = self.threads.run(thread, move |context| {
-            Box::pin(async move {
-                let work = CreateFile::new(options, &context);
-                carry_out(Box::new(work), &context).await
-            })
-        });
-        made.await??;
-        let holder = self.open_unowned(file_node(spec)).await?;
-        let made = self.threads.run(self.thread_of(holder), move |context| {
-            Box::pin(async move {
-                let Some(node) = context.node(holder) else {
-                    return Err(EngineError::generic("The node is gone"));
-                };
-                let work = CreateQcow2::new(&image, node, None);
-                carry_out(Box::new(work), &context).await
-            })
-        });
-        let made = made.await;
-        self.close(holder).await;
-        made?
-    }
-}
-
-/// Does a job's work within a command: nobody hears of it but of its error.
-async fn carry_out(mut work: Box<dyn Work>, context: &DataContext) -> Result<(), EngineError> {
-    let shared = Arc::new(JobShared::new(0, CopyMode::Background));
-    let (reports, _) = tokio::sync::mpsc::unbounded_channel();
-    let cx = JobContext::new(
-        JobKey(0),
-        shared,
-        reports,
-        context.clock().clone(),
-        context.pool().clone(),
-        ErrorPolicies::default(),
-    );
-    match work.run(&cx).await {
-        Ok(()) => Ok(()),
-        Err(Stop::Failed(error)) => Err(EngineError::generic(error.text)),
-        Err(Stop::Cancelled) => Err(EngineError::generic("Operation canceled")),
-    }
-}
-
-fn file_node(spec: &NewOverlaySpec) -> NodeSpec {
-    NodeSpec {
-        node_name: None,
-        common: CommonOptions::default(),
-        driver: DriverSpec::File(FileSpec {
-            filename: (&spec.filename).into(),
-            ..FileSpec::default()
-        }),
+        self.make_image(&NewImage {
+            filename: &spec.filename,
+            format: &spec.format,
+            size_bytes: self.facts(below).await?.length_bytes,
+            backing: Some(backing),
+        })
+        .await
     }
 }
 
@@ -150,7 +60,7 @@ fn file_node(spec: &NewOverlaySpec) -> NodeSpec {
 /// # Errors
 /// The format is not one that can be opened.
 fn overlay_node(spec: &NewOverlaySpec) -> Result<NodeSpec, EngineError> {
-    let file = NodeRef::Inline(Box::new(file_node(spec)));
+    let file = NodeRef::Inline(Box::new(file_node(&spec.filename)));
     let driver = match spec.format.as_str() {
         "qcow2" => DriverSpec::Qcow2(Box::new(Qcow2Spec {
             backing: BackingRef::Nothing,

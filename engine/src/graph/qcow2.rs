@@ -63,6 +63,41 @@ impl Graph {
         }
     }
 
+    /// Opens what is below an image that is open without it, as its header names it. An edge of the caller keeps the image
+    /// where it is.
+    ///
+    /// # Errors
+    /// In QEMU's words; there is nothing below the image then.
+    pub(super) async fn open_named_backing(&self, id: NodeId) -> Result<(), EngineError> {
+        let (batch, said) = {
+            let mut records = self.records.borrow_mut();
+            let said = records.node(id).map(|node| node.said);
+            (records.new_batch(), said.unwrap_or_default())
+        };
+        let site = Site {
+            batch,
+            thread: self.thread_of(id),
+            inherits: None,
+        };
+        let layer = Layer {
+            id,
+            resolved: Resolved::new(said, None)?,
+            backing: BackingRef::FromImage,
+        };
+        let opened = self.open_chain(layer, site).await;
+        match opened {
+            Ok(()) => self.records.borrow_mut().publish(batch),
+            Err(_) => {
+                let below = self.records.borrow().backing(id);
+                if let Some(below) = below {
+                    self.set_backing_live(id, None).await?;
+                    self.close_unused(below).await;
+                }
+            }
+        }
+        opened
+    }
+
     /// Opens an image without its backing.
     async fn open_layer(
         &self,

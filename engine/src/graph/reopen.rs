@@ -108,6 +108,20 @@ impl Graph {
         }
     }
 
+    /// Makes a node read-only, and what was described with it to hold it. An edge of the caller keeps it where it is.
+    ///
+    /// # Errors
+    /// In QEMU's words: somebody writes to it. It is writable then as it was.
+    pub(super) async fn make_all_read_only(&self, id: NodeId) -> Result<(), EngineError> {
+        let before = self.records.borrow().following(id, true);
+        let mut change = Change::default();
+        for node in before {
+            let again = reopened_file(&node, true, node.cache_direct).await?;
+            change.nodes.push(with_access(node, true, again));
+        }
+        self.reopen_nodes(change).await
+    }
+
     /// Puts something else below an image while the image is in use, which reads the same through it: the end of a job that
     /// has copied what was there before. Requests in flight may end on what was below. An edge of the caller keeps the image
     /// where it is, and others from opening it in another way, with what was below it before; both sides are on one thread.

@@ -18,6 +18,7 @@ use crate::error::{JobError, NodeError};
 use crate::job::error_policy::{ErrorAction, OnError, Side, decide};
 use crate::job::latency::Latency;
 use crate::job::progress::Progress;
+use crate::job::rates::Rates;
 use crate::job::speed::RateLimit;
 use crate::job::work::Stop;
 use crate::request::CopyMode;
@@ -42,6 +43,8 @@ pub struct JobShared {
     pub progress: Progress,
     /// How long its requests take.
     pub latency: Latency,
+    /// How fast its source changes, and how fast it is copied.
+    pub rates: Rates,
     pause: AtomicBool,
     cancel: AtomicU8,
     complete: AtomicBool,

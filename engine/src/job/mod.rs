@@ -4,6 +4,7 @@ pub mod context;
 pub mod error_policy;
 pub mod latency;
 pub mod progress;
+pub mod rates;
 pub mod speed;
 pub mod status;
 pub mod verb;

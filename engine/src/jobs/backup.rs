@@ -92,6 +92,7 @@ impl Backup {
             chunk_max_bytes,
             granularity_bytes: cluster.min(chunk_max_bytes),
             may_unmap: false,
+            skips_first_zeroes: false,
             zeroes_are_free: false,
             one_error_a_round: true,
             counts_skipped: false,

@@ -4,8 +4,10 @@ use std::rc::Rc;
 
 use blockyard_storage::ByteRange;
 
+use crate::clock::Moment;
 use crate::error::NodeError;
 use crate::job::context::JobContext;
+use crate::job::rates::RateMeter;
 use crate::node::mirror_top::Tracker;
 use crate::request::CopyMode;
 
@@ -36,6 +38,7 @@ impl Goal {
 pub(super) struct Changes {
     pub(super) tracker: Rc<Tracker>,
     goal: Goal,
+    meter: RateMeter,
     /// Behind the last run.
     position: u64,
 }
@@ -45,6 +48,7 @@ impl Changes {
         Self {
             tracker,
             goal: Goal::CLEAN,
+            meter: RateMeter::default(),
             position: 0,
         }
     }
@@ -58,14 +62,29 @@ impl Changes {
     }
 
     /// Looks at what is new: how writes are treated, and how much there is to do. A write to both sides that has failed.
-    pub(super) fn look(&self, cx: &JobContext) -> Option<NodeError> {
+    pub(super) fn look(&mut self, cx: &JobContext) -> Option<NodeError> {
         let both = cx.orders().copy_mode() == CopyMode::WriteBlocking;
         self.tracker.set_writes_both(both);
         self.count(cx);
+        self.measure(cx);
         match cx.must_stop() {
             true => None,
             false => self.tracker.take_failure(),
         }
+    }
+
+    /// Measures how fast the source changes and is copied.
+    pub(super) fn measure(&mut self, cx: &JobContext) {
+        let so_far = (self.tracker.dirtied_bytes(), cx.progress().current_bytes());
+        let (rates, now) = (&cx.orders().rates, cx.clock().now());
+        self.meter
+            .look(rates, now, so_far, self.tracker.dirty_bytes());
+    }
+
+    /// When measuring tells something new although nothing happens until then; `None`: never.
+    pub(super) fn next_measure(&self, cx: &JobContext) -> Option<Moment> {
+        let dirtied_bytes = self.tracker.dirtied_bytes();
+        self.meter.next_look(&cx.orders().rates, dirtied_bytes)
     }
 
     /// What has failed during a pause would only bring the next one; it is copied in any case.

@@ -54,6 +54,7 @@ impl Commit {
             chunk_max_bytes: COPY_CHUNK_BYTES,
             granularity_bytes: GRANULARITY_BYTES,
             may_unmap: true,
+            skips_first_zeroes: false,
             zeroes_are_free: false,
             one_error_a_round: true,
             counts_skipped: true,

@@ -59,6 +59,8 @@ pub(crate) struct CopyOptions {
     pub(crate) granularity_bytes: u64,
     /// Zeroed ranges of the target may become holes.
     pub(crate) may_unmap: bool,
+    /// What the source has as zeroes when it is looked at first needs nothing on the target. What changes later does.
+    pub(crate) skips_first_zeroes: bool,
     /// Zero requests do not count against the rate limit.
     pub(crate) zeroes_are_free: bool,
     /// Several failures of one round count as one.
@@ -96,6 +98,8 @@ pub(crate) struct Copier {
     left_out: Option<JobError>,
     skipped_in_a_row: usize,
     changes: Option<Changes>,
+    /// What is planned was never copied before.
+    is_first: bool,
 }
 
 impl Copier {
@@ -127,6 +131,7 @@ impl Copier {
             left_out: None,
             skipped_in_a_row: 0,
             changes: None,
+            is_first: true,
         }
     }
 
@@ -156,6 +161,18 @@ impl Copier {
             changes.count(cx);
         }
         Ok(whole)
+    }
+
+    /// Ends when the rates of the job tell something new although nothing happens; never, if nobody writes.
+    pub(crate) async fn until_measured(&mut self, cx: &JobContext) {
+        let next = self.changes.as_ref();
+        match next.and_then(|changes| changes.next_measure(cx)) {
+            Some(moment) => cx.clock().sleep_until(moment).await,
+            None => std::future::pending().await,
+        }
+        if let Some(changes) = &mut self.changes {
+            changes.measure(cx);
+        }
     }
 
     /// Copies everything. When it returns nothing is in flight; on success everything is on the target and durable.
@@ -210,7 +227,7 @@ impl Copier {
         let mut round_error: Option<(ByteRange, Side, NodeError)> = None;
         let mut interrupted = false;
         loop {
-            let failure = self.changes.as_ref().and_then(|changes| changes.look(cx));
+            let failure = self.changes.as_mut().and_then(|changes| changes.look(cx));
             if let (Some(error), None) = (failure, &failed) {
                 interrupted = self.holds_writers();
                 let nothing = ByteRange::default();
@@ -372,6 +389,7 @@ impl Copier {
             && let Some(run) = changes.next_run(cx, self.options.unit_bytes)
         {
             self.plan.add(run);
+            self.is_first = false;
         }
         self.tell_planned();
         let options = self.options;
@@ -380,7 +398,8 @@ impl Copier {
             true => cx.chunk_bytes(options.granularity_bytes, longest),
             false => longest,
         };
-        self.plan
+        let step = self
+            .plan
             .next(
                 &self.source,
                 &*self.target,
@@ -388,7 +407,15 @@ impl Copier {
                 options.zeroes_are_free,
                 chunk,
             )
-            .await
+            .await?;
+        let skips = options.skips_first_zeroes && self.is_first && step.kind == StepKind::Zero;
+        Some(match skips {
+            true => Step {
+                kind: StepKind::Skip,
+                ..step
+            },
+            false => step,
+        })
     }
 
     async fn skip(&mut self, cx: &JobContext, range: ByteRange) {

@@ -282,6 +282,7 @@ impl Case {
                 chunk_max_bytes: 1 << 20,
                 granularity_bytes: CLUSTER,
                 may_unmap: false,
+                skips_first_zeroes: false,
                 zeroes_are_free: false,
                 one_error_a_round: false,
                 counts_skipped: false,

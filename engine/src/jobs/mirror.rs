@@ -63,6 +63,10 @@ pub(crate) struct Mirror {
     tracker: Rc<Tracker>,
     extent: Extent,
     buf_size_bytes: u64,
+    /// Zeroed ranges of the target may become holes.
+    may_unmap: bool,
+    /// The target reads as zeroes everywhere when the job begins.
+    target_is_zero: bool,
     /// The target is longer, or is made so.
     grows_target: bool,
     /// Writers wait for the end.
@@ -90,6 +94,8 @@ impl Mirror {
             tracker,
             extent,
             buf_size_bytes: asked.filter(|bytes| *bytes != 0).unwrap_or(BUF_SIZE_BYTES),
+            may_unmap: spec.unmap,
+            target_is_zero: spec.target_is_zero || makes_zeroes(spec),
             grows_target: false,
             quiet: None,
         }
@@ -109,6 +115,8 @@ impl Mirror {
             tracker,
             extent: Extent::Layers(layers),
             buf_size_bytes: BUF_SIZE_BYTES,
+            may_unmap: true,
+            target_is_zero: false,
             grows_target: true,
             quiet: None,
         }
@@ -140,9 +148,10 @@ impl Mirror {
                 .clamp(1, 16),
             chunk_max_bytes: chunk,
             granularity_bytes: granularity.clamp(BLOCK_BYTES, chunk),
-            may_unmap: true,
+            may_unmap: self.may_unmap,
+            skips_first_zeroes: self.target_is_zero && self.extent == Extent::All,
             // As QEMU's: zero requests cost nothing where the target unmaps.
-            zeroes_are_free: self.target.facts().unmaps,
+            zeroes_are_free: self.may_unmap && self.target.facts().unmaps,
             one_error_a_round: false,
             counts_skipped: false,
             leaves_out_ignored: false,
@@ -163,25 +172,38 @@ impl Mirror {
         granularity.max(self.target_unit_bytes()).max(BLOCK_BYTES)
     }
 
+    /// Whether a unit of the target that is written for the first time has to be written as a whole, as nothing else of it is
+    /// copied, and what is below it may be missing still.
+    fn fills_whole_units(&self) -> bool {
+        match self.extent {
+            Extent::Layers(_) => true,
+            Extent::Nothing => self.target.names_backing() && self.target.backing().is_none(),
+            Extent::All => false,
+        }
+    }
+
     /// Lets writes reach the target, if they are to.
     fn show_target(&self, cx: &JobContext) {
         let writes_both = cx.orders().copy_mode() == CopyMode::WriteBlocking;
         self.tracker.set_writes_both(writes_both);
         let (source, target) = (self.source.clone(), self.target.clone());
-        let pool = cx.pool().clone();
+        let (pool, may_unmap) = (cx.pool().clone(), self.may_unmap);
         self.tracker.show_other_side(OtherSide {
             target: self.target.clone(),
             bring_over: Rc::new(
                 move |range| -> LocalFuture<'static, Result<(), NodeError>> {
                     let (source, target) = (source.clone(), target.clone());
                     let pool = pool.clone();
-                    Box::pin(async move { bring_over(range, &source, &*target, &pool).await })
+                    Box::pin(
+                        async move { bring_over(range, &source, &*target, &pool, may_unmap).await },
+                    )
                 },
             ),
-            unit_bytes: match self.extent {
-                Extent::Layers(_) => self.top_unit_bytes(),
-                Extent::All | Extent::Nothing => 1,
+            unit_bytes: match self.fills_whole_units() {
+                true => self.top_unit_bytes(),
+                false => 1,
             },
+            may_unmap: self.may_unmap,
         });
     }
 
@@ -229,6 +251,8 @@ impl Mirror {
         };
         let orders = cx.orders();
         loop {
+            // A write that did not reach the target is copied now.
+            orders.set_actively_synced(self.actively_synced(cx));
             copier.copy_to(cx, round).await?;
             orders.set_actively_synced(self.actively_synced(cx));
             if orders.complete_ordered() || orders.cancel_ordered().is_some() {
@@ -236,8 +260,11 @@ impl Mirror {
             }
             if !self.has_work() && !cx.must_stop() {
                 orders.set_busy(false);
-                select(pin!(cx.orders_changed()), pin!(self.tracker.changed())).await;
+                let (ordered, changed) = (cx.orders_changed(), self.tracker.changed());
+                let measured = pin!(copier.until_measured(cx));
+                select(select(pin!(ordered), pin!(changed)), measured).await;
                 orders.set_busy(true);
+                orders.set_actively_synced(self.actively_synced(cx));
                 if self.has_work() {
                     let settled = cx.clock().now().after(SETTLE);
                     while !cx.must_stop()
@@ -305,6 +332,12 @@ impl Mirror {
         self.tracker.end();
         self.quiet = None;
     }
+}
+
+/// Whether the target was made for the job, without anything below it that would show.
+fn makes_zeroes(spec: &MirrorSpec) -> bool {
+    let is_new = spec.new_target.as_ref().is_some_and(|new| !new.exists);
+    is_new && spec.sync == SyncMode::Full
 }
 
 impl Work for Mirror {

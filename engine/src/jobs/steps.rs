@@ -56,6 +56,7 @@ pub(super) async fn bring_over(
     source: &Rc<dyn Node>,
     target: &dyn Node,
     pool: &BufferPool,
+    may_unmap: bool,
 ) -> Result<(), NodeError> {
     let mut rest = range;
     while !rest.is_empty() {
@@ -69,7 +70,7 @@ pub(super) async fn bring_over(
             None => (rest, false),
         };
         if is_zero {
-            zero(piece, target, true).await?;
+            zero(piece, target, may_unmap).await?;
         } else if let Err(Failure::Io(_, error)) = copy(piece, &**source, target, pool).await {
             return Err(error);
         }

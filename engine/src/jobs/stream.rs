@@ -74,6 +74,7 @@ impl Stream {
             chunk_max_bytes: chunk_bytes,
             granularity_bytes: GRANULARITY_BYTES.max(unit_bytes),
             may_unmap: false,
+            skips_first_zeroes: false,
             zeroes_are_free: false,
             one_error_a_round: true,
             counts_skipped: true,

@@ -217,6 +217,7 @@ impl Manager {
                 if is_commit {
                     self.graph.finish_active_commit(key, &nodes).await?;
                 }
+                self.graph.complete_target(&nodes).await?;
                 self.graph.pivot(key, &nodes, replaces.as_deref()).await?;
             } else if !keeps_equal {
                 self.graph.finish_chain(key, &nodes).await?;

@@ -148,6 +148,10 @@ impl JobRecord {
             error: self.error.as_ref().map(|error| error.text.clone()),
             actively_synced: (self.job_type == JobType::Mirror)
                 .then(|| self.shared.actively_synced()),
+            rates: match self.finished {
+                true => None,
+                false => self.shared.rates.view(),
+            },
         }
     }
 }

@@ -10,8 +10,8 @@ use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::{BlockJobView, JobView, Reply};
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CommonOptions, CopyMode, DriverSpec, JobSpec, MirrorSpec, NodeSpec,
-    NullSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    BackupPerf, BackupSpec, CommonOptions, DriverSpec, JobSpec, MirrorSpec, NodeSpec, NullSpec,
+    Request, SyncMode, VerbFamily, WorkSpec,
 };
 
 /// An engine and everything it says.
@@ -163,15 +163,8 @@ pub(crate) fn mirror(source: &str, target: &str, speed: i64) -> WorkSpec {
     WorkSpec::Mirror(MirrorSpec {
         device: source.to_owned(),
         target: target.to_owned(),
-        replaces: None,
-        sync: SyncMode::Full,
         speed,
-        granularity: None,
-        buf_size: None,
-        on_source_error: OnError::Report,
-        on_target_error: OnError::Report,
-        filter_node_name: None,
-        copy_mode: CopyMode::Background,
+        ..MirrorSpec::default()
     })
 }
 

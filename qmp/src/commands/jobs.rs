@@ -7,8 +7,8 @@ use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::request::{
     AmendSpec, BackupPerf, BackupSpec, BitmapMode, CommitSpec, CopyMode, CreateEncryption,
-    CreatePreallocation, CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec, PlanSpec, PlannedJob,
-    Request, StreamSpec, SyncMode, VerbFamily, WorkSpec,
+    CreatePreallocation, CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec, NewTargetSpec, PlanSpec,
+    PlannedJob, Request, StreamSpec, SyncMode, VerbFamily, WorkSpec,
 };
 
 use crate::commands::nodes::node_reference;
@@ -16,8 +16,8 @@ use crate::commands::{Action, Command, call};
 use crate::error::QmpError;
 use crate::schema::fields::Fields;
 use crate::schema::jobs::{
-    AMEND, BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, COMMIT, CREATE, JOB_INFO,
-    MIRROR, PLAN, PLAN_INFO, SET_SPEED, STREAM,
+    AMEND, BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, COMMIT, CREATE, DRIVE_MIRROR,
+    JOB_INFO, MIRROR, PLAN, PLAN_INFO, SET_SPEED, STREAM,
 };
 use crate::schema::{EMPTY, Type};
 
@@ -71,6 +71,7 @@ pub(super) static COMMANDS: &[Command] = &[
     }),
     Command::act("blockdev-backup", &BACKUP, backup),
     Command::act("blockdev-mirror", &MIRROR, mirror),
+    Command::act("drive-mirror", &DRIVE_MIRROR, drive_mirror),
     Command::act("block-commit", &COMMIT, commit),
     Command::act("block-stream", &STREAM, stream),
     Command::new("x-plan", &PLAN, Type::Object(&PLAN_INFO), plan).unstable(),
@@ -174,24 +175,48 @@ fn backup(mut arguments: Fields) -> Result<Action, QmpError> {
 }
 
 fn mirror(mut arguments: Fields) -> Result<Action, QmpError> {
-    let granularity = arguments.unsigned("granularity");
-    let work = WorkSpec::Mirror(MirrorSpec {
-        device: arguments.required_text("device"),
+    let work = MirrorSpec {
         target: arguments.required_text("target"),
+        target_is_zero: arguments.flag("target-is-zero").unwrap_or(false),
+        ..mirror_spec(&mut arguments)
+    };
+    let id = arguments.text("job-id");
+    start(&arguments, id, WorkSpec::Mirror(work))
+}
+
+fn drive_mirror(mut arguments: Fields) -> Result<Action, QmpError> {
+    let work = MirrorSpec {
+        new_target: Some(NewTargetSpec {
+            filename: arguments.required_text("target"),
+            node_name: arguments.text("node-name"),
+            format: arguments.text("format"),
+            exists: arguments.word("mode", &[("existing", ())]).is_some(),
+        }),
+        unmap: arguments.flag("unmap").unwrap_or(true),
+        ..mirror_spec(&mut arguments)
+    };
+    let id = arguments.text("job-id");
+    start(&arguments, id, WorkSpec::Mirror(work))
+}
+
+/// What both commands have in common.
+fn mirror_spec(arguments: &mut Fields) -> MirrorSpec {
+    let granularity = arguments.unsigned("granularity");
+    MirrorSpec {
+        device: arguments.required_text("device"),
         replaces: arguments.text("replaces"),
-        sync: sync_mode(&arguments),
+        sync: sync_mode(arguments),
         speed: arguments.int("speed").unwrap_or(0),
         granularity: granularity.and_then(|bytes| u32::try_from(bytes).ok()),
         buf_size: arguments.int("buf-size"),
-        on_source_error: on_error(&arguments, "on-source-error"),
-        on_target_error: on_error(&arguments, "on-target-error"),
+        on_source_error: on_error(arguments, "on-source-error"),
+        on_target_error: on_error(arguments, "on-target-error"),
         filter_node_name: arguments.text("filter-node-name"),
         copy_mode: arguments
             .word("copy-mode", COPY_MODES)
             .unwrap_or(CopyMode::Background),
-    });
-    let id = arguments.text("job-id");
-    start(&arguments, id, work)
+        ..MirrorSpec::default()
+    }
 }
 
 fn commit(mut arguments: Fields) -> Result<Action, QmpError> {

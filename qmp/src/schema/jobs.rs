@@ -1,6 +1,7 @@
 //! Types of jobs: verbs, starters, queries and events.
 
 use crate::schema::images::{AMEND_OPTIONS, CREATE_OPTIONS};
+use crate::schema::nodes::NEW_IMAGE_MODE;
 use crate::schema::{EMPTY, Object, Type, Words, optional, required};
 
 static JOB_TYPE: Words = Words::of(&["commit", "stream", "mirror", "backup", "create", "amend"]);
@@ -86,6 +87,27 @@ pub static MIRROR: Object = Object::of(&[
     optional("on-source-error", Type::Word(&ON_ERROR)),
     optional("on-target-error", Type::Word(&ON_ERROR)),
     optional("filter-node-name", Type::Text),
+    optional("copy-mode", Type::Word(&COPY_MODE)),
+    optional("auto-finalize", Type::Bool),
+    optional("auto-dismiss", Type::Bool),
+    optional("target-is-zero", Type::Bool),
+]);
+/// Arguments of `drive-mirror`.
+pub static DRIVE_MIRROR: Object = Object::of(&[
+    optional("job-id", Type::Text),
+    required("device", Type::Text),
+    required("target", Type::Text),
+    optional("format", Type::Text),
+    optional("node-name", Type::Text),
+    optional("replaces", Type::Text),
+    required("sync", Type::Word(&SYNC_MODE)),
+    optional("mode", Type::Word(&NEW_IMAGE_MODE)),
+    optional("speed", Type::Int),
+    optional("granularity", Type::Uint32),
+    optional("buf-size", Type::Int),
+    optional("on-source-error", Type::Word(&ON_ERROR)),
+    optional("on-target-error", Type::Word(&ON_ERROR)),
+    optional("unmap", Type::Bool),
     optional("copy-mode", Type::Word(&COPY_MODE)),
     optional("auto-finalize", Type::Bool),
     optional("auto-dismiss", Type::Bool),
@@ -192,6 +214,10 @@ pub static BLOCK_JOB_INFO: Object = Object::union(
         required("auto-finalize", Type::Bool),
         required("auto-dismiss", Type::Bool),
         optional("error", Type::Text),
+        optional("x-dirty-bytes", Type::Int).unstable(),
+        optional("x-dirty-rate", Type::Int).unstable(),
+        optional("x-copy-rate", Type::Int).unstable(),
+        optional("x-converges", Type::Bool).unstable(),
     ],
     "type",
     &[("mirror", &MIRROR_INFO), ("backup", &EMPTY)],

@@ -240,7 +240,8 @@ pub static SNAPSHOT: Object = Object::of(&[
     required("node", Type::Text),
     required("overlay", Type::Text),
 ]);
-static NEW_IMAGE_MODE: Words = Words::of(&["existing", "absolute-paths"]);
+/// Whether an image is there already.
+pub static NEW_IMAGE_MODE: Words = Words::of(&["existing", "absolute-paths"]);
 /// `BlockdevSnapshotSync`.
 pub static SNAPSHOT_SYNC: Object = Object::of(&[
     optional("device", Type::Text),

@@ -140,6 +140,53 @@ fn after_a_cut_at_any_step_of_an_active_commit_the_device_has_what_was_flushed()
     );
 }
 
+/// A mirror of only a part of what the source shows, whose target gets the rest from below it afterwards: from what is below
+/// the source, or from the source.
+fn mirror_of_a_part(seed: u64, sync: SyncMode) {
+    let chain = Chain::random(seed);
+    let other = ImageSetup::random(seed ^ 0x70b);
+    let target = ImageYard::new(ImageSetup {
+        // So that both have the same below.
+        seed,
+        size_bytes: chain.0.setup.size_bytes,
+        backing_bytes: chain.0.setup.backing_bytes,
+        alignment: 1,
+        data_file: match other.data_file {
+            DataFile::Raw => DataFile::Inside,
+            other => other,
+        },
+        ..other
+    });
+    let setup = Setup {
+        end: End::Complete,
+        stops_at_success: true,
+        misses_backing: true,
+        ..Setup::random(seed)
+    };
+    let over = |backing| -> Rc<dyn Node> {
+        let file = target.file("file", &target.image, false);
+        target.open_over(file, backing)
+    };
+    let bare = over(None);
+    let stage = Stage {
+        target: bare.clone(),
+        ..chain.stage(setup, chain.base())
+    };
+    let step = || {
+        let here = chain.0.world.step();
+        target.world.step() || here
+    };
+    let ended = stage.run(mirror(&stage, sync), step, || {});
+    assert_eq!(ended, Some(Ok(())));
+    target.drive(bare.close()).expect("closed");
+    let whole = match sync {
+        SyncMode::None => over(Some(stage.source.clone())),
+        _ => over(target.backing()),
+    };
+    let bytes = run(stage.contents(&whole), step).expect("read");
+    stage.assert_known(0, &bytes, "with its backing");
+}
+
 #[test]
 fn a_mirror_of_the_top_layer_is_whole_once_it_has_its_backing() {
     each_seed(
@@ -147,45 +194,14 @@ fn a_mirror_of_the_top_layer_is_whole_once_it_has_its_backing() {
         "a_mirror_of_the_top_layer",
         200,
         |seed| {
-            let chain = Chain::random(seed);
-            let other = ImageSetup::random(seed ^ 0x70b);
-            let target = ImageYard::new(ImageSetup {
-                // So that both have the same below.
-                seed,
-                size_bytes: chain.0.setup.size_bytes,
-                backing_bytes: chain.0.setup.backing_bytes,
-                alignment: 1,
-                data_file: match other.data_file {
-                    DataFile::Raw => DataFile::Inside,
-                    other => other,
-                },
-                ..other
-            });
-            let setup = Setup {
-                end: End::Complete,
-                stops_at_success: true,
-                misses_backing: true,
-                ..Setup::random(seed)
-            };
-            let over = |backing| -> Rc<dyn Node> {
-                let file = target.file("file", &target.image, false);
-                target.open_over(file, backing)
-            };
-            let bare = over(None);
-            let stage = Stage {
-                target: bare.clone(),
-                ..chain.stage(setup, chain.base())
-            };
-            let step = || {
-                let here = chain.0.world.step();
-                target.world.step() || here
-            };
-            let ended = stage.run(mirror(&stage, SyncMode::Top), step, || {});
-            assert_eq!(ended, Some(Ok(())));
-            target.drive(bare.close()).expect("closed");
-            let whole = over(target.backing());
-            let bytes = run(stage.contents(&whole), step).expect("read");
-            stage.assert_known(0, &bytes, "with its backing");
+            mirror_of_a_part(seed, SyncMode::Top);
         },
     );
+}
+
+#[test]
+fn a_mirror_of_what_changes_is_whole_once_it_is_on_its_source() {
+    each_seed("blockyard-engine", "a_mirror_on_its_source", 200, |seed| {
+        mirror_of_a_part(seed, SyncMode::None);
+    });
 }

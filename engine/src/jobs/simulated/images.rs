@@ -19,7 +19,7 @@ use crate::node::Node;
 use crate::node::mirror_top::Tracker;
 use crate::node::qcow2::tests::model::{Model, Operation, assert_holds};
 use crate::node::qcow2::tests::yard::{DataFile, Setup, Yard};
-use crate::request::{BackupPerf, BackupSpec, CopyMode, MirrorSpec, SyncMode};
+use crate::request::{BackupPerf, BackupSpec, MirrorSpec, SyncMode};
 
 /// A copy of an image.
 struct Copy {
@@ -110,14 +110,7 @@ impl Copy {
                     device,
                     target: on,
                     sync: self.sync,
-                    speed: 0,
-                    replaces: None,
-                    granularity: None,
-                    buf_size: None,
-                    on_source_error: OnError::Report,
-                    on_target_error: OnError::Report,
-                    filter_node_name: None,
-                    copy_mode: CopyMode::Background,
+                    ..MirrorSpec::default()
                 },
             )),
         }

@@ -70,6 +70,7 @@ impl Copy {
             chunk_max_bytes: 8192,
             granularity_bytes: 4096,
             may_unmap: yard.setup.unmaps,
+            skips_first_zeroes: false,
             zeroes_are_free: yard.setup.seed.is_multiple_of(2),
             one_error_a_round: yard.setup.seed.is_multiple_of(3),
             counts_skipped: false,

@@ -60,6 +60,12 @@ struct Setup {
     stops_at_success: bool,
     /// What is below the target is still missing.
     misses_backing: bool,
+    /// The speed changes at every so many looks on average; 0: never.
+    speeds: u64,
+    /// Zeroes on the target may become holes.
+    unmap: bool,
+    /// The target is said to read as zeroes.
+    target_is_zero: bool,
 }
 
 impl Setup {
@@ -78,6 +84,9 @@ impl Setup {
             steps_max: u64::MAX,
             stops_at_success: false,
             misses_backing: false,
+            speeds: *dice.pick(&[0, 0, 30]),
+            unmap: dice.one_in(2),
+            target_is_zero: false,
         }
     }
 }
@@ -385,10 +394,14 @@ impl Stage {
         if pauses {
             orders.order_pause(true);
         }
+        let changes_speed = self.setup.speeds > 0 && self.dice.one_in(self.setup.speeds);
+        if changes_speed {
+            orders.order_speed(*self.dice.pick(&[0, 1, 10_000, 1 << 20]));
+        }
         if self.setup.changes_mode && self.dice.one_in(60) {
             orders.order_copy_mode(CopyMode::WriteBlocking);
         }
-        pauses
+        pauses || changes_speed
     }
 
     /// After the end: where the writers are then, all that they know is there.
@@ -486,6 +499,7 @@ impl Disks {
             let is_synced = stage.is_ready.get()
                 && stage.setup.copy_mode == CopyMode::WriteBlocking
                 && stage.tracker.dirty_bytes() == 0
+                && !stage.tracker.is_planned()
                 && self.world.in_flight() == 0;
             if is_synced {
                 compared += 1;
@@ -505,15 +519,13 @@ fn mirror(stage: &Stage, sync: SyncMode) -> Box<dyn Work> {
     let spec = MirrorSpec {
         device: "s".to_owned(),
         target: "t".to_owned(),
-        replaces: None,
         sync,
-        speed: 0,
-        granularity: None,
-        buf_size: None,
         on_source_error: stage.setup.policy,
         on_target_error: stage.setup.policy,
-        filter_node_name: None,
+        unmap: stage.setup.unmap,
+        target_is_zero: stage.setup.target_is_zero,
         copy_mode: stage.setup.copy_mode,
+        ..MirrorSpec::default()
     };
     Box::new(Mirror::new(
         stage.source.clone(),
@@ -537,6 +549,23 @@ fn a_mirror_beside_writers_is_equal_when_it_ends() {
         stage.assert_end(&ended, || disks.world.step());
     });
     assert!(compared.get() > 100, "compared {} times", compared.get());
+}
+
+#[test]
+fn a_mirror_onto_zeroes_writes_no_others_than_those_that_come() {
+    each_seed("blockyard-engine", "a_mirror_onto_zeroes", 300, |seed| {
+        let disks = Disks::random(seed);
+        disks.target.fill(0, &vec![0; disks.bytes.len()]);
+        let setup = Setup {
+            target_is_zero: true,
+            ..Setup::random(seed)
+        };
+        let stage = disks.stage(setup);
+        let one_in = 20 + seed % 60;
+        disks.world.add_fault(Fault::fails(EIO).one_in(one_in));
+        let ended = disks.run(&stage, SyncMode::Full).0.expect("it ends");
+        stage.assert_end(&ended, || disks.world.step());
+    });
 }
 
 #[test]

@@ -18,9 +18,7 @@ use crate::node::Node;
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::mirror_top::Tracker;
 use crate::node::raw_node::{RawNode, Window};
-use crate::request::{
-    BackupPerf, BackupSpec, CopyMode, DetectZeroes, Discard, MirrorSpec, SyncMode,
-};
+use crate::request::{BackupPerf, BackupSpec, DetectZeroes, Discard, MirrorSpec, SyncMode};
 
 /// Unit in which disks take room.
 pub(super) const BLOCK: u64 = 4096;
@@ -329,15 +327,11 @@ impl Yard {
                 let spec = MirrorSpec {
                     device,
                     target: on,
-                    replaces: None,
-                    sync: SyncMode::Full,
                     speed,
-                    granularity: None,
                     buf_size: Some(self.setup.buf_size),
                     on_source_error: policy,
                     on_target_error: policy,
-                    filter_node_name: None,
-                    copy_mode: CopyMode::Background,
+                    ..MirrorSpec::default()
                 };
                 let tracker = Tracker::new(source.facts().length_bytes, 64 << 10);
                 Box::new(Mirror::new(source, target, Rc::new(tracker), &spec))

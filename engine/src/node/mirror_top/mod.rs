@@ -75,7 +75,7 @@ impl MirrorTop {
             _ => None,
         };
         if other_side.is_none() {
-            self.tracker.mark(range);
+            self.tracker.mark_written(range);
         }
         Tracked {
             tracker: &self.tracker,
@@ -99,7 +99,7 @@ impl MirrorTop {
             let copied = match change {
                 Change::Zero if side.unit_bytes == 1 => {
                     let mode = ZeroMode {
-                        may_unmap: true,
+                        may_unmap: side.may_unmap,
                         no_fallback: false,
                     };
                     side.target.zero(range, mode).await
@@ -137,7 +137,7 @@ impl Tracked<'_> {
 
 impl Drop for Tracked<'_> {
     fn drop(&mut self) {
-        self.tracker.mark(self.range);
+        self.tracker.mark_written(self.range);
     }
 }
 

@@ -49,6 +49,7 @@ impl Yard {
             target: target_node.clone(),
             bring_over: Rc::new(|_| unreachable!("nothing is discarded")),
             unit_bytes: 1,
+            may_unmap: true,
         });
         tracker.set_writes_both(writes_both);
         let top = MirrorTop::new("top".to_owned(), source_node, tracker.clone());

@@ -37,6 +37,8 @@ pub(crate) struct OtherSide {
     /// The target keeps together so many bytes, a power of two, and may miss what is below it yet: it is written in whole units.
     /// 1: it takes anything.
     pub(crate) unit_bytes: u64,
+    /// Zeroed ranges may become holes.
+    pub(crate) may_unmap: bool,
 }
 
 /// What a mirror and the writers above its source know of each other.
@@ -50,6 +52,8 @@ pub struct Tracker {
     planned: Cell<ByteRange>,
     /// Bytes that have changed since the job asked: more, or less.
     change_bytes: Cell<i64>,
+    /// Bytes that writers have left to be copied, in all, those again that were copied meanwhile.
+    dirtied_bytes: Cell<u64>,
     failures: RefCell<VecDeque<NodeError>>,
     changed: Notify,
     is_over: Cell<bool>,
@@ -68,6 +72,7 @@ impl Tracker {
             writes_both: Cell::new(false),
             planned: Cell::default(),
             change_bytes: Cell::new(0),
+            dirtied_bytes: Cell::new(0),
             failures: RefCell::default(),
             changed: Notify::new(),
             is_over: Cell::new(false),
@@ -114,16 +119,29 @@ impl Tracker {
         dirty.outward(dirty.outward(range).align_outward(unit_bytes))
     }
 
-    /// `range` has to be copied, in whole granules.
-    pub(crate) fn mark(&self, range: ByteRange) {
+    /// A writer has left `range` to be copied, in whole granules.
+    pub(super) fn mark_written(&self, range: ByteRange) {
+        let more = self.mark(range);
+        let dirtied = self.dirtied_bytes.get();
+        self.dirtied_bytes.set(dirtied.saturating_add(more));
+    }
+
+    /// Bytes that writers have left to be copied, in all, those again that were copied meanwhile.
+    pub(crate) fn dirtied_bytes(&self) -> u64 {
+        self.dirtied_bytes.get()
+    }
+
+    /// `range` has to be copied, in whole granules. How many bytes more those are.
+    pub(crate) fn mark(&self, range: ByteRange) -> u64 {
         if self.is_over.get() || range.is_empty() {
-            return;
+            return 0;
         }
         let more = self.dirty.borrow_mut().mark(range);
         self.count(more, true);
         if more > 0 {
             self.changed.notify_one();
         }
+        more
     }
 
     /// The granules that lie in `range` as a whole are equal on both sides.
@@ -169,6 +187,12 @@ impl Tracker {
     /// What the job has looked at, or is about to, and has not taken a turn for yet.
     pub(crate) fn set_planned(&self, range: ByteRange) {
         self.planned.set(range);
+    }
+
+    /// Whether the job has looked at something that it has not begun to copy.
+    #[cfg(test)]
+    pub(crate) fn is_planned(&self) -> bool {
+        !self.planned.get().is_empty()
     }
 
     /// Bytes that have to be copied.

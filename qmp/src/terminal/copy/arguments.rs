@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CopyMode, CreatePreallocation, DetectZeroes, MirrorSpec, SyncMode,
-    WorkSpec,
+    BackupPerf, BackupSpec, CreatePreallocation, DetectZeroes, MirrorSpec, SyncMode, WorkSpec,
 };
 use clap::{Args, ValueEnum};
 
@@ -160,15 +159,10 @@ impl CopyKind {
             CopyKind::Mirror => WorkSpec::Mirror(MirrorSpec {
                 device,
                 target,
-                replaces: None,
-                sync: SyncMode::Full,
                 speed,
-                granularity: None,
-                buf_size: None,
                 on_source_error: on_error,
                 on_target_error: on_error,
-                filter_node_name: None,
-                copy_mode: CopyMode::Background,
+                ..MirrorSpec::default()
             }),
         }
     }
