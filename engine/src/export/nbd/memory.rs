@@ -101,3 +101,54 @@ pub(super) async fn give_way() {
     })
     .await;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use super::*;
+
+    fn poll<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+        future.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    fn take(memory: &Memory, length: usize) -> Option<Loan> {
+        match poll(pin!(memory.take(length))) {
+            Poll::Ready(loan) => Some(loan),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn one_client_takes_its_share_and_one_buffer_more() {
+        let shared = BufferPool::new(4 * CLIENT_SHARE_BYTES);
+        let memory = Memory::new(shared.clone());
+        let mut held = Vec::new();
+        while let Some(loan) = take(&memory, BUFFER_SLOT_BYTES) {
+            held.push(loan);
+        }
+        assert_eq!(held.len(), CLIENT_SHARE_BYTES / BUFFER_SLOT_BYTES + 1);
+        assert_eq!(shared.in_use_bytes(), CLIENT_SHARE_BYTES);
+        held.remove(0);
+        assert!(take(&memory, BUFFER_SLOT_BYTES).is_some());
+        drop(held);
+        assert_eq!(shared.in_use_bytes(), 0);
+        assert_eq!(memory.held_bytes.get(), 0);
+    }
+
+    #[test]
+    fn where_others_hold_everything_its_own_is_left() {
+        let shared = BufferPool::new(BUFFER_SLOT_BYTES);
+        let (greedy, other) = (Memory::new(shared.clone()), Memory::new(shared));
+        let all = take(&greedy, BUFFER_SLOT_BYTES).expect("the pool's");
+        let own = take(&greedy, BUFFER_SLOT_BYTES).expect("its own");
+        assert!(take(&greedy, 1).is_none());
+        let others = take(&other, BUFFER_SLOT_BYTES).expect("its own");
+        let mut waiting = pin!(other.take(4096));
+        assert!(poll(waiting.as_mut()).is_pending());
+        drop(others);
+        assert!(poll(waiting.as_mut()).is_ready());
+        drop((all, own));
+    }
+}
