@@ -22,7 +22,8 @@ use crate::jobs::changes::{Changes, Goal};
 use crate::jobs::plan::{Layers, Plan, Step, StepKind};
 use crate::jobs::steps::{Failure, carry_out};
 use crate::node::Node;
-use crate::node::mirror_top::{Doing, Tracker, Turn};
+use crate::node::mirror_top::Tracker;
+use crate::node::turns::{Doing, Turn};
 
 /// Requests in flight at first, before it is known how slow they are.
 const WINDOW_START: usize = 4;

@@ -13,7 +13,6 @@ pub(crate) mod create_qcow2;
 mod create_raw;
 mod mirror;
 pub(crate) mod plan;
-mod runs;
 #[cfg(test)]
 mod simulated;
 mod steps;

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use blockyard_storage::ByteRange;
 
-use crate::jobs::runs::{Known, Runs, Seen};
 use crate::limits::STATUS_EXTENTS_MAX;
 use crate::node::chain::{ChainExtent, Content, chain_status};
+use crate::node::runs::{Known, Runs, Seen};
 use crate::node::{Fill, Node};
 
 /// Longest range zeroed at once.

@@ -11,6 +11,7 @@ pub mod child_storage;
 #[cfg(test)]
 mod child_storage_tests;
 pub mod copy_on_read_node;
+mod dirty_map;
 pub mod fault_rules;
 pub mod file_node;
 pub mod filter_node;
@@ -26,6 +27,8 @@ pub mod root;
 pub mod throttle_node;
 #[cfg(test)]
 mod throttle_tests;
+pub(crate) mod runs;
+pub(crate) mod turns;
 pub mod zeroes;
 
 pub use block_node::{

@@ -1,10 +1,8 @@
 //! [`MirrorTop`]: the filter above the source of a mirror. Everything passes; what is written is tracked, or goes to the target too.
 
-mod dirty_map;
 #[cfg(test)]
 mod tests;
 mod tracker;
-mod turns;
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -15,11 +13,11 @@ use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError,
 
 use crate::error::NodeError;
 use crate::node::gate::{Pass, Way};
+use crate::node::turns::{Doing, Turn};
 use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
 
 pub use tracker::Tracker;
 pub(crate) use tracker::{OtherSide, Quiet};
-pub(crate) use turns::{Doing, Turn};
 
 /// The filter above the source of a mirror.
 pub struct MirrorTop {

@@ -15,11 +15,11 @@ use std::rc::Rc;
 use blockyard_storage::{ByteRange, LocalFuture};
 use tokio::sync::Notify;
 
-use super::dirty_map::DirtyMap;
-use super::turns::{Doing, Turn, Turns};
 use crate::error::NodeError;
 use crate::node::Node;
+use crate::node::dirty_map::DirtyMap;
 use crate::node::gate::{Closed, Gate, Way};
+use crate::node::turns::{Doing, Turn, Turns};
 
 /// Failed writes to the target that are remembered until the job asks; what they have not written is marked in any case.
 const FAILURES_MAX: usize = 16;

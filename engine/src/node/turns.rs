@@ -1,5 +1,5 @@
-//! [`Turns`]: who may go on in a range of a disk that is mirrored. Whoever comes is behind all that came before and must not be
-//! there at the same time.
+//! [`Turns`]: who may go on in a range of a disk that is copied while others write to it. Whoever comes is behind all that came
+//! before and must not be there at the same time.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -17,6 +17,10 @@ pub(crate) enum Doing {
     WriteBoth,
     /// Copies from the source to the target.
     Copy,
+    /// Reads what the source holds, which nobody may change meanwhile.
+    ReadOld,
+    /// Is about to change what has been copied before.
+    Overwrite,
 }
 
 impl Doing {
@@ -25,7 +29,10 @@ impl Doing {
     fn excludes(self, other: Doing) -> bool {
         match (self, other) {
             (Doing::WriteBoth, _) | (_, Doing::WriteBoth) | (Doing::Copy, Doing::Copy) => true,
-            (Doing::Write, Doing::Write | Doing::Copy) | (Doing::Copy, Doing::Write) => false,
+            // Before it has been copied nobody can tell where it is to be read.
+            (Doing::ReadOld, Doing::Copy | Doing::Overwrite) => true,
+            (Doing::Copy | Doing::Overwrite, Doing::ReadOld) => true,
+            _ => false,
         }
     }
 }
@@ -70,6 +77,12 @@ impl Turns {
         }
     }
 
+    /// Whether nobody is in `range`, or waits to be.
+    pub(crate) fn is_free(&self, range: ByteRange) -> bool {
+        let list = self.list.borrow();
+        !list.iter().any(|entry| entry.range.overlaps(&range))
+    }
+
     /// Whether somebody waits for his turn to copy something of `range`.
     pub(crate) fn copy_waits(&self, range: ByteRange) -> bool {
         let list = self.list.borrow();
@@ -79,6 +92,19 @@ impl Turns {
 }
 
 impl Turn {
+    /// Whether somebody waits who could go on in part of this range otherwise.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        let list = self.turns.list.borrow();
+        let mut entries = list.iter().skip_while(|entry| entry.id != self.id);
+        entries.next().is_some_and(|mine| {
+            entries.any(|other| {
+                !other.has_come
+                    && other.range.overlaps(&mine.range)
+                    && other.doing.excludes(mine.doing)
+            })
+        })
+    }
+
     /// Waits until nobody is in front who must not be there at the same time.
     ///
     /// # Cancel safety
@@ -158,5 +184,30 @@ mod tests {
         drop(both);
         assert!(comes(&next));
         assert!(!turns.copy_waits(ByteRange::new(0, 100)));
+    }
+
+    #[test]
+    fn what_is_read_is_not_changed_meanwhile() {
+        let turns = Rc::new(Turns::default());
+        let take = |offset, doing| turns.take(ByteRange::new(offset, 10), doing);
+        let (read, other_read) = (take(0, Doing::ReadOld), take(5, Doing::ReadOld));
+        assert!(comes(&read) && comes(&other_read));
+        assert!(!read.is_waited_for());
+        let (copy, overwrite) = (take(5, Doing::Copy), take(0, Doing::Overwrite));
+        assert!(!comes(&copy) && !comes(&overwrite));
+        assert!(read.is_waited_for() && other_read.is_waited_for());
+        let late = take(8, Doing::ReadOld);
+        drop(read);
+        assert!(!comes(&copy) && !comes(&overwrite) && !comes(&late));
+        drop(other_read);
+        assert!(
+            comes(&copy) && comes(&overwrite),
+            "they do not mind each other"
+        );
+        assert!(!comes(&late), "behind the copy");
+        assert!(copy.is_waited_for() && overwrite.is_waited_for());
+        drop((copy, overwrite));
+        assert!(comes(&late) && !turns.is_free(ByteRange::new(17, 1)));
+        assert!(turns.is_free(ByteRange::new(0, 8)));
     }
 }

@@ -6,7 +6,7 @@ use blockyard_storage::ByteRange;
 
 /// What a run of bytes is to somebody who copies it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Known {
+pub(crate) enum Known {
     /// There may be data.
     Data,
     /// Reads as zeroes for certain.
@@ -19,13 +19,13 @@ pub(super) enum Known {
 
 /// What there is within one unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Seen {
+pub(crate) struct Seen {
     /// Some of it may be data.
-    pub(super) data: bool,
+    pub(crate) data: bool,
     /// Some of it reads as zeroes.
-    pub(super) zero: bool,
+    pub(crate) zero: bool,
     /// Some of it is not held by any layer that is copied.
-    pub(super) nothing: bool,
+    pub(crate) nothing: bool,
 }
 
 impl Seen {
@@ -41,28 +41,28 @@ impl Seen {
 
 /// Runs of bytes in ascending order, without a gap.
 #[derive(Debug, Default)]
-pub(super) struct Runs(VecDeque<(ByteRange, Known)>);
+pub(crate) struct Runs(VecDeque<(ByteRange, Known)>);
 
 impl Runs {
     /// Nothing is known any more.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.0.clear();
     }
 
     /// Up to where everything from `offset` is known.
-    pub(super) fn known_to(&self, offset: u64) -> u64 {
+    pub(crate) fn known_to(&self, offset: u64) -> u64 {
         self.0.back().map_or(offset, |(range, _)| range.end())
     }
 
     /// Forgets what ends at or before `offset`.
-    pub(super) fn go_on_to(&mut self, offset: u64) {
+    pub(crate) fn go_on_to(&mut self, offset: u64) {
         while self.0.front().is_some_and(|run| run.0.end() <= offset) {
             self.0.pop_front();
         }
     }
 
     /// One more run, behind all others. Neighbours of one kind become one.
-    pub(super) fn push(&mut self, range: ByteRange, known: Known) {
+    pub(crate) fn push(&mut self, range: ByteRange, known: Known) {
         match self.0.back_mut() {
             Some(last) if last.1 == known => {
                 last.0 = ByteRange::between(last.0.offset(), range.end());
@@ -73,7 +73,7 @@ impl Runs {
 
     /// The front of `ahead` in whole units of `unit_bytes`, a power of two, that meet one fate, and which; units end at
     /// multiples of that, and at the end of `ahead`. At least the first unit has to be known.
-    pub(super) fn front_units<F: PartialEq>(
+    pub(crate) fn front_units<F: PartialEq>(
         &self,
         ahead: ByteRange,
         unit_bytes: u64,

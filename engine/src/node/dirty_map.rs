@@ -1,7 +1,7 @@
 //! [`DirtyMap`]: which parts of a disk have changed: one bit for each granule. Pure.
 //!
-//! Bits are kept in pages of 4 KiB, and only where some are set, so that memory follows what has changed: at most one bit a granule,
-//! 2 MiB for each TiB at 64 KiB.
+//! Bits are kept in pages of 4 KiB, and only where some are set and others are not, so that memory follows what has changed: at most
+//! one bit a granule, 2 MiB for each TiB at 64 KiB.
 
 use std::collections::BTreeMap;
 
@@ -15,6 +15,7 @@ const PAGE_BITS: u64 = WORDS * WORD_BITS;
 const GRANULES_MAX: u64 = 1 << 31;
 
 /// Changed parts of a disk.
+#[derive(Clone)]
 pub(crate) struct DirtyMap {
     length_bytes: u64,
     granularity_bytes: u64,
@@ -22,7 +23,9 @@ pub(crate) struct DirtyMap {
     dirty_bytes: u64,
 }
 
+#[derive(Clone)]
 struct Page {
+    /// None: all bits are set.
     words: Box<[u64]>,
     /// How many bits are set.
     set: u32,
@@ -112,6 +115,13 @@ impl DirtyMap {
                 last.min(start + PAGE_BITS - 1) - start,
             );
             let entry = self.pages.entry(page).or_insert_with(Page::empty);
+            if dirty && to - from == PAGE_BITS - 1 {
+                changed += PAGE_BITS - u64::from(entry.set);
+                was_last_changed = start + to == last && entry.word(WORDS - 1) >> 63 == 0;
+                *entry = Page::full();
+                continue;
+            }
+            entry.open_up();
             for index in from / WORD_BITS..=to / WORD_BITS {
                 let low = from.max(index * WORD_BITS) % WORD_BITS;
                 let high = to.min(index * WORD_BITS + WORD_BITS - 1) % WORD_BITS;
@@ -121,8 +131,10 @@ impl DirtyMap {
                 let is_end = start + (index + 1) * WORD_BITS > last;
                 was_last_changed = is_end && flipped & (1 << (last % WORD_BITS)) != 0;
             }
-            if entry.set == 0 {
-                self.pages.remove(&page);
+            match u64::from(entry.set) {
+                0 => drop(self.pages.remove(&page)),
+                PAGE_BITS => *entry = Page::full(),
+                _ => {}
             }
         }
         // The last granule of the disk may be cut.
@@ -152,15 +164,35 @@ impl DirtyMap {
         Some(ByteRange::between(start, end.min(self.length_bytes)))
     }
 
+    /// The first granules that `range` touches and that have changed, side by side, as far as it touches them.
+    pub(crate) fn run_in(&self, range: ByteRange) -> Option<ByteRange> {
+        let range = self.outward(range);
+        if range.is_empty() {
+            return None;
+        }
+        let last = (range.end() - 1) / self.granularity_bytes;
+        let first = self.first_within(range.offset() / self.granularity_bytes, last)?;
+        let rest = ByteRange::between(first * self.granularity_bytes, range.end());
+        let run = self.run_from(rest.offset(), rest.length())?;
+        Some(run.intersection(&rest))
+    }
+
     fn first_from(&self, granule: u64) -> Option<u64> {
+        self.first_within(granule, u64::MAX)
+    }
+
+    /// The first one from `granule` to `last` that has changed.
+    fn first_within(&self, granule: u64, last: u64) -> Option<u64> {
         let page = granule / PAGE_BITS;
-        self.pages.range(page..).find_map(|(number, entry)| {
+        let mut pages = self.pages.range(page..=last / PAGE_BITS);
+        let first = pages.find_map(|(number, entry)| {
             let from = match *number == page {
                 true => granule % PAGE_BITS,
                 false => 0,
             };
             entry.first_from(from).map(|bit| number * PAGE_BITS + bit)
-        })
+        });
+        first.filter(|first| *first <= last)
     }
 
     fn is_dirty(&self, granule: u64) -> bool {
@@ -181,7 +213,25 @@ impl Page {
         }
     }
 
+    fn full() -> Self {
+        Self {
+            words: Box::default(),
+            set: u32::try_from(PAGE_BITS).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Keeps each bit by itself.
+    fn open_up(&mut self) {
+        if self.words.is_empty() {
+            let words = usize::try_from(WORDS).unwrap_or_default();
+            self.words = vec![u64::MAX; words].into_boxed_slice();
+        }
+    }
+
     fn word(&self, index: u64) -> u64 {
+        if self.words.is_empty() {
+            return u64::MAX;
+        }
         let index = usize::try_from(index).unwrap_or(usize::MAX);
         self.words.get(index).copied().unwrap_or(0)
     }
@@ -271,6 +321,18 @@ mod tests {
                 prop_assert!(is_long || !model.contains(&end));
             }
             prop_assert!(map.pages.values().all(|page| page.set > 0));
+            let all_set = |page: &Page| u64::from(page.set) == PAGE_BITS;
+            prop_assert!(map.pages.values().all(|page| page.words.is_empty() == all_set(page)));
+            let range = ByteRange::new(from, longest + 1);
+            let last = (range.end().min(length).max(1) - 1) / granularity;
+            let within = first.filter(|one| from < length && *one <= last);
+            let run = map.run_in(range);
+            prop_assert_eq!(run.map(|run| run.offset()), within.map(|one| one * granularity));
+            if let (Some(run), Some(first)) = (run, within) {
+                let end = run.end().div_ceil(granularity);
+                prop_assert!((first..end).all(|one| one <= last && model.contains(&one)));
+                prop_assert!(end > last || !model.contains(&end));
+            }
         }
     }
 
