@@ -9,6 +9,7 @@
 //! No JSON here, and no type of this crate is serializable: the front-end converts by hand.
 #![forbid(unsafe_code)]
 
+mod backup;
 mod blkdebug;
 pub mod clock;
 pub mod data;

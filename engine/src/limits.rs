@@ -19,6 +19,10 @@ pub const HALF_OPEN_MAX: usize = 100;
 /// Largest request a job makes, in bytes; one slot of the buffer pool.
 pub const COPY_CHUNK_BYTES: u64 = 1 << 20;
 
+/// Bytes of the transfer buffers of one filter that saves what is about to be changed. Each has its own: what it waits for may be
+/// such a filter, too.
+pub const CBW_BUFFERS_BYTES: usize = 8 << 20;
+
 /// Extents asked for at once when mapping a source.
 pub const STATUS_EXTENTS_MAX: usize = 256;
 

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use crate::images::ImageSpec;
-use crate::job::error_policy::OnError;
 use crate::job::verb::{JobType, VerbCall};
 
 pub use crate::event_loop::EventLoopSpec;
@@ -12,6 +11,7 @@ pub use crate::throttle::limits::{LimitsChange, NewLimits};
 pub use crate::tls::authorization::{Authorization, Format, Rule};
 pub use crate::tls::credentials::{Endpoint, X509Spec};
 
+pub use crate::backup::{BackupPerf, BackupSpec, CbwBitmap, CbwOptions, CbwSpec, OnCbwError};
 pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError, SetState};
 pub use crate::export::spec::{
     BitmapRef, ExportDeletion, ExportRequest, ExportSpec, LegacyExportSpec, NbdExportSpec,
@@ -295,6 +295,13 @@ pub enum DriverSpec {
         /// The group whose limits hold, by id.
         group: String,
     },
+    /// A filter that saves what is about to be changed.
+    CopyBeforeWrite(Box<CbwSpec>),
+    /// What was there when such a filter came.
+    SnapshotAccess {
+        /// The filter.
+        file: NodeRef,
+    },
     /// A qcow2 image.
     Qcow2(Box<Qcow2Spec>),
 }
@@ -311,6 +318,8 @@ impl DriverSpec {
             DriverSpec::Blkdebug(_) => "blkdebug",
             DriverSpec::CopyOnRead { .. } => "copy-on-read",
             DriverSpec::Throttle { .. } => "throttle",
+            DriverSpec::CopyBeforeWrite(_) => "copy-before-write",
+            DriverSpec::SnapshotAccess { .. } => "snapshot-access",
             DriverSpec::Qcow2(_) => "qcow2",
         }
     }
@@ -320,7 +329,11 @@ impl DriverSpec {
         let children = match self {
             DriverSpec::Raw { file, .. }
             | DriverSpec::CopyOnRead { file, .. }
-            | DriverSpec::Throttle { file, .. } => [Some(file), None, None],
+            | DriverSpec::Throttle { file, .. }
+            | DriverSpec::SnapshotAccess { file } => [Some(file), None, None],
+            DriverSpec::CopyBeforeWrite(spec) => {
+                [Some(&mut spec.file), Some(&mut spec.target), None]
+            }
             DriverSpec::Blkdebug(spec) => [Some(&mut spec.image), None, None],
             DriverSpec::Qcow2(spec) => {
                 let spec = &mut **spec;
@@ -340,7 +353,9 @@ impl DriverSpec {
         let children = match self {
             DriverSpec::Raw { file, .. }
             | DriverSpec::CopyOnRead { file, .. }
-            | DriverSpec::Throttle { file, .. } => [Some(file), None, None],
+            | DriverSpec::Throttle { file, .. }
+            | DriverSpec::SnapshotAccess { file } => [Some(file), None, None],
+            DriverSpec::CopyBeforeWrite(spec) => [Some(&spec.file), Some(&spec.target), None],
             DriverSpec::Blkdebug(spec) => [Some(&spec.image), None, None],
             DriverSpec::Qcow2(spec) => {
                 let backing = match &spec.backing {
@@ -485,59 +500,6 @@ pub enum BitmapMode {
     Never,
     /// Always what is still to be copied.
     Always,
-}
-
-/// Arguments of `blockdev-backup`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct BackupSpec {
-    /// Source node.
-    pub device: String,
-    /// Target node.
-    pub target: String,
-    /// How much.
-    pub sync: SyncMode,
-    /// Limit in bytes per second; 0: none.
-    pub speed: i64,
-    /// Name of a bitmap.
-    pub bitmap: Option<String>,
-    /// What to do to it.
-    pub bitmap_mode: Option<BitmapMode>,
-    /// Write compressed clusters.
-    pub compress: bool,
-    /// When reading fails.
-    pub on_source_error: OnError,
-    /// When writing fails.
-    pub on_target_error: OnError,
-    /// Name of the filter node.
-    pub filter_node_name: Option<String>,
-    /// Discard the source behind the copy.
-    pub discard_source: bool,
-    /// Tuning.
-    pub perf: BackupPerf,
-}
-
-/// `x-perf` of `blockdev-backup`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BackupPerf {
-    /// Allow copying inside the file system.
-    pub use_copy_range: bool,
-    /// Requests in flight at most.
-    pub max_workers: i64,
-    /// Bytes per request at most; 0: no limit.
-    pub max_chunk: i64,
-    /// Smallest unit of copying in bytes.
-    pub min_cluster_size: u64,
-}
-
-impl Default for BackupPerf {
-    fn default() -> Self {
-        Self {
-            use_copy_range: false,
-            max_workers: 64,
-            max_chunk: 0,
-            min_cluster_size: 0,
-        }
-    }
 }
 
 /// Arguments of `x-blockdev-amend`. Options left out stay as they are; values are as the client gave them.

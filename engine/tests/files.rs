@@ -15,8 +15,8 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CommonOptions, CreatePreallocation, CreateSpec, DriverSpec, FileSpec,
-    JobSpec, MirrorSpec, NodeRef, NodeSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    BackupPerf, BackupSpec, CbwOptions, CommonOptions, CreatePreallocation, CreateSpec, DriverSpec,
+    FileSpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
 use blockyard_ring::file_attributes;
 use proptest::prelude::*;
@@ -159,6 +159,7 @@ fn backup(speed: i64) -> WorkSpec {
         filter_node_name: None,
         discard_source: false,
         perf: BackupPerf::default(),
+        cbw: CbwOptions::default(),
     })
 }
 

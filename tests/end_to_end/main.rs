@@ -13,6 +13,7 @@ mod client;
 mod client_tools;
 mod command_line;
 mod connections;
+mod copy_before_write;
 mod copy_on_read;
 mod create_qcow2;
 mod create_raw;

@@ -15,7 +15,8 @@ const CREATE_RAW: &str = "blockdev-create.\"options\"(\"raw\")";
 const AMEND_QCOW2: &str = "x-blockdev-amend.\"options\"(\"qcow2\")";
 
 /// Members that QEMU does not have: what the chain of a concluded job has become, and whether a mirror gains on its writers.
-const OUR_MEMBERS: [&str; 5] = [
+const OUR_MEMBERS: [&str; 6] = [
+    "x-cbw-timeout",
     "x-chain",
     "x-dirty-bytes",
     "x-dirty-rate",
@@ -24,7 +25,7 @@ const OUR_MEMBERS: [&str; 5] = [
 ];
 
 /// Members that newer releases of QEMU have.
-const NEWER_MEMBERS: [&str; 1] = ["target-is-zero"];
+const NEWER_MEMBERS: [&str; 2] = ["on-cbw-error", "target-is-zero"];
 
 /// Commands that are ours alone.
 pub(crate) const OUR_COMMANDS: [&str; 2] = ["x-plan", "x-query-chain"];

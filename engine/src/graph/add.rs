@@ -163,6 +163,13 @@ impl Graph {
                 DriverSpec::Throttle { file, group } => {
                     self.open_throttle(name, file, &group, resolved, site).await
                 }
+                DriverSpec::CopyBeforeWrite(spec) => {
+                    self.open_copy_before_write(name, *spec, resolved, site)
+                        .await
+                }
+                DriverSpec::SnapshotAccess { file } => {
+                    self.open_snapshot_access(name, file, resolved, site).await
+                }
                 DriverSpec::Qcow2(spec) => self.open_qcow2(name, *spec, resolved, site).await,
             };
             if let (Ok(id), Some(fixed)) = (&opened, fixed)

@@ -4,7 +4,9 @@ use blockyard_ring::HostFile;
 
 use crate::data::NodeId;
 use crate::graph::filenames::{FileName, ShownBacking};
-use crate::graph::records::{BACKING_ROLE, DATA_FILE_ROLE, NodeRecord, Records, TARGET_ROLE, User};
+use crate::graph::records::{
+    BACKING_ROLE, DATA_FILE_ROLE, FILE_ROLE, NodeRecord, Records, TARGET_ROLE, User,
+};
 use crate::node::build::NodePlan;
 use crate::request::DriverSpec;
 
@@ -31,6 +33,13 @@ impl Records {
         // The file comes before everything else.
         let mut children = self.children(id).filter(|edge| holds(edge.role));
         children.next().map(|edge| edge.child)
+    }
+
+    /// The node right below another one that is its file.
+    pub(super) fn file_of(&self, id: NodeId) -> Option<NodeId> {
+        let mut children = self.children(id);
+        let file = children.find(|edge| edge.role == FILE_ROLE);
+        file.map(|edge| edge.child)
     }
 
     /// The next node of a chain: what a filter is above, or the backing of an image.
@@ -163,7 +172,12 @@ impl Records {
             (NodePlan::Throttle { member, .. }, _) => {
                 FileName::of_throttle(&below, member.group().name())
             }
-            (NodePlan::Filter { .. }, _) => below,
+            (
+                NodePlan::Filter { .. }
+                | NodePlan::CopyBeforeWrite { .. }
+                | NodePlan::SnapshotAccess { .. },
+                _,
+            ) => below,
             _ => return,
         };
         if let Some(node) = self.node_mut(id) {

@@ -25,6 +25,9 @@ use crate::request::{
 /// Unit of a backup in bytes.
 const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
 
+/// A write waits for no more than this besides what it touches, whatever unit the client wants, in bytes.
+const BACKUP_SPAN_MAX_BYTES: u64 = 16 << 20;
+
 /// The nodes of one job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JobNodes {
@@ -204,6 +207,7 @@ impl Graph {
             let text = "Could not replace node: Block node is read-only";
             return Err(EngineError::generic(text));
         }
+        let cluster_bytes = self.backup_cluster_bytes(target, minimum).await?;
         let replaced = self.records.borrow().check_links_to(source);
         replaced.map_err(|error| error.prefixed("Could not replace node: "))?;
         let filter = self
@@ -211,7 +215,11 @@ impl Graph {
                 source,
                 Some(target),
                 "copy-before-write",
-                FilterKind::Refuses,
+                FilterKind::Saves {
+                    cluster_bytes,
+                    options: spec.cbw,
+                    admits_writers: !spec.discard_source,
+                },
                 spec.filter_node_name.as_deref(),
             )
             .await
@@ -222,6 +230,20 @@ impl Graph {
             filter: Some(filter),
             ..JobNodes::default()
         })
+    }
+
+    /// What a backup to this target saves together, in bytes, if its client wants at least `minimum`.
+    pub(super) async fn backup_cluster_bytes(
+        &self,
+        target: NodeId,
+        minimum: u64,
+    ) -> Result<u64, EngineError> {
+        let of_target = self.facts(target).await?.cluster_size_bytes;
+        let of_target = of_target.map_or(0, u64::from);
+        let wanted = minimum.min(BACKUP_SPAN_MAX_BYTES);
+        Ok(of_target
+            .max(wanted)
+            .max(BACKUP_CLUSTER_BYTES.unsigned_abs()))
     }
 
     /// Whether a node can be written compressed.
@@ -369,6 +391,7 @@ impl Graph {
     /// inside it end there, with what they have asked of the node below.
     async fn remove_filter(&self, id: NodeId) {
         let thread = self.thread_of(id);
+        self.let_writes_pass(id).await;
         let (roots, below) = {
             let mut records = self.records.borrow_mut();
             let below = records.primary(id);
@@ -396,6 +419,19 @@ impl Graph {
         }
         self.threads.load(thread, -1);
         self.forget_on(thread, id).await;
+    }
+
+    /// Nobody waits in front of a filter that goes: its job may never have begun.
+    async fn let_writes_pass(&self, filter: NodeId) {
+        let passed = self.threads.run(self.thread_of(filter), move |context| {
+            Box::pin(async move {
+                let saver = context.node(filter).and_then(|filter| filter.saver());
+                saver.inspect(|saver| saver.end());
+            })
+        });
+        if let Err(error) = passed.await {
+            tracing::error!(%error, "a job's filter is out of reach");
+        }
     }
 
     /// Takes back what [`prepare_job`](Self::prepare_job) did.

@@ -127,8 +127,9 @@ impl Records {
             reached.push(id);
             self.check_node(id, &index)?;
             let (taken, shared) = self.demands_in(index.users(id));
+            let is_used = !index.users(id).is_empty();
             for place in index.below(id) {
-                let Some((taken, shared)) = self.below(id, *place, taken, shared) else {
+                let Some((taken, shared)) = self.below(id, *place, is_used, (taken, shared)) else {
                     continue;
                 };
                 let Some(edge) = self.edges.get_mut(*place) else {
@@ -148,14 +149,22 @@ impl Records {
         &self,
         id: NodeId,
         place: usize,
-        taken: Permissions,
-        shared: Permissions,
+        is_used: bool,
+        (taken, shared): (Permissions, Permissions),
     ) -> Option<(Permissions, Permissions)> {
         let (node, edge) = (self.node(id)?, self.edges.get(place)?);
         if edge.role == TARGET_ROLE {
             return None;
         }
-        let (taken, shared) = child_permissions(node, edge.role, taken, shared);
+        let (taken, shared) = match node.driver {
+            // Nothing passes it. A job's own is going to be used.
+            "copy-before-write" if !is_used && !matches!(node.plan, NodePlan::Filter { .. }) => {
+                (taken, shared)
+            }
+            // What it reads the filter below sees to.
+            "snapshot-access" => (Permissions::NONE, Permissions::EVERY),
+            _ => child_permissions(node, edge.role, taken, shared),
+        };
         let taken = taken.union(node.extra.taken);
         // It is the child that lets everybody in.
         let shared = if self.node(edge.child).is_some_and(|node| node.force_share) {
@@ -203,6 +212,7 @@ impl Records {
         }
         if let NodePlan::Filter { child, kind } = node.plan
             && (kind.refuses_writes() && taken.has(Permission::Write)
+                || kind.catches_writes() && self.is_written_by_node(id, index)
                 || taken.has(Permission::Resize))
         {
             return Err(EngineError::generic(format!(
@@ -211,6 +221,13 @@ impl Records {
             )));
         }
         Ok(())
+    }
+
+    /// Whether another node may write to this one.
+    fn is_written_by_node(&self, id: NodeId, index: &Index) -> bool {
+        let users = index.users(id).iter();
+        let mut users = users.filter_map(|place| self.edges.get(*place));
+        users.any(|edge| matches!(edge.user, User::Node(_)) && edge.taken.has(Permission::Write))
     }
 
     fn conflict(

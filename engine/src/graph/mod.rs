@@ -11,6 +11,7 @@ mod chain_jobs;
 mod chain_views;
 mod chains;
 mod children;
+mod copy_before_write;
 mod copy_on_read;
 mod creating;
 mod disk_facts;

@@ -220,7 +220,12 @@ fn retarget(plan: &mut NodePlan, from: NodeId, to: NodeId) -> bool {
         | NodePlan::Blkdebug { child, .. }
         | NodePlan::CopyOnRead { child, .. }
         | NodePlan::Throttle { child, .. }
+        | NodePlan::SnapshotAccess { child }
         | NodePlan::Filter { child, .. } => turn(child),
+        NodePlan::CopyBeforeWrite { child, target, .. } => {
+            turn(child);
+            turn(target);
+        }
         NodePlan::Qcow2 {
             file,
             data_file,

@@ -247,7 +247,8 @@ impl Graph {
                     "'data-file' can only be set for images with an external data file",
                 ));
             }
-            self.attach(id, &opened, DATA_FILE_ROLE, site)
+            let follows = (Permissions::NONE, Permissions::EVERY);
+            self.attach(id, &opened, DATA_FILE_ROLE, follows, site)
                 .await
                 .map(Some)
         }
@@ -255,12 +256,14 @@ impl Graph {
         self.settle(opened, outcome).await
     }
 
-    /// Links an image that is being opened to another child, on one thread with it.
-    async fn attach(
+    /// Links a node that is being opened to another child, on one thread with it, which takes and shares this if that does not
+    /// follow from what is above.
+    pub(super) async fn attach(
         &self,
         id: NodeId,
         child: &Below,
         role: &'static str,
+        (taken, shared): (Permissions, Permissions),
         site: Site,
     ) -> Result<NodeId, EngineError> {
         let held = self.hold_still(&[child], site.batch).await;
@@ -277,8 +280,8 @@ impl Graph {
                 user: User::Node(id),
                 child,
                 role,
-                taken: Permissions::NONE,
-                shared: Permissions::EVERY,
+                taken,
+                shared,
             });
         })?;
         if let Below::Opened(child) = below {
@@ -402,7 +405,10 @@ impl Graph {
         layers_above: usize,
         site: Site,
     ) -> Result<NodeId, EngineError> {
-        let child = self.attach(parent, child, BACKING_ROLE, site).await?;
+        let follows = (Permissions::NONE, Permissions::EVERY);
+        let child = self
+            .attach(parent, child, BACKING_ROLE, follows, site)
+            .await?;
         let depth = {
             let records = self.records.borrow();
             usize::try_from(records.chain_depth(child)).unwrap_or(usize::MAX)

@@ -201,7 +201,11 @@ impl Graph {
             NodePlan::Throttle { .. } => {
                 self.plan_throttle(&mut node, driver, resolved, planned)?;
             }
-            NodePlan::CopyOnRead { .. } | NodePlan::Filter { .. } | NodePlan::Opening => {
+            NodePlan::CopyOnRead { .. }
+            | NodePlan::CopyBeforeWrite { .. }
+            | NodePlan::SnapshotAccess { .. }
+            | NodePlan::Filter { .. }
+            | NodePlan::Opening => {
                 return Err(EngineError::generic(format!(
                     "Block format '{}' used by node '{}' does not support reopening files",
                     node.driver, node.name

@@ -102,6 +102,7 @@ impl NodeRecord {
                 | NodePlan::Blkdebug { .. }
                 | NodePlan::CopyOnRead { .. }
                 | NodePlan::Throttle { .. }
+                | NodePlan::CopyBeforeWrite { .. }
         )
     }
 }
@@ -384,7 +385,9 @@ impl Records {
             let text = match &node.plan {
                 _ if node.read_only => "Image is read-only",
                 _ if node.fixed_size => "Cannot resize fixed-size raw disks",
-                NodePlan::Null(_) => "Image format driver does not support resize",
+                NodePlan::CopyBeforeWrite { .. }
+                | NodePlan::SnapshotAccess { .. }
+                | NodePlan::Null(_) => "Image format driver does not support resize",
                 NodePlan::Raw { child, window, .. } => {
                     size = size.saturating_add(window.offset_bytes);
                     next = self.node(*child);
@@ -421,8 +424,12 @@ impl Records {
     /// it: bringing the two together is what [`place`](super::Graph::place) does.
     pub(super) fn component(&self, id: NodeId) -> Vec<NodeId> {
         let mut beside: HashMap<NodeId, Vec<NodeId>> = HashMap::new();
-        for edge in self.edges.iter().filter(|edge| edge.role != TARGET_ROLE) {
+        for edge in &self.edges {
             if let User::Node(parent) = edge.user {
+                let is_own = |node: &NodeRecord| !matches!(node.plan, NodePlan::Filter { .. });
+                if edge.role == TARGET_ROLE && !self.node(parent).is_some_and(is_own) {
+                    continue;
+                }
                 beside.entry(parent).or_default().push(edge.child);
                 beside.entry(edge.child).or_default().push(parent);
             }

@@ -437,7 +437,8 @@ pub(super) fn with_access(
         NodePlan::Throttle { options, .. } => options.read_only = now_read_only,
         NodePlan::Blkdebug { options, .. } => options.read_only = now_read_only,
         NodePlan::Qcow2 { plan, .. } => plan.image.read_only = now_read_only,
-        NodePlan::Filter { .. } | NodePlan::Opening => {}
+        NodePlan::CopyBeforeWrite { options, .. } => options.read_only = now_read_only,
+        NodePlan::Filter { .. } | NodePlan::SnapshotAccess { .. } | NodePlan::Opening => {}
     }
     node
 }

@@ -281,6 +281,9 @@ fn room(records: &Records, id: NodeId, known: &HashMap<NodeId, Known>) -> Option
         NodePlan::Null(_) => Some(0),
         // A protocol of its own, which cannot tell.
         NodePlan::Blkdebug { .. } | NodePlan::Opening => None,
+        NodePlan::CopyBeforeWrite { child, .. } | NodePlan::SnapshotAccess { child } => {
+            room(records, *child, known)
+        }
         NodePlan::Raw { child, .. }
         | NodePlan::Filter { child, .. }
         | NodePlan::CopyOnRead { child, .. }

@@ -72,7 +72,10 @@ pub(crate) async fn run(
             let range = step.range;
             watcher.set_progress(range.end().min(total_bytes), total_bytes);
             match step.kind {
-                StepKind::Copy | StepKind::Share | StepKind::Fill(Fill::Bytes) => {
+                StepKind::Copy
+                | StepKind::Parts
+                | StepKind::Share
+                | StepKind::Fill(Fill::Bytes) => {
                     moved.copy_bytes = moved.copy_bytes.saturating_add(range.length());
                     room.written(range).await;
                 }
@@ -83,7 +86,7 @@ pub(crate) async fn run(
                 StepKind::Skip => {}
             }
             // It costs nothing here.
-            plan.took(step.kind, Duration::ZERO);
+            plan.took(step.kind, Duration::ZERO, false);
             // What tables say may all be in memory, and the thread has other work.
             tokio::task::yield_now().await;
         }

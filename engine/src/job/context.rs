@@ -256,6 +256,11 @@ impl JobContext {
         &self.shared
     }
 
+    /// The same, for somebody who goes on beside the work.
+    pub fn shared(&self) -> Arc<JobShared> {
+        Arc::clone(&self.shared)
+    }
+
     /// Where transfer buffers come from.
     pub fn pool(&self) -> &BufferPool {
         &self.pool

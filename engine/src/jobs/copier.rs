@@ -4,7 +4,7 @@
 //! flight ends first, and the window shrinks when requests are slow, so that this takes a fraction of a second.
 
 use std::collections::VecDeque;
-use std::future::{poll_fn, ready};
+use std::future::{pending, poll_fn, ready};
 use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
@@ -22,6 +22,7 @@ use crate::jobs::changes::{Changes, Goal};
 use crate::jobs::plan::{Layers, Plan, Step, StepKind};
 use crate::jobs::steps::{Failure, carry_out};
 use crate::node::Node;
+use crate::node::copy_before_write::{Fate, Saver};
 use crate::node::mirror_top::Tracker;
 use crate::node::turns::{Doing, Turn};
 
@@ -78,6 +79,8 @@ pub(crate) struct CopyOptions {
 struct Ended {
     step: Step,
     took: Duration,
+    /// Somebody waited for it at its end.
+    waited: bool,
     outcome: Result<(), Failure>,
 }
 
@@ -101,6 +104,7 @@ pub(crate) struct Copier {
     changes: Option<Changes>,
     /// What is planned was never copied before.
     is_first: bool,
+    saver: Option<Rc<Saver>>,
 }
 
 impl Copier {
@@ -133,6 +137,17 @@ impl Copier {
             skipped_in_a_row: 0,
             changes: None,
             is_first: true,
+            saver: None,
+        }
+    }
+
+    /// Copies what is still to be saved before it may change, while the filter above the source saves some of it. What either has
+    /// copied counts there. There are no durable points once somebody has written.
+    pub(crate) fn beside(self, saver: Rc<Saver>) -> Self {
+        Self {
+            plan: self.plan.beside_writers(saver.clusters().cluster_bytes()),
+            saver: Some(saver),
+            ..self
         }
     }
 
@@ -228,6 +243,9 @@ impl Copier {
         let mut round_error: Option<(ByteRange, Side, NodeError)> = None;
         let mut interrupted = false;
         loop {
+            if let (Some(error), None) = (self.broken(), &failed) {
+                failed = Some(Stop::Failed(JobError::from(error)));
+            }
             let failure = self.changes.as_mut().and_then(|changes| changes.look(cx));
             if let (Some(error), None) = (failure, &failed) {
                 interrupted = self.holds_writers();
@@ -271,8 +289,13 @@ impl Copier {
                     cx.charge(step.range.length());
                 }
                 self.in_flight.push(step.range);
+                if let Some(saver) = self.saver.clone() {
+                    let nodes = (&source, &*target);
+                    window.push(Box::pin(saved(saver, step, nodes, cx, self.options)));
+                    continue;
+                }
                 let turn = self.begin(step);
-                let outcome = carry_out(step, &*source, &*target, cx, self.options);
+                let outcome = carry_out(step, &source, &*target, cx, self.options);
                 let outcome = timed(step, outcome, cx);
                 window.push(match turn {
                     None => Box::pin(outcome),
@@ -296,10 +319,12 @@ impl Copier {
             match ended.outcome {
                 Ok(()) => {
                     self.ignored_in_a_row = 0;
-                    cx.progress().done(ended.step.range.length());
+                    if self.saver.is_none() {
+                        cx.progress().done(ended.step.range.length());
+                    }
                     cx.latency().count(ended.took);
                     self.adapt(ended.took);
-                    self.plan.took(ended.step.kind, ended.took);
+                    self.plan.took(ended.step.kind, ended.took, ended.waited);
                     if failed.is_none() {
                         failed = self.remember(cx).await.err();
                     }
@@ -337,10 +362,15 @@ impl Copier {
         if stopping {
             return window.next().await;
         }
+        let broken: LocalFuture<'_, ()> = match &self.saver {
+            Some(saver) => Box::pin(saver.changed()),
+            None => Box::pin(pending()),
+        };
         let orders = std::pin::pin!(cx.orders_changed());
+        let orders = select(orders, broken);
         let timer = match until {
             Some(moment) => cx.clock().sleep_until(moment),
-            None => Box::pin(std::future::pending()),
+            None => Box::pin(pending()),
         };
         match select(window.next(), select(timer, orders)).await {
             Either::Left((ended, _)) => ended,
@@ -361,6 +391,11 @@ impl Copier {
         if let Some(changes) = &self.changes {
             changes.tracker.set_planned(self.plan.planned());
         }
+    }
+
+    /// Why what the filter above the source has saved is worth nothing.
+    fn broken(&self) -> Option<NodeError> {
+        self.saver.as_ref().and_then(|saver| saver.broken())
     }
 
     fn holds_writers(&self) -> bool {
@@ -420,9 +455,10 @@ impl Copier {
     }
 
     async fn skip(&mut self, cx: &JobContext, range: ByteRange) {
-        match self.options.counts_skipped {
-            true => cx.progress().done(range.length()),
-            false => cx.progress().decrease_remaining(range.length()),
+        match &self.saver {
+            Some(saver) => saver.settle(range, Fate::Skipped),
+            None if self.options.counts_skipped => cx.progress().done(range.length()),
+            None => cx.progress().decrease_remaining(range.length()),
         }
         self.skipped_in_a_row += 1;
         if self.skipped_in_a_row == SKIPPED_IN_A_ROW {
@@ -497,6 +533,7 @@ impl Copier {
         // What was left out has to be tried again by whoever goes on from there; what has changed, nobody knows then.
         if self.left_out.is_some()
             || self.changes.is_some()
+            || self.saver.as_ref().is_some_and(|saver| saver.is_written())
             || low_water < self.remembered_bytes + self.options.remember_bytes
         {
             return Ok(());
@@ -578,6 +615,35 @@ async fn timed(
     Ended {
         step,
         took: cx.clock().now().since(start),
+        waited: false,
+        outcome,
+    }
+}
+
+/// A step of what is still to be saved at its turn.
+async fn saved(
+    saver: Rc<Saver>,
+    step: Step,
+    (source, target): (&Rc<dyn Node>, &dyn Node),
+    cx: &JobContext,
+    options: CopyOptions,
+) -> Ended {
+    let turn = saver.turn(step.range);
+    turn.come().await;
+    let start = cx.clock().now();
+    let (mut rest, mut outcome) = (step.range, Ok(()));
+    while let Some(range) = saver.rest_of(rest) {
+        outcome = carry_out(Step { range, ..step }, source, target, cx, options).await;
+        if outcome.is_err() {
+            break;
+        }
+        saver.settle(range, Fate::Saved);
+        rest = ByteRange::between(range.end(), rest.end());
+    }
+    Ended {
+        step,
+        took: cx.clock().now().since(start),
+        waited: turn.is_waited_for(),
         outcome,
     }
 }

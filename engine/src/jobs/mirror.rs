@@ -20,10 +20,10 @@ use crate::job::work::{Stop, Work};
 use crate::jobs::changes::Goal;
 use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
 use crate::jobs::plan::Layers;
-use crate::jobs::steps::bring_over;
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
 use crate::node::mirror_top::{OtherSide, Quiet, Tracker};
+use crate::node::transfer::{Failed, Writing, bring_over};
 use crate::request::{CopyMode, MirrorSpec, SyncMode};
 
 /// Bytes in flight if the client does not say.
@@ -194,9 +194,15 @@ impl Mirror {
                 move |range| -> LocalFuture<'static, Result<(), NodeError>> {
                     let (source, target) = (source.clone(), target.clone());
                     let pool = pool.clone();
-                    Box::pin(
-                        async move { bring_over(range, &source, &*target, &pool, may_unmap).await },
-                    )
+                    let how = Writing {
+                        unit_bytes: 1,
+                        compress: false,
+                        may_unmap,
+                    };
+                    Box::pin(async move {
+                        let brought = bring_over(range, &source, &*target, &pool, how).await;
+                        brought.map_err(Failed::error)
+                    })
                 },
             ),
             unit_bytes: match self.fills_whole_units() {

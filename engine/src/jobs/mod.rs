@@ -28,6 +28,7 @@ use crate::graph::JobNodes;
 use crate::job::context::ErrorPolicies;
 use crate::job::work::Work;
 use crate::node::Node;
+use crate::node::copy_before_write::Saver;
 use crate::node::mirror_top::Tracker;
 use crate::request::{CommitSpec, CreatePreallocation, CreateSpec, StreamSpec, WorkSpec};
 
@@ -35,6 +36,12 @@ use crate::request::{CommitSpec, CreatePreallocation, CreateSpec, StreamSpec, Wo
 pub(crate) fn tracker(filter: Rc<dyn Node>) -> Result<Rc<Tracker>, JobError> {
     let bug = || JobError::text("Internal error: a filter does not track writes (bug)");
     filter.tracker().ok_or_else(bug)
+}
+
+/// What the filter above a backup's source has saved.
+fn saver(filter: Rc<dyn Node>) -> Result<Rc<Saver>, JobError> {
+    let bug = || JobError::text("Internal error: a filter does not save what is written (bug)");
+    filter.saver().ok_or_else(bug)
 }
 
 /// The work that a job's description asks for, on the thread where its nodes live.
@@ -57,6 +64,7 @@ pub fn work(
         WorkSpec::Backup(spec) => Box::new(backup::Backup::new(
             node(nodes.source)?,
             node(nodes.target)?,
+            saver(node(nodes.filter)?)?,
             spec.clone(),
         )),
         WorkSpec::Mirror(spec) => Box::new(mirror::Mirror::new(

@@ -31,6 +31,8 @@ const STRIDE_TIME: Duration = Duration::from_millis(50);
 pub(crate) enum StepKind {
     /// Read and write it.
     Copy,
+    /// Some of it reads as zeroes, and stays so; the rest is read and written.
+    Parts,
     /// Make the target read as zeroes there.
     Zero,
     /// Let the target share the source's extents.
@@ -100,8 +102,9 @@ impl Stride {
         }
     }
 
-    fn adapt(&mut self, took: Duration) {
-        self.now_bytes = if took > STRIDE_TIME {
+    /// Somebody `waited` for the last range, or nobody did.
+    fn adapt(&mut self, took: Duration, waited: bool) {
+        self.now_bytes = if took > STRIDE_TIME || waited {
             (self.now_bytes / 2).max(STRIDE_MIN_BYTES)
         } else if took < STRIDE_TIME / 4 {
             (self.now_bytes * 2).min(self.max_bytes)
@@ -126,6 +129,10 @@ pub(crate) struct Plan {
     zero_stride: Stride,
     share_stride: Stride,
     sharing: Sharing,
+    /// Nothing is done but in steps, as others write meanwhile.
+    beside_writers: bool,
+    /// Units of which only parts read as zeroes are told apart.
+    tells_parts: bool,
 }
 
 impl Plan {
@@ -147,16 +154,30 @@ impl Plan {
             zero_stride: Stride::up_to(ZERO_MAX_BYTES),
             share_stride: Stride::up_to(SHARE_MAX_BYTES),
             sharing,
+            beside_writers: false,
+            tells_parts: false,
+        }
+    }
+
+    /// The same for somebody who copies beside writers, in whole units of `unit_bytes`, a multiple of what it is now: the target
+    /// changes in steps only. Units of which only parts read as zeroes are told apart where the target keeps less together.
+    pub(crate) fn beside_writers(self, unit_bytes: u64) -> Self {
+        Self {
+            beside_writers: true,
+            tells_parts: self.unit_bytes < unit_bytes,
+            unit_bytes,
+            ..self
         }
     }
 
     /// Learns how long a step took: zeroing may be a change of metadata or the writing of every byte, sharing may have to
     /// write back the whole source first, and nobody can tell beforehand.
-    pub(crate) fn took(&mut self, kind: StepKind, took: Duration) {
+    /// Where somebody `waited` for the step, the next ones are shorter.
+    pub(crate) fn took(&mut self, kind: StepKind, took: Duration, waited: bool) {
         match kind {
-            StepKind::Copy | StepKind::Fill(Fill::Bytes) | StepKind::Skip => {}
-            StepKind::Zero | StepKind::Fill(Fill::Zeroes) => self.zero_stride.adapt(took),
-            StepKind::Share => self.share_stride.adapt(took),
+            StepKind::Copy | StepKind::Parts | StepKind::Fill(Fill::Bytes) | StepKind::Skip => {}
+            StepKind::Zero | StepKind::Fill(Fill::Zeroes) => self.zero_stride.adapt(took, waited),
+            StepKind::Share => self.share_stride.adapt(took, waited),
         }
     }
 
@@ -222,7 +243,8 @@ impl Plan {
             return None;
         }
         if self.sharing != Sharing::Refused {
-            let (range, after) = self.rest.split_at(chunk(self.share_stride.now_bytes));
+            let longest = self.whole_units(chunk(self.share_stride.now_bytes));
+            let (range, after) = self.rest.split_at(longest);
             if self.can_share(range, &**source, target).await {
                 self.rest = after;
                 return Some(Step {
@@ -237,6 +259,8 @@ impl Plan {
         let (run, kind) = self.front();
         let longest = match kind {
             StepKind::Skip => run.length(),
+            // Its parts come one after the other.
+            StepKind::Parts => self.unit_bytes,
             StepKind::Zero | StepKind::Fill(Fill::Zeroes) => match zeroes_are_free {
                 true => self.zero_stride.now_bytes,
                 false => chunk(self.zero_stride.now_bytes),
@@ -248,11 +272,20 @@ impl Plan {
             // A filled unit is widened: what is decided of a part of it would be done to all of it.
             StepKind::Fill(_) => (longest - longest % self.unit_bytes).max(self.unit_bytes),
             // Shorter than a unit where a unit is longer than a request can be.
+            _ if self.beside_writers => self.whole_units(longest),
             _ => longest - longest % self.unit_bytes.min(longest.max(1)),
         };
         let (range, _) = run.split_at(whole.max(1));
         self.rest = ByteRange::between(range.end(), self.rest.end());
         Some(Step { range, kind })
+    }
+
+    /// As much of `longest` as is whole units, beside writers.
+    fn whole_units(&self, longest: u64) -> u64 {
+        match self.beside_writers {
+            true => (longest - longest % self.unit_bytes).max(self.unit_bytes),
+            false => longest,
+        }
     }
 
     /// Finds out what the unit ahead is, and what comes with the same answer.
@@ -323,20 +356,24 @@ impl Plan {
 
     /// The front of the rest that one thing is done with, and what.
     fn front(&mut self) -> (ByteRange, StepKind) {
-        let (rest, unit_bytes) = (self.rest, self.unit_bytes);
+        let (rest, unit_bytes, parts) = (self.rest, self.unit_bytes, self.tells_parts);
         match self.layers {
             Layers::Zeroes => (rest, StepKind::Zero),
-            Layers::All => self.known.front_units(rest, unit_bytes, copied_or_zeroed),
+            Layers::All => self
+                .known
+                .front_units(rest, unit_bytes, copied_or_zeroed(parts)),
             Layers::Below { .. } => self.known.front_units(rest, unit_bytes, filled),
             Layers::Top { .. } => {
                 if self.span.0.end() <= rest.offset() {
-                    let is_held = |seen: Seen| seen.data || seen.zero;
                     let decided = self.decided_unit_bytes();
-                    self.span = self.known.front_units(rest, decided, is_held);
+                    self.span = self.known.front_units(rest, decided, Seen::is_held);
                 }
                 let span = self.span.0.intersection(&rest);
                 match self.span.1 {
-                    true => self.known.front_units(span, unit_bytes, copied_or_zeroed),
+                    true => {
+                        let fate_of = copied_or_zeroed(parts);
+                        self.known.front_units(span, unit_bytes, fate_of)
+                    }
                     false => (span, StepKind::Skip),
                 }
             }
@@ -349,6 +386,8 @@ impl Plan {
             return true;
         }
         self.sharing = match source.host_extent(range) {
+            // It is tried by the step itself.
+            Some(_) if self.beside_writers => return true,
             Some((file, offset)) => match target.share(file, offset, range).await {
                 Ok(()) => Sharing::Works,
                 Err(error) => {
@@ -362,10 +401,11 @@ impl Plan {
     }
 }
 
-/// What is done with a unit of which something is copied. What no copied layer holds is read: nobody has asked below them.
-fn copied_or_zeroed(seen: Seen) -> StepKind {
-    match seen.zero && !seen.data && !seen.nothing {
+/// What is done with a unit of which something is copied; whether its parts are told apart.
+fn copied_or_zeroed(tells_parts: bool) -> impl Fn(Seen) -> StepKind {
+    move |seen| match seen.is_zero() {
         true => StepKind::Zero,
+        false if tells_parts && seen.zero => StepKind::Parts,
         false => StepKind::Copy,
     }
 }

@@ -11,13 +11,13 @@ use crate::node::zeroes::is_zero;
 fn strides_grow_where_they_are_cheap_and_shrink_where_they_are_not() {
     let mut plan = Plan::new(ByteRange::new(0, u64::MAX), Layers::All, 1);
     for _ in 0..8 {
-        plan.took(StepKind::Zero, Duration::from_millis(1));
-        plan.took(StepKind::Share, Duration::from_secs(1));
-        plan.took(StepKind::Copy, Duration::from_secs(1));
+        plan.took(StepKind::Zero, Duration::from_millis(1), false);
+        plan.took(StepKind::Share, Duration::from_secs(1), false);
+        plan.took(StepKind::Copy, Duration::from_secs(1), false);
     }
     assert_eq!(plan.zero_stride.now_bytes, ZERO_MAX_BYTES);
     assert_eq!(plan.share_stride.now_bytes, STRIDE_MIN_BYTES);
-    plan.took(StepKind::Zero, STRIDE_TIME / 2);
+    plan.took(StepKind::Zero, STRIDE_TIME / 2, false);
     assert_eq!(plan.zero_stride.now_bytes, ZERO_MAX_BYTES);
 }
 

@@ -14,10 +14,13 @@ use futures_util::future::{Either, select};
 use tokio::sync::mpsc;
 
 use crate::clock::{Clock, Moment};
+use crate::data::Spawner;
 use crate::job::context::{ErrorPolicies, JobContext, JobKey, JobShared, Report};
 use crate::job::error_policy::ErrorAction;
 use crate::job::work::{Stop, Work};
-use crate::request::CopyMode;
+use crate::node::Node;
+use crate::node::copy_before_write::{Saver, Surroundings};
+use crate::request::{CbwOptions, CopyMode};
 
 /// Time that passes only when nothing else is left to do.
 #[derive(Clone, Default)]
@@ -86,6 +89,25 @@ impl Clock for VirtualClock {
             key: (moment, id),
         })
     }
+}
+
+/// What the filter above the source of a backup has, which nobody writes through.
+pub(super) fn saver(
+    source: &Rc<dyn Node>,
+    target: &Rc<dyn Node>,
+    clock: &VirtualClock,
+) -> Rc<Saver> {
+    let of_target = target.facts().cluster_size_bytes.map_or(0, u64::from);
+    let surroundings = Surroundings {
+        clock: Rc::new(clock.clone()),
+        spawner: Spawner::new(drop),
+    };
+    Rc::new(Saver::new(
+        source.facts().length_bytes,
+        of_target.max(64 << 10),
+        CbwOptions::default(),
+        surroundings,
+    ))
 }
 
 /// The two ends of a job's context.

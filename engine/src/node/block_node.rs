@@ -22,6 +22,7 @@ use blockyard_storage::{
 use crate::data::DataContext;
 use crate::error::{EngineError, NodeError};
 use crate::node::build::NodePlan;
+use crate::node::copy_before_write::Saver;
 use crate::node::fault_rules::DebugEvent;
 use crate::node::mirror_top::Tracker;
 
@@ -408,6 +409,11 @@ pub trait Node {
 
     /// What the filter of a mirror knows of the writes that pass it.
     fn tracker(&self) -> Option<Rc<Tracker>> {
+        None
+    }
+
+    /// What a filter that saves what is about to be changed knows.
+    fn saver(&self) -> Option<Rc<Saver>> {
         None
     }
 

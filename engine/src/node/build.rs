@@ -10,6 +10,9 @@ use crate::data::{DataContext, NodeId};
 use crate::error::EngineError;
 use crate::node::Node;
 use crate::node::blkdebug_node::{BlkdebugNode, BlkdebugOptions, SharedFaults};
+use crate::node::copy_before_write::{
+    CbwNodeOptions, CopyBeforeWrite, Destination, Progress, Saver, SnapshotAccess, Surroundings,
+};
 use crate::node::copy_on_read_node::{CopyOnReadNode, CopyOnReadOptions};
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::filter_node::{FilterKind, FilterNode};
@@ -19,7 +22,8 @@ use crate::node::qcow2::Qcow2Files;
 use crate::node::qcow2::opening::{Qcow2Plan, open};
 use crate::node::raw_node::{RawNode, Window};
 use crate::node::throttle_node::{ThrottleNode, ThrottleOptions};
-use crate::request::{DetectZeroes, Discard};
+use crate::node::transfer::Writing;
+use crate::request::{CbwOptions, DetectZeroes, Discard};
 use crate::throttle::group::Member;
 
 /// How to bring a node up.
@@ -73,6 +77,26 @@ pub enum NodePlan {
         member: Arc<Member>,
         /// What the client chose.
         options: ThrottleOptions,
+    },
+    /// A filter that saves what is about to be changed.
+    CopyBeforeWrite {
+        /// The child, on the same thread.
+        child: NodeId,
+        /// Where to, on the same thread, too.
+        target: NodeId,
+        /// Bytes of a cluster, a power of two.
+        cluster_bytes: u64,
+        /// How something is saved.
+        cbw: CbwOptions,
+        /// What the client chose.
+        options: CbwNodeOptions,
+        /// How far it has come, for when the node moves.
+        progress: Progress,
+    },
+    /// What was below such a filter when it came.
+    SnapshotAccess {
+        /// The filter, on the same thread.
+        child: NodeId,
     },
     /// A qcow2 image.
     Qcow2 {
@@ -166,6 +190,33 @@ pub async fn build(
             *options,
             context.clock().clone(),
         )),
+        NodePlan::CopyBeforeWrite {
+            child,
+            target,
+            cluster_bytes,
+            cbw,
+            options,
+            progress,
+        } => {
+            let (source, target) = (child_of(*child)?, child_of(*target)?);
+            let lengths = (source.facts().length_bytes, *cluster_bytes);
+            let saver = Saver::resumed(progress, lengths, *cbw, surroundings(context));
+            let unit_bytes = target.facts().cluster_size_bytes.map_or(1, u64::from);
+            let destination = Destination {
+                source: source.clone(),
+                target,
+                layers_max: None,
+                how: Writing {
+                    unit_bytes,
+                    compress: false,
+                    may_unmap: false,
+                },
+            };
+            saver.begin(destination, |_, _| {});
+            let filter = CopyBeforeWrite::new(name, source, Rc::new(saver));
+            Rc::new(filter.with_options(*options, progress.clone()))
+        }
+        NodePlan::SnapshotAccess { child } => Rc::new(SnapshotAccess::new(name, child_of(*child)?)),
         NodePlan::Filter {
             child,
             kind: FilterKind::Tracks {
@@ -175,6 +226,25 @@ pub async fn build(
             let child = child_of(*child)?;
             let tracker = Tracker::new(child.facts().length_bytes, *granularity_bytes);
             Rc::new(MirrorTop::new(name, child, Rc::new(tracker)))
+        }
+        NodePlan::Filter {
+            child,
+            kind:
+                FilterKind::Saves {
+                    cluster_bytes,
+                    options,
+                    ..
+                },
+        } => {
+            let child = child_of(*child)?;
+            let length_bytes = child.facts().length_bytes;
+            let saver = Saver::new(
+                length_bytes,
+                *cluster_bytes,
+                *options,
+                surroundings(context),
+            );
+            Rc::new(CopyBeforeWrite::new(name, child, Rc::new(saver)))
         }
         NodePlan::Filter { child, kind } => {
             Rc::new(FilterNode::new(name, child_of(*child)?, *kind))
@@ -200,6 +270,14 @@ pub async fn build(
         }
     };
     Ok(Built { node, info: None })
+}
+
+/// What a filter that saves what is about to be changed needs of its thread.
+fn surroundings(context: &DataContext) -> Surroundings {
+    Surroundings {
+        clock: Rc::clone(context.clock()),
+        spawner: context.spawner().clone(),
+    }
 }
 
 /// A node below the one with this name.

@@ -1,4 +1,4 @@
-//! [`FilterNode`]: what a job puts above its source. Reads pass; what becomes of writes is its [`FilterKind`].
+//! [`FilterNode`]: what a job puts above its source, for names and permissions; and the [kinds](FilterKind) of such filters.
 
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
@@ -12,12 +12,21 @@ use crate::data::DataContext;
 use crate::error::{EngineError, NodeError};
 use crate::node::build::{NodePlan, child_of};
 use crate::node::{Fill, Node, NodeFacts, NodeTransfer, StatusExtent, cannot_become};
+use crate::request::CbwOptions;
 
 /// What becomes of writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FilterKind {
-    /// Nobody may write: what is overwritten would have to be saved before (backup), which nothing does yet.
-    Refuses,
+    /// They pass once what they are about to change has been saved (backup):
+    /// [`CopyBeforeWrite`](super::copy_before_write::CopyBeforeWrite).
+    Saves {
+        /// Bytes of a cluster, a power of two.
+        cluster_bytes: u64,
+        /// How.
+        options: CbwOptions,
+        /// Whether anybody may write. Who discards the source behind the copy would discard what was written.
+        admits_writers: bool,
+    },
     /// They pass: nothing that is written above harms the job (commit of layers below, stream).
     Passes,
     /// They pass, and are tracked: [`MirrorTop`](super::mirror_top::MirrorTop).
@@ -30,9 +39,20 @@ pub enum FilterKind {
 }
 
 impl FilterKind {
+    /// Whether each write has to pass the filter itself.
+    pub const fn catches_writes(self) -> bool {
+        matches!(self, FilterKind::Saves { .. })
+    }
+
     /// Whether nobody may write.
     pub const fn refuses_writes(self) -> bool {
-        matches!(self, FilterKind::Refuses)
+        matches!(
+            self,
+            FilterKind::Saves {
+                admits_writers: false,
+                ..
+            }
+        )
     }
 }
 
@@ -89,24 +109,11 @@ impl Node for FilterNode {
     }
 
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
-        if !self.kind.refuses_writes() {
-            return Box::pin(async move { self.child().write(offset, from).await });
-        }
-        let range = ByteRange::new(offset, from.len() as u64);
-        let outcome = Err(self.refuse(Operation::Write, range));
-        Box::pin(async move {
-            NodeTransfer {
-                buffer: from,
-                outcome,
-            }
-        })
+        Box::pin(async move { self.child().write(offset, from).await })
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
-        match self.kind.refuses_writes() {
-            true => Box::pin(async move { Err(self.refuse(Operation::Zero, range)) }),
-            false => Box::pin(async move { self.child().zero(range, mode).await }),
-        }
+        Box::pin(async move { self.child().zero(range, mode).await })
     }
 
     fn fill(
@@ -125,10 +132,7 @@ impl Node for FilterNode {
     }
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
-        match self.kind.refuses_writes() {
-            true => Box::pin(async move { Err(self.refuse(Operation::Discard, range)) }),
-            false => Box::pin(async move { self.child().discard(range).await }),
-        }
+        Box::pin(async move { self.child().discard(range).await })
     }
 
     fn backing(&self) -> Option<Rc<dyn Node>> {

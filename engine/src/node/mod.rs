@@ -10,6 +10,7 @@ pub mod chain;
 pub mod child_storage;
 #[cfg(test)]
 mod child_storage_tests;
+pub mod copy_before_write;
 pub mod copy_on_read_node;
 mod dirty_map;
 pub mod fault_rules;
@@ -24,10 +25,11 @@ mod pieces;
 pub mod qcow2;
 pub mod raw_node;
 pub mod root;
+pub(crate) mod runs;
 pub mod throttle_node;
 #[cfg(test)]
 mod throttle_tests;
-pub(crate) mod runs;
+pub(crate) mod transfer;
 pub(crate) mod turns;
 pub mod zeroes;
 

@@ -29,6 +29,16 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
+    /// Whether all of it reads as zeroes for certain. What no copied layer holds does not: nobody has asked below them.
+    pub(crate) fn is_zero(self) -> bool {
+        self.zero && !self.data && !self.nothing
+    }
+
+    /// Whether some of it is held by a layer that is copied.
+    pub(crate) fn is_held(self) -> bool {
+        self.data || self.zero
+    }
+
     fn add(&mut self, known: Known) {
         match known {
             Known::Data => self.data = true,

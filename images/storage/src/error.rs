@@ -79,6 +79,10 @@ pub const EXDEV: i32 = 18;
 pub const EBUSY: i32 = 16;
 /// `ENOMEDIUM`: nothing there to work on.
 pub const ENOMEDIUM: i32 = 123;
+/// `EACCES`: it may not be had.
+pub const EACCES: i32 = 13;
+/// `ETIMEDOUT`: it took too long.
+pub const ETIMEDOUT: i32 = 110;
 /// `ECANCELED`: given up on request.
 pub const ECANCELED: i32 = 125;
 

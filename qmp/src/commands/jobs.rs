@@ -6,9 +6,10 @@ use blockyard_engine::images::ImageWatcher;
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::request::{
-    AmendSpec, BackupPerf, BackupSpec, BitmapMode, CommitSpec, CopyMode, CreateEncryption,
-    CreatePreallocation, CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec, NewTargetSpec, PlanSpec,
-    PlannedJob, Request, StreamSpec, SyncMode, VerbFamily, WorkSpec,
+    AmendSpec, BackupPerf, BackupSpec, BitmapMode, CbwOptions, CommitSpec, CopyMode,
+    CreateEncryption, CreatePreallocation, CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec,
+    NewTargetSpec, OnCbwError, PlanSpec, PlannedJob, Request, StreamSpec, SyncMode, VerbFamily,
+    WorkSpec,
 };
 
 use crate::commands::nodes::node_reference;
@@ -106,6 +107,11 @@ const ON_ERROR: &[(&str, OnError)] = &[
     ("auto", OnError::Auto),
 ];
 
+pub(super) const ON_CBW_ERRORS: &[(&str, OnCbwError)] = &[
+    ("break-guest-write", OnCbwError::BreakGuestWrite),
+    ("break-snapshot", OnCbwError::BreakSnapshot),
+];
+
 const PREALLOCATIONS: &[(&str, CreatePreallocation)] = &[
     ("off", CreatePreallocation::Off),
     ("metadata", CreatePreallocation::Metadata),
@@ -142,6 +148,13 @@ fn on_error(arguments: &Fields, name: &str) -> OnError {
     arguments.word(name, ON_ERROR).unwrap_or_default()
 }
 
+/// A number of seconds; 0: none.
+pub(super) fn seconds(arguments: &Fields, name: &str) -> u32 {
+    let seconds = arguments.unsigned(name).unwrap_or(0);
+    // The schema lets no more through.
+    u32::try_from(seconds).unwrap_or(u32::MAX)
+}
+
 fn sync_mode(arguments: &Fields) -> SyncMode {
     arguments.word("sync", SYNC_MODES).unwrap_or(SyncMode::Full)
 }
@@ -168,6 +181,12 @@ fn backup(mut arguments: Fields) -> Result<Action, QmpError> {
             max_workers: perf.int("max-workers").unwrap_or(defaults.max_workers),
             max_chunk: perf.int("max-chunk").unwrap_or(defaults.max_chunk),
             min_cluster_size: perf.unsigned("min-cluster-size").unwrap_or(0),
+        },
+        cbw: CbwOptions {
+            on_error: arguments
+                .word("on-cbw-error", ON_CBW_ERRORS)
+                .unwrap_or_default(),
+            timeout_seconds: seconds(&arguments, "x-cbw-timeout"),
         },
     });
     let id = arguments.text("job-id");

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use blockyard_engine::error::EngineError;
 use blockyard_engine::request::{
-    Aio, BlkdebugIo, BlkdebugSpec, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec,
-    InjectError, NamedBy, NewOverlaySpec, NodeRef, NodeSpec, NullSpec, OnOffAuto, Permission,
-    Request, SetState,
+    Aio, BlkdebugIo, BlkdebugSpec, CbwBitmap, CbwOptions, CbwSpec, CommonOptions, DetectZeroes,
+    Discard, DriverSpec, FileSpec, InjectError, NamedBy, NewOverlaySpec, NodeRef, NodeSpec,
+    NullSpec, OnOffAuto, Permission, Request, SetState,
 };
 use serde_json::Value;
 
+use crate::commands::jobs::{ON_CBW_ERRORS, seconds};
 use crate::commands::qcow2::qcow2;
 use crate::commands::{Command, call};
 use crate::error::QmpError;
@@ -229,6 +230,12 @@ fn nested_spec(mut fields: Fields, depth: usize) -> Result<NodeSpec, QmpError> {
         "null-co" => DriverSpec::NullCo(null(&fields)),
         "null-aio" => DriverSpec::NullAio(null(&fields)),
         "blkdebug" => DriverSpec::Blkdebug(blkdebug(fields, depth)?),
+        "copy-before-write" => {
+            DriverSpec::CopyBeforeWrite(Box::new(copy_before_write(fields, depth)?))
+        }
+        "snapshot-access" => DriverSpec::SnapshotAccess {
+            file: reference(&mut fields, "file", depth)?,
+        },
         "copy-on-read" => DriverSpec::CopyOnRead {
             bottom: fields.text("bottom"),
             file: reference(&mut fields, "file", depth)?,
@@ -324,6 +331,25 @@ fn null(fields: &Fields) -> NullSpec {
         latency_ns: fields.unsigned("latency-ns"),
         read_zeroes: fields.flag("read-zeroes"),
     }
+}
+
+fn copy_before_write(mut fields: Fields, depth: usize) -> Result<CbwSpec, QmpError> {
+    let bitmap = fields.object("bitmap").map(|mut bitmap| CbwBitmap {
+        node: bitmap.required_text("node"),
+        name: bitmap.required_text("name"),
+    });
+    Ok(CbwSpec {
+        bitmap,
+        options: CbwOptions {
+            on_error: fields
+                .word("on-cbw-error", ON_CBW_ERRORS)
+                .unwrap_or_default(),
+            timeout_seconds: seconds(&fields, "cbw-timeout"),
+        },
+        min_cluster_size: fields.unsigned("min-cluster-size").unwrap_or(0),
+        file: reference(&mut fields, "file", depth)?,
+        target: reference(&mut fields, "target", depth)?,
+    })
 }
 
 fn blkdebug(mut fields: Fields, depth: usize) -> Result<BlkdebugSpec, QmpError> {

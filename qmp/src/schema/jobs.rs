@@ -56,6 +56,8 @@ static BACKUP_PERF: Object = Object::of(&[
     optional("max-chunk", Type::Int),
     optional("min-cluster-size", Type::Size),
 ]);
+/// What becomes of a write when what it is about to change cannot be saved.
+pub(super) static ON_CBW_ERROR: Words = Words::of(&["break-guest-write", "break-snapshot"]);
 /// Arguments of `blockdev-backup`.
 pub static BACKUP: Object = Object::of(&[
     optional("job-id", Type::Text),
@@ -72,6 +74,9 @@ pub static BACKUP: Object = Object::of(&[
     optional("filter-node-name", Type::Text),
     optional("discard-source", Type::Bool),
     optional("x-perf", Type::Object(&BACKUP_PERF)).unstable(),
+    // As of QEMU 10.1.
+    optional("on-cbw-error", Type::Word(&ON_CBW_ERROR)),
+    optional("x-cbw-timeout", Type::Uint32).unstable(),
     required("target", Type::Text),
 ]);
 /// Arguments of `blockdev-mirror`.

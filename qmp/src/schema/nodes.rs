@@ -1,10 +1,12 @@
 //! Types of nodes and objects: how they are described, and how the graph is shown.
 
+use crate::schema::jobs::ON_CBW_ERROR;
 use crate::schema::{Alternate, Object, Type, Words, optional, required};
 
 /// Drivers that nodes can have.
 pub static DRIVER: Words = Words::of(&[
     "blkdebug",
+    "copy-before-write",
     "copy-on-read",
     "file",
     "host_device",
@@ -13,6 +15,7 @@ pub static DRIVER: Words = Words::of(&[
     "qcow2",
     "raw",
     "throttle",
+    "snapshot-access",
 ]);
 static DISCARD: Words = Words::of(&["ignore", "unmap"]);
 /// `BlockdevDetectZeroesOptions`.
@@ -194,6 +197,20 @@ static BLKDEBUG: Object = Object::of(&[
     optional("unshare-child-perms", Type::List(&Type::Word(&PERMISSION))),
 ]);
 
+static DIRTY_BITMAP: Object =
+    Object::of(&[required("node", Type::Text), required("name", Type::Text)]);
+
+static COPY_BEFORE_WRITE: Object = Object::of(&[
+    required("file", Type::Alternate(&REFERENCE)),
+    required("target", Type::Alternate(&REFERENCE)),
+    optional("bitmap", Type::Object(&DIRTY_BITMAP)),
+    optional("on-cbw-error", Type::Word(&ON_CBW_ERROR)),
+    optional("cbw-timeout", Type::Uint32),
+    optional("min-cluster-size", Type::Size),
+]);
+
+static SNAPSHOT_ACCESS: Object = Object::of(&[required("file", Type::Alternate(&REFERENCE))]);
+
 static COPY_ON_READ: Object = Object::of(&[
     required("file", Type::Alternate(&REFERENCE)),
     optional("bottom", Type::Text),
@@ -220,6 +237,7 @@ pub static OPTIONS: Object = Object::union(
     "driver",
     &[
         ("blkdebug", &BLKDEBUG),
+        ("copy-before-write", &COPY_BEFORE_WRITE),
         ("copy-on-read", &COPY_ON_READ),
         ("file", &FILE),
         ("host_device", &FILE),
@@ -228,6 +246,7 @@ pub static OPTIONS: Object = Object::union(
         ("qcow2", &QCOW2),
         ("raw", &RAW),
         ("throttle", &THROTTLE),
+        ("snapshot-access", &SNAPSHOT_ACCESS),
     ],
 );
 

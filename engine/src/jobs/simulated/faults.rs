@@ -118,7 +118,8 @@ fn every_nth_operation_fails_on_disks_that_take_whole_blocks_only() {
 #[test]
 fn where_sharing_fails_everything_is_copied() {
     for kind in KINDS {
-        for nth in 1..4 {
+        // A backup does not try before it begins.
+        for nth in 1..if kind == Kind::Backup { 3 } else { 4 } {
             let yard = Yard::new(Setup {
                 shares: true,
                 speed: 1 << 20,

@@ -14,12 +14,12 @@ use crate::job::error_policy::OnError;
 use crate::job::work::{Stop, Work};
 use crate::jobs::backup::Backup;
 use crate::jobs::mirror::Mirror;
-use crate::jobs::test_support::{Running, VirtualClock};
+use crate::jobs::test_support::{Running, VirtualClock, saver};
 use crate::node::Node;
 use crate::node::mirror_top::Tracker;
 use crate::node::qcow2::tests::model::{Model, Operation, assert_holds};
 use crate::node::qcow2::tests::yard::{DataFile, Setup, Yard};
-use crate::request::{BackupPerf, BackupSpec, MirrorSpec, SyncMode};
+use crate::request::{BackupPerf, BackupSpec, CbwOptions, MirrorSpec, SyncMode};
 
 /// A copy of an image.
 struct Copy {
@@ -85,8 +85,9 @@ impl Copy {
         let (device, on) = ("s".to_owned(), "t".to_owned());
         match self.backup {
             Some(compress) => Box::new(Backup::new(
-                source,
-                target,
+                source.clone(),
+                target.clone(),
+                saver(&source, &target, &VirtualClock::default()),
                 BackupSpec {
                     device,
                     target: on,
@@ -100,6 +101,7 @@ impl Copy {
                     filter_node_name: None,
                     discard_source: false,
                     perf: BackupPerf::default(),
+                    cbw: CbwOptions::default(),
                 },
             )),
             None => Box::new(Mirror::new(

@@ -1,6 +1,8 @@
 //! Jobs on simulated disks: the real works over real nodes, with faults, orders and power cuts at every step.
 
 mod amend;
+mod backup_stage;
+mod backup_writers;
 mod chain;
 mod chain_jobs;
 mod chain_speed;
@@ -9,6 +11,7 @@ mod create;
 mod create_qcow2;
 mod create_raw;
 mod faults;
+mod fleecing;
 mod images;
 mod orders;
 mod power;

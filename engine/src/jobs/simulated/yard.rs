@@ -13,12 +13,14 @@ use crate::job::error_policy::{ErrorAction, OnError, Side, decide};
 use crate::job::work::{Stop, Work};
 use crate::jobs::backup::Backup;
 use crate::jobs::mirror::Mirror;
-use crate::jobs::test_support::{Running, VirtualClock};
+use crate::jobs::test_support::{Running, VirtualClock, saver};
 use crate::node::Node;
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::mirror_top::Tracker;
 use crate::node::raw_node::{RawNode, Window};
-use crate::request::{BackupPerf, BackupSpec, DetectZeroes, Discard, MirrorSpec, SyncMode};
+use crate::request::{
+    BackupPerf, BackupSpec, CbwOptions, DetectZeroes, Discard, MirrorSpec, SyncMode,
+};
 
 /// Unit in which disks take room.
 pub(super) const BLOCK: u64 = 4096;
@@ -320,8 +322,10 @@ impl Yard {
                     filter_node_name: None,
                     discard_source: discards_source,
                     perf: BackupPerf::default(),
+                    cbw: CbwOptions::default(),
                 };
-                Box::new(Backup::new(source, target, spec))
+                let saver = saver(&source, &target, &self.clock);
+                Box::new(Backup::new(source, target, saver, spec))
             }
             Kind::Mirror => {
                 let spec = MirrorSpec {

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CreatePreallocation, DetectZeroes, MirrorSpec, SyncMode, WorkSpec,
+    BackupPerf, BackupSpec, CbwOptions, CreatePreallocation, DetectZeroes, MirrorSpec, SyncMode,
+    WorkSpec,
 };
 use clap::{Args, ValueEnum};
 
@@ -155,6 +156,7 @@ impl CopyKind {
                 filter_node_name: None,
                 discard_source: false,
                 perf: BackupPerf::default(),
+                cbw: CbwOptions::default(),
             }),
             CopyKind::Mirror => WorkSpec::Mirror(MirrorSpec {
                 device,

@@ -1,0 +1,103 @@
+//! [`BackupSpec`] and [`CbwSpec`]: what a backup and a `copy-before-write` node are told, and what becomes of writes when something
+//! cannot be saved.
+
+use crate::job::error_policy::OnError;
+use crate::request::{BitmapMode, NodeRef, SyncMode};
+
+/// Arguments of `blockdev-backup`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BackupSpec {
+    /// Source node.
+    pub device: String,
+    /// Target node.
+    pub target: String,
+    /// How much.
+    pub sync: SyncMode,
+    /// Limit in bytes per second; 0: none.
+    pub speed: i64,
+    /// Name of a bitmap.
+    pub bitmap: Option<String>,
+    /// What to do to it.
+    pub bitmap_mode: Option<BitmapMode>,
+    /// Write compressed clusters.
+    pub compress: bool,
+    /// When reading fails.
+    pub on_source_error: OnError,
+    /// When writing fails.
+    pub on_target_error: OnError,
+    /// Name of the filter node.
+    pub filter_node_name: Option<String>,
+    /// Discard the source behind the copy.
+    pub discard_source: bool,
+    /// Tuning.
+    pub perf: BackupPerf,
+    /// When what is about to be changed cannot be saved.
+    pub cbw: CbwOptions,
+}
+
+/// `x-perf` of `blockdev-backup`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackupPerf {
+    /// Allow copying inside the file system.
+    pub use_copy_range: bool,
+    /// Requests in flight at most.
+    pub max_workers: i64,
+    /// Bytes per request at most; 0: no limit.
+    pub max_chunk: i64,
+    /// Smallest unit of copying in bytes.
+    pub min_cluster_size: u64,
+}
+
+impl Default for BackupPerf {
+    fn default() -> Self {
+        Self {
+            use_copy_range: false,
+            max_workers: 64,
+            max_chunk: 0,
+            min_cluster_size: 0,
+        }
+    }
+}
+
+/// Options of `copy-before-write`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CbwSpec {
+    /// The node whose data is saved before it is changed.
+    pub file: NodeRef,
+    /// Where to.
+    pub target: NodeRef,
+    /// What of it.
+    pub bitmap: Option<CbwBitmap>,
+    /// How.
+    pub options: CbwOptions,
+    /// Smallest unit of copying in bytes; 0: as the target's.
+    pub min_cluster_size: u64,
+}
+
+/// A bitmap that says what is saved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CbwBitmap {
+    /// Its node.
+    pub node: String,
+    /// Its name there.
+    pub name: String,
+}
+
+/// What becomes of a write when what it is about to change cannot be saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnCbwError {
+    /// The write fails: what was there stays.
+    #[default]
+    BreakGuestWrite,
+    /// It goes on, and what was saved is worth nothing any more.
+    BreakSnapshot,
+}
+
+/// How a filter saves what is about to be changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CbwOptions {
+    /// When it cannot be saved.
+    pub on_error: OnCbwError,
+    /// After so many seconds it could not; 0: never.
+    pub timeout_seconds: u32,
+}

@@ -1,0 +1,105 @@
+//! Nodes that save what is about to be changed, on both daemons: how they are described, shown, connected and refused.
+
+use serde_json::{Value, json};
+
+use crate::chains::{on, with};
+use crate::images::{SIZE, image};
+use crate::oracle::{compare, hole_file};
+
+fn line(command: &str, arguments: &Value) -> String {
+    format!("{}\n", json!({"execute": command, "arguments": arguments}))
+}
+
+fn add(name: &str, driver: &str, more: Value) -> String {
+    let node = json!({"driver": driver, "node-name": name});
+    line("blockdev-add", &with(node, more))
+}
+
+fn delete(name: &str) -> String {
+    line("blockdev-del", &json!({"node-name": name}))
+}
+
+fn files(folder: &std::path::Path) {
+    for name in ["s.raw", "t.raw", "r.raw"] {
+        hole_file(&folder.join(name), SIZE);
+    }
+    image(folder, "t.qcow2", &[]);
+}
+
+fn nodes() -> String {
+    let raw = |name: &str| {
+        let file = json!({"driver": "file", "filename": format!("{name}.raw")});
+        add(name, "raw", json!({"file": file}))
+    };
+    let read_only = json!({"driver": "file", "filename": "r.raw", "read-only": true});
+    raw("s")
+        + &raw("t")
+        + &add("ro", "raw", json!({"file": read_only, "read-only": true}))
+        + &line("blockdev-add", &on("q", "t.qcow2"))
+}
+
+#[test]
+fn it_is_described_and_refused_in_the_same_way() {
+    let cbw = "copy-before-write";
+    let mut script = nodes();
+    for more in [
+        json!({}),
+        json!({"file": "s"}),
+        json!({"target": "t"}),
+        json!({"file": "none", "target": "t"}),
+        json!({"file": "s", "target": "none"}),
+        json!({"file": "s", "target": "ro"}),
+        json!({"file": "s", "target": "t", "bitmap": {"node": "s", "name": "b"}}),
+        json!({"file": "s", "target": "t", "bitmap": {"node": "none", "name": "b"}}),
+        json!({"file": "s", "target": "t", "bitmap": {"node": "s"}}),
+        json!({"file": "s", "target": "t", "bitmap": "b"}),
+        json!({"file": "s", "target": "t", "on-cbw-error": "break"}),
+        json!({"file": "s", "target": "t", "on-cbw-error": 1}),
+        json!({"file": "s", "target": "t", "cbw-timeout": -1}),
+        json!({"file": "s", "target": "t", "cbw-timeout": 4_294_967_296_u64}),
+        json!({"file": "s", "target": "t", "min-cluster-size": 3}),
+        json!({"file": "s", "target": "t", "min-cluster-size": 9_223_372_036_854_775_808_u64}),
+        json!({"file": "s", "target": "t", "top": "s"}),
+        json!({"file": "s", "target": "q", "on-cbw-error": "break-snapshot", "cbw-timeout": 3}),
+        json!({"file": "s", "target": "t", "min-cluster-size": 1_048_576}),
+        json!({"file": "ro", "target": "t"}),
+        json!({"file": "ro", "target": "t", "read-only": true}),
+        json!({"file": "s", "target": "s"}),
+    ] {
+        script += &add("c", cbw, more);
+        script += &line("x-debug-query-block-graph", &json!({}));
+        script += &delete("c");
+    }
+    for more in [json!({}), json!({"file": "none"}), json!({"file": "s"})] {
+        script += &add("a", "snapshot-access", more);
+        script += &delete("a");
+    }
+    compare(&script, files);
+}
+
+#[test]
+fn what_it_stands_on_stays_and_is_connected_in_the_same_way() {
+    let mut script = nodes();
+    script += &add(
+        "c",
+        "copy-before-write",
+        json!({"file": "s", "target": "q"}),
+    );
+    script += &add("a", "snapshot-access", json!({"file": "c"}));
+    script += &add(
+        "c2",
+        "copy-before-write",
+        json!({"file": "s", "target": "t"}),
+    );
+    script += &add("r", "raw", json!({"file": "c"}));
+    script += &line("x-debug-query-block-graph", &json!({}));
+    let cbw = json!({"driver": "copy-before-write", "node-name": "c", "file": "s", "target": "q"});
+    let shown = json!({"driver": "snapshot-access", "node-name": "a", "file": "c"});
+    for node in [cbw, shown] {
+        script += &line("blockdev-reopen", &json!({"options": [node]}));
+    }
+    for name in ["s", "q", "t", "c", "r", "c", "a", "c", "c2", "s", "q", "t"] {
+        script += &delete(name);
+    }
+    compare(&script, files);
+}
