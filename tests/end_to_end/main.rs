@@ -36,6 +36,7 @@ mod moves;
 mod mutations;
 mod nbd;
 mod nbd_abuse;
+mod nbd_backups;
 mod nbd_tools;
 mod nbd_writers;
 mod new_overlays;
