@@ -2,7 +2,7 @@
 //!
 //! Layers, lowest first; a line imports only lines above it:
 //! `error`, `clock`, `limits` < `throttle`, `tls` < `request`, `reply`, `event` and `job` (status, verb, progress, speed, error policy) <
-//! `nbd` (what NBD's server and client share), `node` (what moves bytes, on a data thread) < `job::context`, `job::work` < `jobs` (copier, backup, mirror, create)
+//! `bitmap` (what has changed on a node) < `nbd` (what NBD's server and client share), `node` (what moves bytes, on a data thread) < `job::context`, `job::work` < `jobs` (copier, backup, mirror, create)
 //! and `images` (work that is no job) <
 //! `data` (the threads) < `graph` (names, edges, permissions; on the manager's thread) < `export` < `manager` < `engine`.
 //!
@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod backup;
+pub mod bitmap;
 mod blkdebug;
 pub mod clock;
 pub mod data;

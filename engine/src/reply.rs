@@ -36,6 +36,8 @@ pub enum Reply {
     Exports(Vec<ExportView>),
     /// An internal snapshot that is gone.
     Snapshot(SnapshotInfo),
+    /// SHA-256 of the bits of a bitmap.
+    BitmapDigest([u8; 32]),
     /// What work on an image came to.
     Image(ImageReply),
     /// What an object has.
@@ -212,6 +214,27 @@ pub struct NodeView {
     pub backing_file_depth: u32,
     /// The image behind it.
     pub image: ImageView,
+    /// What is recorded of its changes, newest first.
+    pub bitmaps: Vec<BitmapView>,
+}
+
+/// A dirty bitmap as queries show it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitmapView {
+    /// Its name; those of jobs have none.
+    pub name: Option<String>,
+    /// Bytes of the granules that have changed, each as a whole.
+    pub count_bytes: u64,
+    /// Bytes of a granule.
+    pub granularity_bytes: u64,
+    /// Writes are marked in it.
+    pub recording: bool,
+    /// Somebody uses it.
+    pub busy: bool,
+    /// It is kept in the image.
+    pub persistent: bool,
+    /// The image was not closed after its last use, so that nothing can be said of what is in it.
+    pub inconsistent: bool,
 }
 
 /// An image as queries show it.

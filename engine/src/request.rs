@@ -12,6 +12,7 @@ pub use crate::tls::authorization::{Authorization, Format, Rule};
 pub use crate::tls::credentials::{Endpoint, X509Spec};
 
 pub use crate::backup::{BackupPerf, BackupSpec, CbwBitmap, CbwOptions, CbwSpec, OnCbwError};
+pub use crate::bitmap::{BitmapChange, BitmapName};
 pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError, SetState};
 pub use crate::export::spec::{
     BitmapRef, ExportDeletion, ExportRequest, ExportSpec, LegacyExportSpec, NbdExportSpec,
@@ -165,6 +166,10 @@ pub enum Request {
     },
     /// Something about exports.
     Export(ExportRequest),
+    /// Make, change or remove a dirty bitmap.
+    ChangeBitmap(BitmapChange),
+    /// A digest of the bits of a dirty bitmap.
+    DigestBitmap(BitmapName),
     /// Do something with a whole image that is no job. Not on the wire.
     Image(ImageSpec),
     /// End all jobs, close all nodes, then end the daemon.

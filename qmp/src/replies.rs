@@ -1,7 +1,7 @@
 //! Replies as clients see them.
 
 use blockyard_engine::reply::{
-    BitmapInfo, BlockJobView, Compression, Counted, ExportView, Format, FormatSpecific,
+    BitmapInfo, BitmapView, BlockJobView, Compression, Counted, ExportView, Format, FormatSpecific,
     GraphNodeKind, GraphView, ImageView, IoStatus, JobView, LayerView, NodeView, PlanView,
     PropertyValue, Reply, Rule, SnapshotInfo, Version3Info,
 };
@@ -26,6 +26,10 @@ pub fn value(reply: &Reply) -> Value {
             .map(|property| json!({"name": property.name, "type": property.kind}))
             .collect(),
         Reply::Property(value) => property(value),
+        Reply::BitmapDigest(digest) => {
+            let digits = digest.iter().map(|byte| format!("{byte:02x}"));
+            json!({"sha256": digits.collect::<String>()})
+        }
     }
 }
 
@@ -184,6 +188,26 @@ fn node(node: &NodeView) -> Value {
     }
     if let Some(backing) = &node.backing_file {
         value["backing_file"] = json!(backing);
+    }
+    if !node.bitmaps.is_empty() {
+        value["dirty-bitmaps"] = node.bitmaps.iter().map(bitmap).collect();
+    }
+    value
+}
+
+fn bitmap(bitmap: &BitmapView) -> Value {
+    let mut value = json!({
+        "count": bitmap.count_bytes,
+        "granularity": bitmap.granularity_bytes,
+        "recording": bitmap.recording,
+        "busy": bitmap.busy,
+        "persistent": bitmap.persistent,
+    });
+    if let Some(name) = &bitmap.name {
+        value["name"] = json!(name);
+    }
+    if bitmap.inconsistent {
+        value["inconsistent"] = json!(true);
     }
     value
 }

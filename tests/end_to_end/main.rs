@@ -19,6 +19,7 @@ mod create_qcow2;
 mod create_raw;
 mod daemon;
 mod damage;
+mod dirty_bitmaps;
 mod drive_mirror;
 mod exports;
 mod flows;

@@ -94,11 +94,17 @@ pub(crate) fn by_job(log: &[Entry]) -> BTreeMap<String, Vec<String>> {
 fn without_progress(value: Value) -> Value {
     match value {
         Value::Object(mut members) => {
-            // Whether a job at work sleeps for a moment, and what a filter tracks for itself.
+            // Whether a job at work sleeps for a moment.
             if members.get("status") == Some(&json!("running")) {
                 members.remove("busy");
             }
-            members.remove("dirty-bitmaps");
+            // What a filter tracks for itself has no name.
+            if let Some(Value::Array(bitmaps)) = members.get_mut("dirty-bitmaps") {
+                bitmaps.retain(|bitmap| bitmap.get("name").is_some());
+                if bitmaps.is_empty() {
+                    members.remove("dirty-bitmaps");
+                }
+            }
             // Ours alone: what the chain has become.
             members.remove("x-chain");
             // Bytes here, one step there.

@@ -5,6 +5,7 @@
 //! images on data threads, so nothing here may hold the graph meanwhile.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockyard_ring::HostFile;
@@ -402,6 +403,7 @@ impl Reserved<'_> {
             thread: site.thread,
             plan: NodePlan::Null(null_options(NullSpec::default(), true)?),
             locked: None,
+            bitmaps: Arc::default(),
             disk: DiskQuestion::default(),
         })
     }

@@ -1,5 +1,7 @@
 //! What jobs need of the graph: the checks before a job exists, its filter, its edges, the place where both sides meet.
 
+use std::sync::Arc;
+
 use tokio::sync::MutexGuard;
 
 use crate::data::NodeId;
@@ -339,6 +341,7 @@ impl Graph {
                     _ => below.read_only,
                 },
                 locked: None,
+                bitmaps: Arc::default(),
                 ..below
             });
             let role = match driver {

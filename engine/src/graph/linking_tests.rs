@@ -1,5 +1,7 @@
 //! Tests of changing edges: what follows from a change, what is refused, and that nothing else changes.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -40,6 +42,7 @@ fn node(records: &mut Records, name: &str, driver: &'static str) -> NodeId {
         thread: ThreadId(0),
         plan: NodePlan::Null(options.expect("fits")),
         locked: None,
+        bitmaps: Arc::default(),
         disk: DiskQuestion::default(),
     });
     id

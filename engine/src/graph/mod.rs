@@ -5,6 +5,7 @@
 
 mod add;
 mod amending;
+mod bitmaps;
 mod blkdebug;
 mod chain_ends;
 mod chain_jobs;

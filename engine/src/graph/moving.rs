@@ -158,9 +158,9 @@ impl Graph {
         let facts = {
             let records = self.records.borrow();
             let node = records.node(id);
-            node.map(|node| (node.name.clone(), node.plan.clone()))
+            node.map(|node| (node.name.clone(), node.plan.clone(), node.bitmaps.clone()))
         };
-        let Some((name, plan)) = facts else {
+        let Some((name, plan, bitmaps)) = facts else {
             return Ok(());
         };
         if matches!(plan, NodePlan::Opening) {
@@ -169,7 +169,7 @@ impl Graph {
         }
         let built = self.threads.run(thread, move |context| {
             Box::pin(async move {
-                let Built { node, info } = build(&context, &name, &plan).await?;
+                let Built { node, info } = build(&context, &name, &plan, bitmaps).await?;
                 context.insert_node(id, node);
                 Ok::<_, EngineError>(info)
             })

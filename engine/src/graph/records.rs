@@ -2,10 +2,12 @@
 
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use blockyard_images::qcow2::info::ImageInfo;
 use blockyard_ring::{FileKind, HostFile};
 
+use crate::bitmap::NodeBitmaps;
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
 use crate::graph::disk_facts::DiskQuestion;
@@ -78,6 +80,8 @@ pub(super) struct NodeRecord {
     pub(super) disk: DiskQuestion,
     /// The host file, if image locks are taken on it.
     pub(super) locked: Option<(HostFile, HeldLocks)>,
+    /// What has been changed on it.
+    pub(super) bitmaps: Arc<NodeBitmaps>,
 }
 
 impl NodeRecord {

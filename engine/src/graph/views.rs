@@ -66,6 +66,7 @@ impl Graph {
                 cache_no_flush: node.cache_no_flush,
                 backing_file: backing.map(|backing| backing.filename.to_string()),
                 backing_file_depth: depth,
+                bitmaps: node.bitmaps.views(),
                 image,
             })
         };

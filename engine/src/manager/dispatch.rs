@@ -140,6 +140,11 @@ impl Manager {
                 self.graph.put_overlay(&node, &overlay).await?;
             }
             Request::NewOverlay(spec) => self.graph.put_new_overlay(&spec).await?,
+            Request::DigestBitmap(bitmap) => {
+                let digest = self.graph.digest_bitmap(&bitmap).await?;
+                return Ok(Reply::BitmapDigest(digest));
+            }
+            Request::ChangeBitmap(change) => self.graph.change_bitmap(&change).await?,
             Request::ChangeChildren {
                 parent,
                 child,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use blockyard_images::qcow2::info::ImageInfo;
 use blockyard_ring::HostFile;
 
+use crate::bitmap::NodeBitmaps;
 use crate::data::{DataContext, NodeId};
 use crate::error::EngineError;
 use crate::node::Node;
@@ -21,6 +22,7 @@ use crate::node::null_node::{NullNode, NullOptions};
 use crate::node::qcow2::Qcow2Files;
 use crate::node::qcow2::opening::{Qcow2Plan, open};
 use crate::node::raw_node::{RawNode, Window};
+use crate::node::recording_node::RecordingNode;
 use crate::node::throttle_node::{ThrottleNode, ThrottleOptions};
 use crate::node::transfer::Writing;
 use crate::request::{CbwOptions, DetectZeroes, Discard};
@@ -128,11 +130,23 @@ pub struct Built {
     pub info: Option<ImageInfo>,
 }
 
-/// Brings a node up on this thread; its children are there already. Only images wait for a disk, and not for ever.
+/// Brings a node up on this thread, whose changes are marked in `bitmaps`; its children are there already. Only images wait for a disk, and not for ever.
 ///
 /// # Errors
 /// When an image is refused, or a child is not there, which is a bug of the caller.
 pub async fn build(
+    context: &DataContext,
+    name: &str,
+    plan: &NodePlan,
+    bitmaps: Arc<NodeBitmaps>,
+) -> Result<Built, EngineError> {
+    let Built { node, info } = build_bare(context, name, plan).await?;
+    let spawner = context.spawner().clone();
+    let node = Rc::new(RecordingNode::new(node, bitmaps, spawner));
+    Ok(Built { node, info })
+}
+
+async fn build_bare(
     context: &DataContext,
     name: &str,
     plan: &NodePlan,

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use blockyard_storage::ByteRange;
+use sha2::{Digest, Sha256};
 
 const WORDS: u64 = 512;
 const WORD_BITS: u64 = 64;
@@ -14,8 +15,11 @@ const PAGE_BITS: u64 = WORDS * WORD_BITS;
 /// Bits of a map at most; granules are longer where a disk has more. 256 MiB of memory.
 const GRANULES_MAX: u64 = 1 << 31;
 
+/// Bytes of a disk that are carried over from one map to another in one step.
+const MERGED_AT_ONCE_BYTES: u64 = 1 << 40;
+
 /// Changed parts of a disk.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(crate) struct DirtyMap {
     length_bytes: u64,
     granularity_bytes: u64,
@@ -23,7 +27,7 @@ pub(crate) struct DirtyMap {
     dirty_bytes: u64,
 }
 
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 struct Page {
     /// None: all bits are set.
     words: Box<[u64]>,
@@ -39,12 +43,22 @@ impl DirtyMap {
         while length_bytes.div_ceil(granularity_bytes) > GRANULES_MAX {
             granularity_bytes *= 2;
         }
+        Self::exactly(length_bytes, granularity_bytes)
+    }
+
+    /// The same, in granules of exactly this many bytes (a power of two) however many there are.
+    pub(crate) fn exactly(length_bytes: u64, granularity_bytes: u64) -> Self {
         Self {
             length_bytes,
             granularity_bytes,
             pages: BTreeMap::new(),
             dirty_bytes: 0,
         }
+    }
+
+    /// Length of the disk in bytes.
+    pub(crate) fn length_bytes(&self) -> u64 {
+        self.length_bytes
     }
 
     /// Bytes of a granule.
@@ -93,6 +107,80 @@ impl DirtyMap {
         let before = self.dirty_bytes;
         self.change(self.inward(range), false);
         before - self.dirty_bytes
+    }
+
+    /// All granules are what they were.
+    pub(crate) fn clear_all(&mut self) {
+        self.pages.clear();
+        self.dirty_bytes = 0;
+    }
+
+    /// The disk has another length; what is new has not changed.
+    pub(crate) fn resize(&mut self, length_bytes: u64) {
+        let granularity = self.granularity_bytes;
+        if length_bytes < self.length_bytes {
+            // A granule that is cut stays what it is.
+            let end = length_bytes
+                .div_ceil(granularity)
+                .saturating_mul(granularity);
+            self.clear(ByteRange::between(
+                end.min(self.length_bytes),
+                self.length_bytes,
+            ));
+        }
+        // The last granule counts as far as the disk goes.
+        let was_cut = self.cut_bytes();
+        self.length_bytes = length_bytes;
+        self.dirty_bytes = (self.dirty_bytes + was_cut).saturating_sub(self.cut_bytes());
+    }
+
+    /// What the end of the disk cuts off of a last granule that has changed.
+    fn cut_bytes(&self) -> u64 {
+        let granules = self.length_bytes.div_ceil(self.granularity_bytes);
+        match granules.checked_sub(1) {
+            Some(last) if self.is_dirty(last) => granules
+                .saturating_mul(self.granularity_bytes)
+                .saturating_sub(self.length_bytes),
+            _ => 0,
+        }
+    }
+
+    /// What has changed according to `other`, whatever its granularity, has changed here, too.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        let mut from = 0;
+        while from < other.length_bytes
+            && let Some(run) = other.run_from(from, MERGED_AT_ONCE_BYTES)
+        {
+            self.mark(run);
+            from = run.end();
+        }
+    }
+
+    /// SHA-256 of the bits, one for each granule, in words of 64 bits whose first byte has the first granules; the rest of the last
+    /// word is zero.
+    pub(crate) fn sha256(&self) -> [u8; 32] {
+        let words = self
+            .length_bytes
+            .div_ceil(self.granularity_bytes)
+            .div_ceil(WORD_BITS);
+        let granules_of_last = self.length_bytes.div_ceil(self.granularity_bytes) % WORD_BITS;
+        let (clean, mut digest) = (Page::empty(), Sha256::new());
+        let mut bytes = Vec::with_capacity(usize::try_from(WORDS * 8).unwrap_or(0));
+        for page in 0..words.div_ceil(WORDS) {
+            let entry = self.pages.get(&page).unwrap_or(&clean);
+            bytes.clear();
+            for index in 0..WORDS.min(words - page * WORDS) {
+                let is_last = page * WORDS + index + 1 == words && granules_of_last > 0;
+                let mask = if is_last {
+                    (1 << granules_of_last) - 1
+                } else {
+                    u64::MAX
+                };
+                bytes.extend_from_slice(&(entry.word(index) & mask).to_le_bytes());
+            }
+            digest.update(&bytes);
+        }
+        digest.finalize().into()
     }
 
     fn change(&mut self, granules: ByteRange, dirty: bool) {
@@ -155,10 +243,7 @@ impl DirtyMap {
     pub(crate) fn run_from(&self, from: u64, longest: u64) -> Option<ByteRange> {
         let first = self.first_from(from / self.granularity_bytes)?;
         let longest = (longest / self.granularity_bytes).max(1);
-        let mut end = first + 1;
-        while end - first < longest && self.is_dirty(end) {
-            end += 1;
-        }
+        let end = self.end_of_run(first, first.saturating_add(longest));
         let start = first * self.granularity_bytes;
         let end = end.saturating_mul(self.granularity_bytes);
         Some(ByteRange::between(start, end.min(self.length_bytes)))
@@ -193,6 +278,21 @@ impl DirtyMap {
             entry.first_from(from).map(|bit| number * PAGE_BITS + bit)
         });
         first.filter(|first| *first <= last)
+    }
+
+    /// The first granule behind `granule` that has not changed, or `end`.
+    fn end_of_run(&self, granule: u64, end: u64) -> u64 {
+        let mut at = granule;
+        while at < end {
+            let Some(page) = self.pages.get(&(at / PAGE_BITS)) else {
+                return at;
+            };
+            at = match page.first_clean_from(at % PAGE_BITS) {
+                Some(bit) => return (at / PAGE_BITS * PAGE_BITS + bit).min(end),
+                None => (at / PAGE_BITS + 1) * PAGE_BITS,
+            };
+        }
+        end
     }
 
     fn is_dirty(&self, granule: u64) -> bool {
@@ -252,6 +352,20 @@ impl Page {
             false => self.set - flipped.count_ones(),
         };
         flipped
+    }
+
+    fn first_clean_from(&self, bit: u64) -> Option<u64> {
+        if self.words.is_empty() {
+            return None;
+        }
+        (bit / WORD_BITS..WORDS).find_map(|index| {
+            let low = match index == bit / WORD_BITS {
+                true => bit % WORD_BITS,
+                false => 0,
+            };
+            let clean = !self.word(index) & (u64::MAX << low);
+            (clean != 0).then(|| index * WORD_BITS + u64::from(clean.trailing_zeros()))
+        })
     }
 
     fn first_from(&self, bit: u64) -> Option<u64> {
@@ -333,6 +447,42 @@ mod tests {
                 prop_assert!((first..end).all(|one| one <= last && model.contains(&one)));
                 prop_assert!(end > last || !model.contains(&end));
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn another_length_or_granularity_loses_nothing(
+            lengths in (1_u64..3_000_000, 1_u64..3_000_000),
+            bits in (0_u32..9, 0_u32..9),
+            marks in prop::collection::vec((0_u64..3_000_000, 1_u64..100_000), 0..8),
+        ) {
+            let (length, after) = lengths;
+            let (granularity, other) = (1 << bits.0, 1 << bits.1);
+            let mut map = DirtyMap::new(length, granularity);
+            for (offset, run) in &marks {
+                map.mark(ByteRange::new(*offset, *run));
+            }
+            let mut merged = DirtyMap::new(length, other);
+            merged.merge(&map);
+            let mut resized = map.clone();
+            resized.resize(after);
+            let (mut of_merged, mut of_resized) = (0, 0);
+            let bytes = |granule: u64, unit: u64, end: u64| unit.min(end - granule * unit);
+            for granule in 0..length.div_ceil(other) {
+                let of_disk = ByteRange::new(granule * other, other).clamp_end(length);
+                let expected = map.run_in(of_disk).is_some();
+                prop_assert_eq!(merged.is_dirty(granule), expected);
+                of_merged += if expected { bytes(granule, other, length) } else { 0 };
+            }
+            for granule in 0..after.div_ceil(granularity) {
+                prop_assert_eq!(resized.is_dirty(granule), map.is_dirty(granule));
+                let is_dirty = map.is_dirty(granule);
+                of_resized += if is_dirty { bytes(granule, granularity, after) } else { 0 };
+            }
+            prop_assert_eq!(merged.dirty_bytes(), of_merged);
+            prop_assert_eq!(resized.dirty_bytes(), of_resized);
+            prop_assert_eq!(resized.length_bytes(), after);
         }
     }
 

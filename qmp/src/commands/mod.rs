@@ -1,6 +1,7 @@
 //! The commands: name, types, and how checked arguments become a request. Dispatch, `query-commands` and
 //! `query-qmp-schema` read the same table.
 
+mod bitmaps;
 mod exports;
 mod jobs;
 mod nodes;
@@ -84,15 +85,15 @@ impl Command {
 }
 
 fn table() -> impl Iterator<Item = &'static Command> {
-    [
+    let tables = [
         protocol::COMMANDS,
         jobs::COMMANDS,
         nodes::COMMANDS,
+        bitmaps::COMMANDS,
         objects::COMMANDS,
         exports::COMMANDS,
-    ]
-    .into_iter()
-    .flatten()
+    ];
+    tables.into_iter().flatten()
 }
 
 /// Whether there is such a command.

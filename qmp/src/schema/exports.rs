@@ -1,6 +1,7 @@
 //! Types of exports and of the NBD server.
 
-use crate::schema::{Alternate, Object, Type, Words, optional, required};
+use crate::schema::bitmaps::BITMAP_OR_NAME;
+use crate::schema::{Object, Type, Words, optional, required};
 
 /// `SocketAddressType`.
 static ADDRESS_TYPE: Words = Words::of(&["inet", "unix", "vsock", "fd"]);
@@ -70,11 +71,6 @@ pub static NBD_SERVER_OPTIONS: Object = Object::of(&[
 ]);
 
 static EXPORT_TYPE: Words = Words::of(&["nbd"]);
-static BITMAP: Object = Object::of(&[required("node", Type::Text), required("name", Type::Text)]);
-static BITMAP_OR_NAME: Alternate = Alternate {
-    name: "BlockDirtyBitmapOrStr",
-    kinds: &[Type::Text, Type::Object(&BITMAP)],
-};
 static NBD_EXPORT: Object = Object::of(&[
     optional("name", Type::Text),
     optional("description", Type::Text),

@@ -255,6 +255,17 @@ pub static DEVICE_INFO: Object = Object::of(&[
     required("image", Type::Object(&IMAGE_INFO)),
     required("cache", Type::Object(&CACHE_INFO)),
     required("write_threshold", Type::Int),
+    optional("dirty-bitmaps", Type::List(&Type::Object(&DIRTY_INFO))),
+]);
+
+static DIRTY_INFO: Object = Object::of(&[
+    optional("name", Type::Text),
+    required("count", Type::Int),
+    required("granularity", Type::Int),
+    required("recording", Type::Bool),
+    required("busy", Type::Bool),
+    required("persistent", Type::Bool),
+    optional("inconsistent", Type::Bool),
 ]);
 
 /// An element of what `query-block` returns; without a machine there are none.

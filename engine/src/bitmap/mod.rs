@@ -1,0 +1,221 @@
+//! [`NodeBitmaps`]: the dirty bitmaps of one node: which parts of its disk were changed since when.
+//!
+//! A change is marked once it has ended, however it ended, in every bitmap that records then. So whoever looks at a bitmap, clears
+//! it or has it replaced while a write is on its way finds that write marked afterwards: no change is ever missed.
+
+mod one;
+mod request;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use blockyard_storage::ByteRange;
+
+use crate::error::EngineError;
+
+pub(crate) use one::Bitmap;
+pub use request::{BitmapChange, BitmapName};
+
+/// Longest name of a bitmap in bytes.
+const NAME_BYTES_MAX: usize = 1023;
+
+/// The bitmaps of one node, shared between the thread that changes the node and the manager. The lock is held for as long as it takes
+/// to change some bits.
+#[derive(Debug, Default)]
+pub struct NodeBitmaps {
+    /// Whether any of them records: what every write looks at.
+    any_records: AtomicBool,
+    /// Oldest first.
+    all: Mutex<Vec<Bitmap>>,
+}
+
+/// What one bitmap was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// It may be anything but in use, and is looked at.
+    Read,
+    /// It is changed as well.
+    Change,
+    /// It goes: also if nothing can be said of what is in it.
+    Remove,
+    /// A digest of it is taken, whatever becomes of it.
+    Digest,
+    /// It is switched on or off, which needs no image that can be written.
+    Switch,
+}
+
+impl NodeBitmaps {
+    /// Something within `range` of a disk that is this long now has changed, or may have.
+    pub(crate) fn mark(&self, range: ByteRange, length_bytes: u64) {
+        for bitmap in self.lock().iter_mut() {
+            // An image's own file becomes longer as it is written.
+            if bitmap.map().length_bytes() < length_bytes {
+                bitmap.resize(length_bytes);
+            }
+            bitmap.mark(range);
+        }
+    }
+
+    /// Whether a change has to be marked.
+    pub(crate) fn record(&self) -> bool {
+        self.any_records.load(Ordering::Acquire)
+    }
+
+    /// Whether a new one may have this name.
+    ///
+    /// # Errors
+    /// In QEMU's words: it is taken, or none.
+    pub(crate) fn check_new(&self, name: &str) -> Result<(), EngineError> {
+        check_new(&self.lock(), name)
+    }
+
+    /// Takes a new one in.
+    ///
+    /// # Errors
+    /// As [`check_new`](Self::check_new).
+    pub(crate) fn add(&self, bitmap: Bitmap) -> Result<(), EngineError> {
+        let mut all = self.lock();
+        check_new(&all, bitmap.name())?;
+        all.push(bitmap);
+        self.tell(&all);
+        Ok(())
+    }
+
+    /// Lets one go.
+    ///
+    /// # Errors
+    /// In QEMU's words: it is not there, or in use.
+    pub(crate) fn remove(&self, name: &str) -> Result<Bitmap, EngineError> {
+        let mut all = self.lock();
+        let place = all.iter().position(|bitmap| bitmap.name() == name);
+        let place = place.ok_or_else(|| not_found(name))?;
+        if let Some(bitmap) = all.get(place) {
+            bitmap.check(Need::Remove)?;
+        }
+        let removed = all.remove(place);
+        self.tell(&all);
+        Ok(removed)
+    }
+
+    /// Does something with one.
+    ///
+    /// # Errors
+    /// In QEMU's words: it is not there, or cannot be used for what is needed.
+    pub(crate) fn with<T>(
+        &self,
+        name: &str,
+        need: Need,
+        act: impl FnOnce(&mut Bitmap) -> T,
+    ) -> Result<T, EngineError> {
+        let mut all = self.lock();
+        let found = all.iter_mut().find(|bitmap| bitmap.name() == name);
+        let bitmap = found.ok_or_else(|| not_found(name))?;
+        bitmap.check(need)?;
+        let done = act(bitmap);
+        self.tell(&all);
+        Ok(done)
+    }
+
+    /// The disk has another length.
+    pub(crate) fn resize(&self, length_bytes: u64) {
+        for bitmap in self.lock().iter_mut() {
+            bitmap.resize(length_bytes);
+        }
+    }
+
+    /// What queries show of all of them, newest first.
+    pub(crate) fn views(&self) -> Vec<crate::reply::BitmapView> {
+        self.lock().iter().rev().flat_map(Bitmap::views).collect()
+    }
+
+    fn tell(&self, all: &[Bitmap]) {
+        let any = all.iter().any(Bitmap::marks);
+        self.any_records.store(any, Ordering::Release);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Bitmap>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn check_new(all: &[Bitmap], name: &str) -> Result<(), EngineError> {
+    let refused = |text: String| Err(EngineError::generic(text));
+    if all.iter().any(|other| other.name() == name) {
+        return refused(format!("Bitmap already exists: {name}"));
+    }
+    if name.len() > NAME_BYTES_MAX {
+        return refused(format!("Bitmap name too long: {name}"));
+    }
+    Ok(())
+}
+
+fn not_found(name: &str) -> EngineError {
+    EngineError::generic(format!("Dirty bitmap '{name}' not found"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LENGTH: u64 = 1 << 20;
+
+    fn bitmap(name: &str, granularity_bytes: u64) -> Bitmap {
+        Bitmap::new(name.to_owned(), LENGTH, granularity_bytes)
+    }
+
+    fn count(bitmaps: &NodeBitmaps, name: &str) -> u64 {
+        let count = bitmaps.with(name, Need::Read, |one| one.count_bytes());
+        count.expect("it is there")
+    }
+
+    #[test]
+    fn those_that_record_are_marked() {
+        let bitmaps = NodeBitmaps::default();
+        let write = ByteRange::new(70_000, 1);
+        bitmaps.mark(write, LENGTH);
+        bitmaps.add(bitmap("a", 65_536)).expect("added");
+        bitmaps.add(bitmap("b", 512)).expect("added");
+        assert!(bitmaps.record());
+        bitmaps.mark(write, LENGTH);
+        assert_eq!((count(&bitmaps, "a"), count(&bitmaps, "b")), (65_536, 512));
+        let off = |one: &mut Bitmap| one.set_recording(false);
+        bitmaps.with("a", Need::Switch, off).expect("switched");
+        bitmaps.mark(ByteRange::new(0, LENGTH), LENGTH);
+        assert_eq!(
+            (count(&bitmaps, "a"), count(&bitmaps, "b")),
+            (65_536, LENGTH)
+        );
+        bitmaps.with("b", Need::Switch, off).expect("switched");
+        assert!(!bitmaps.record(), "nobody records");
+        bitmaps.remove("a").expect("removed");
+        let names: Vec<_> = bitmaps.views().into_iter().map(|view| view.name).collect();
+        assert_eq!(names, [Some("b".to_owned())]);
+    }
+
+    #[test]
+    fn names_are_refused_in_the_reference_order() {
+        let bitmaps = NodeBitmaps::default();
+        let refused = |name: &str| {
+            let refused = bitmaps.add(bitmap(name, 512));
+            refused.expect_err("refused").to_string()
+        };
+        let long = "x".repeat(NAME_BYTES_MAX + 1);
+        assert_eq!(refused(&long), format!("Bitmap name too long: {long}"));
+        bitmaps.add(bitmap(&long[1..], 512)).expect("added");
+        let text = format!("Bitmap already exists: {}", &long[1..]);
+        assert_eq!(refused(&long[1..]), text);
+        let gone = bitmaps.remove("a").expect_err("not there").to_string();
+        assert_eq!(gone, "Dirty bitmap 'a' not found");
+    }
+
+    #[test]
+    fn a_disk_that_grows_is_marked_to_its_end() {
+        let bitmaps = NodeBitmaps::default();
+        bitmaps.add(bitmap("a", 65_536)).expect("added");
+        bitmaps.mark(ByteRange::new(LENGTH - 1, 1), LENGTH);
+        bitmaps.mark(ByteRange::new(LENGTH, 512), LENGTH + 512);
+        assert_eq!(count(&bitmaps, "a"), 2 * 65_536);
+        bitmaps.resize(LENGTH - 65_536);
+        assert_eq!(count(&bitmaps, "a"), 0);
+    }
+}

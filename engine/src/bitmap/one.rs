@@ -1,0 +1,154 @@
+//! [`Bitmap`]: one dirty bitmap: its bits, and what state it is in.
+
+use blockyard_storage::ByteRange;
+
+use crate::bitmap::Need;
+use crate::error::EngineError;
+use crate::node::dirty_map::DirtyMap;
+use crate::reply::BitmapView;
+
+/// One dirty bitmap of a node.
+#[derive(Clone, Debug)]
+pub(crate) struct Bitmap {
+    name: String,
+    map: DirtyMap,
+    records: bool,
+    is_persistent: bool,
+    is_read_only: bool,
+    is_inconsistent: bool,
+    users: Users,
+}
+
+/// Who uses a bitmap, which nobody else changes meanwhile.
+#[derive(Clone, Debug, Default)]
+struct Users {
+    /// Exports and jobs that look at it.
+    readers: usize,
+    /// What is changed while a job goes by the bitmap.
+    successor: Option<DirtyMap>,
+}
+
+impl Bitmap {
+    /// A bitmap of a disk on which nothing has changed yet. It records from now on.
+    pub(crate) fn new(name: String, length_bytes: u64, granularity_bytes: u64) -> Self {
+        Self {
+            name,
+            map: DirtyMap::exactly(length_bytes, granularity_bytes),
+            records: true,
+            is_persistent: false,
+            is_read_only: false,
+            is_inconsistent: false,
+            users: Users::default(),
+        }
+    }
+
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What has changed.
+    pub(crate) fn map(&self) -> &DirtyMap {
+        &self.map
+    }
+
+    /// Bytes of the granules that have changed, each as a whole.
+    pub(crate) fn count_bytes(&self) -> u64 {
+        count_bytes(&self.map)
+    }
+
+    /// Switches it on or off.
+    pub(crate) fn set_recording(&mut self, records: bool) {
+        self.records = records;
+    }
+
+    /// Whether writes have to be marked in it.
+    pub(super) fn marks(&self) -> bool {
+        self.records && !self.is_inconsistent
+    }
+
+    pub(super) fn mark(&mut self, range: ByteRange) {
+        if self.marks() {
+            let map = self.users.successor.as_mut().unwrap_or(&mut self.map);
+            map.mark(range);
+        }
+    }
+
+    /// Nothing has changed.
+    pub(crate) fn clear(&mut self) {
+        self.map.clear_all();
+    }
+
+    /// What has changed according to `other` has changed here, too, whatever its granularity.
+    pub(crate) fn merge(&mut self, other: &DirtyMap) {
+        self.map.merge(other);
+    }
+
+    pub(super) fn resize(&mut self, length_bytes: u64) {
+        self.map.resize(length_bytes);
+        if let Some(successor) = &mut self.users.successor {
+            successor.resize(length_bytes);
+        }
+    }
+
+    /// Whether it can be used in a way.
+    ///
+    /// # Errors
+    /// Why not, in QEMU's words and order.
+    pub(super) fn check(&self, need: Need) -> Result<(), EngineError> {
+        let name = &self.name;
+        if need == Need::Digest {
+            return Ok(());
+        }
+        if self.is_busy() {
+            return Err(EngineError::generic(format!(
+                "Bitmap '{name}' is currently in use by another operation and cannot be used"
+            )));
+        }
+        if self.is_read_only && matches!(need, Need::Change | Need::Remove) {
+            return Err(EngineError::generic(format!(
+                "Bitmap '{name}' is readonly and cannot be modified"
+            )));
+        }
+        if self.is_inconsistent && need != Need::Remove {
+            return Err(EngineError::generic(format!(
+                "Bitmap '{name}' is inconsistent and cannot be used"
+            )));
+        }
+        Ok(())
+    }
+
+    fn is_busy(&self) -> bool {
+        self.users.readers > 0 || self.users.successor.is_some()
+    }
+
+    /// What queries show: what a job has put beside it comes first, as it is newer.
+    pub(super) fn views(&self) -> impl Iterator<Item = BitmapView> {
+        let successor = self.users.successor.as_ref().map(|map| BitmapView {
+            name: None,
+            count_bytes: count_bytes(map),
+            granularity_bytes: map.granularity_bytes(),
+            recording: true,
+            busy: false,
+            persistent: false,
+            inconsistent: false,
+        });
+        let own = BitmapView {
+            name: Some(self.name.clone()),
+            count_bytes: self.count_bytes(),
+            granularity_bytes: self.map.granularity_bytes(),
+            recording: self.records && !self.is_inconsistent && self.users.successor.is_none(),
+            busy: self.is_busy(),
+            persistent: self.is_persistent,
+            inconsistent: self.is_inconsistent,
+        };
+        successor.into_iter().chain([own])
+    }
+}
+
+fn count_bytes(map: &DirtyMap) -> u64 {
+    let granularity = map.granularity_bytes();
+    map.dirty_bytes()
+        .div_ceil(granularity)
+        .saturating_mul(granularity)
+}

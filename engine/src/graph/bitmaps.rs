@@ -1,0 +1,157 @@
+//! Dirty bitmaps of nodes: found by name, made, changed, merged. None of it waits for a disk.
+
+use std::sync::Arc;
+
+use crate::bitmap::{Bitmap, Need, NodeBitmaps};
+use crate::data::NodeId;
+use crate::error::EngineError;
+use crate::graph::{Graph, not_found};
+use crate::node::dirty_map::DirtyMap;
+use crate::request::{BitmapChange, BitmapName};
+
+/// Bytes of a granule at least.
+const GRANULARITY_MIN_BYTES: u32 = 512;
+
+/// What a granule is where the node's clusters are no measure, and at most where they are.
+const GRANULARITY_BYTES: u32 = 64 << 10;
+
+/// What a granule is where the node's clusters are shorter.
+const GRANULARITY_OF_CLUSTERS_MIN_BYTES: u32 = 4 << 10;
+
+/// Granules of a bitmap at most: 4 GiB of memory if every other one has changed.
+const GRANULES_MAX: u64 = 1 << 35;
+
+impl Graph {
+    /// Makes, changes or removes a bitmap.
+    ///
+    /// # Errors
+    /// In QEMU's words and order; nothing has changed then.
+    pub async fn change_bitmap(&self, change: &BitmapChange) -> Result<(), EngineError> {
+        match change {
+            BitmapChange::Add {
+                bitmap,
+                granularity_bytes,
+                persistent,
+                disabled,
+            } => {
+                self.add_bitmap(bitmap, *granularity_bytes, *persistent, *disabled)
+                    .await
+            }
+            BitmapChange::Remove(bitmap) => self.bitmaps_of(bitmap)?.remove(&bitmap.name).map(drop),
+            BitmapChange::Clear(bitmap) => {
+                let bitmaps = self.bitmaps_of(bitmap)?;
+                bitmaps.with(&bitmap.name, Need::Change, Bitmap::clear)
+            }
+            BitmapChange::Enable(bitmap) => self.set_recording(bitmap, true),
+            BitmapChange::Disable(bitmap) => self.set_recording(bitmap, false),
+            BitmapChange::Merge { target, sources } => self.merge_bitmaps(target, sources),
+        }
+    }
+
+    /// SHA-256 of a bitmap's bits.
+    ///
+    /// # Errors
+    /// In QEMU's words: it is not there, or cannot be used.
+    pub async fn digest_bitmap(&self, bitmap: &BitmapName) -> Result<[u8; 32], EngineError> {
+        let bitmaps = self.bitmaps_of(bitmap)?;
+        let map = bitmaps.with(&bitmap.name, Need::Digest, |one| one.map().clone())?;
+        // Fine bits of a long disk take a while.
+        let digest = tokio::task::spawn_blocking(move || map.sha256()).await;
+        digest.map_err(|_| EngineError::generic("Internal error: a digest is lost (bug)"))
+    }
+
+    async fn add_bitmap(
+        &self,
+        bitmap: &BitmapName,
+        granularity_bytes: Option<u32>,
+        persistent: bool,
+        disabled: bool,
+    ) -> Result<(), EngineError> {
+        if bitmap.name.is_empty() {
+            return Err(EngineError::generic("Bitmap name cannot be empty"));
+        }
+        let _held = self.hold_named(&[&bitmap.node]).await;
+        let node = self.find(&bitmap.node);
+        let node = node.ok_or_else(|| not_found(&bitmap.node, &bitmap.node))?;
+        let facts = self.facts(node).await?;
+        let granularity_bytes = match granularity_bytes {
+            Some(bytes) if bytes < GRANULARITY_MIN_BYTES || !bytes.is_power_of_two() => {
+                let text = "Granularity must be power of 2 and at least 512";
+                return Err(EngineError::generic(text));
+            }
+            Some(bytes) => bytes,
+            None => facts
+                .cluster_size_bytes
+                .map_or(GRANULARITY_BYTES, |cluster| {
+                    cluster.clamp(GRANULARITY_OF_CLUSTERS_MIN_BYTES, GRANULARITY_BYTES)
+                }),
+        };
+        let bitmaps = self.bitmaps_on(node)?;
+        if persistent {
+            return Err(EngineError::generic(format!(
+                "Can't store persistent bitmaps to {}: Operation not supported",
+                bitmap.node
+            )));
+        }
+        bitmaps.check_new(&bitmap.name)?;
+        let granularity_bytes = u64::from(granularity_bytes);
+        if facts.length_bytes / granularity_bytes > GRANULES_MAX {
+            return Err(EngineError::generic(format!(
+                "Granularity of {granularity_bytes} bytes is too small for a node of {} bytes; use at least {}",
+                facts.length_bytes,
+                facts
+                    .length_bytes
+                    .div_ceil(GRANULES_MAX)
+                    .next_power_of_two()
+            )));
+        }
+        let mut new = Bitmap::new(bitmap.name.clone(), facts.length_bytes, granularity_bytes);
+        new.set_recording(!disabled);
+        bitmaps.add(new)
+    }
+
+    fn set_recording(&self, bitmap: &BitmapName, records: bool) -> Result<(), EngineError> {
+        let bitmaps = self.bitmaps_of(bitmap)?;
+        bitmaps.with(&bitmap.name, Need::Switch, |one| one.set_recording(records))
+    }
+
+    /// Everything is looked up before anything changes.
+    fn merge_bitmaps(
+        &self,
+        target: &BitmapName,
+        sources: &[BitmapName],
+    ) -> Result<(), EngineError> {
+        let into = self.bitmaps_of(target)?;
+        let length_bytes = |one: &mut Bitmap| one.map().length_bytes();
+        let target_bytes = into.with(&target.name, Need::Change, length_bytes)?;
+        let mut maps: Vec<DirtyMap> = Vec::new();
+        for source in sources {
+            let from = self.bitmaps_of(source)?;
+            let map = from.with(&source.name, Need::Read, |one| one.map().clone())?;
+            if map.length_bytes() != target_bytes {
+                return Err(EngineError::generic(format!(
+                    "Bitmaps are of different sizes (destination size is {target_bytes}, \
+                     source size is {}) and can't be merged",
+                    map.length_bytes()
+                )));
+            }
+            maps.push(map);
+        }
+        into.with(&target.name, Need::Change, |one| {
+            maps.iter().for_each(|map| one.merge(map));
+        })
+    }
+
+    /// The bitmaps among which one is looked for.
+    fn bitmaps_of(&self, bitmap: &BitmapName) -> Result<Arc<NodeBitmaps>, EngineError> {
+        let not_found = || EngineError::generic(format!("Node '{}' not found", bitmap.node));
+        self.bitmaps_on(self.find(&bitmap.node).ok_or_else(not_found)?)
+    }
+
+    fn bitmaps_on(&self, node: NodeId) -> Result<Arc<NodeBitmaps>, EngineError> {
+        let records = self.records.borrow();
+        let node = records.node(node);
+        let lost = || EngineError::generic("Internal error: a node is lost (bug)");
+        node.map(|node| Arc::clone(&node.bitmaps)).ok_or_else(lost)
+    }
+}
