@@ -1,6 +1,7 @@
 //! The steps of the tour: one file each, and this table.
 
 mod backup;
+mod chain;
 mod create;
 mod failure;
 mod mirror;
@@ -28,6 +29,7 @@ pub static STEPS: &[Step] = &[
     create::STEP,
     backup::STEP,
     qcow2::STEP,
+    chain::STEP,
     mirror::STEP,
     failure::STEP,
 ];

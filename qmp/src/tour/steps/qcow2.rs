@@ -62,7 +62,7 @@ async fn run(stage: &mut Stage<'_>) -> Result<Shown, Trouble> {
 }
 
 /// Runs a command of this program, which has to find everything in order.
-fn succeeds(arguments: &[&str], folder: &Path) -> Result<(), String> {
+pub(super) fn succeeds(arguments: &[&str], folder: &Path) -> Result<(), String> {
     let told = |text: &str| format!("blockyard {}: {text}", arguments.join(" "));
     let program = std::env::current_exe().map_err(|error| told(&reason(&error)))?;
     let output = Command::new(program)
