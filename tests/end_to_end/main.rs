@@ -5,6 +5,7 @@ mod abuse;
 mod amend;
 mod bench;
 mod blkdebug;
+mod chain_errors;
 mod chain_jobs;
 mod chain_locks;
 mod chains;

@@ -65,7 +65,10 @@ fn make(folder: &Path, seed: u64, depth: usize, rising: bool) -> Vec<Layer> {
                 &["create", "-q", "-f", "raw", &name, &size],
             );
         } else {
-            make_qcow2(folder, &mut dice, place, size, layers.last());
+            let cluster_bytes = make_qcow2(folder, &mut dice, place, size, layers.last());
+            if let Some(cluster_bytes) = cluster_bytes.filter(|_| dice.one_in(2)) {
+                compress(folder, &mut dice, place, size, cluster_bytes);
+            }
         }
         write(folder, &mut dice, place, size, raw);
         layers.push(Layer { size, raw });
@@ -82,7 +85,14 @@ fn make(folder: &Path, seed: u64, depth: usize, rising: bool) -> Vec<Layer> {
     layers
 }
 
-fn make_qcow2(folder: &Path, dice: &mut Dice, place: usize, size: u64, below: Option<&Layer>) {
+/// Makes an image. Length of its clusters in bytes, if they can be compressed.
+fn make_qcow2(
+    folder: &Path,
+    dice: &mut Dice,
+    place: usize,
+    size: u64,
+    below: Option<&Layer>,
+) -> Option<u64> {
     let mut options = Vec::new();
     let extended = dice.one_in(5);
     let bits = match extended {
@@ -109,6 +119,25 @@ fn make_qcow2(folder: &Path, dice: &mut Dice, place: usize, size: u64, below: Op
     }
     arguments.extend([&*name, &*size]);
     run(folder, "qemu-img", &arguments);
+    (!options.contains("data_file")).then_some(1 << bits)
+}
+
+/// Compressed clusters, here and there; what is written later may be in the same ones.
+fn compress(folder: &Path, dice: &mut Dice, place: usize, size: u64, cluster_bytes: u64) {
+    let mut done = Vec::new();
+    for _ in 0..3 + dice.below(6) {
+        let cluster = dice.below(size.div_ceil(cluster_bytes));
+        // One that is there already cannot be compressed again.
+        if done.contains(&cluster) {
+            continue;
+        }
+        done.push(cluster);
+        let offset = cluster * cluster_bytes;
+        let length = cluster_bytes.min(size - offset);
+        let command = format!("write -c -P {} {offset} {length}", 1 + dice.below(250));
+        let name = format!("{place}.img");
+        run(folder, "qemu-io", &["-f", "qcow2", "-c", &command, &name]);
+    }
 }
 
 /// Data, zeroes, holes and compressed clusters.
