@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::images::ImageSpec;
 use crate::job::verb::{JobType, VerbCall};
+use crate::sockets::Address;
 
 pub use crate::event_loop::EventLoopSpec;
 pub use crate::object_spec::{GivenValue, ObjectKind, ObjectSpec};
@@ -271,6 +272,8 @@ pub enum DriverSpec {
     File(FileSpec),
     /// A block device of the host.
     HostDevice(FileSpec),
+    /// A disk of another host.
+    Nbd(Box<NbdSpec>),
     /// Raw data on a child, optionally a window of it.
     Raw {
         /// The child.
@@ -317,6 +320,7 @@ impl DriverSpec {
         match self {
             DriverSpec::File(_) => "file",
             DriverSpec::HostDevice(_) => "host_device",
+            DriverSpec::Nbd(_) => "nbd",
             DriverSpec::Raw { .. } => "raw",
             DriverSpec::NullCo(_) => "null-co",
             DriverSpec::NullAio(_) => "null-aio",
@@ -411,6 +415,27 @@ pub enum NamedBy {
         /// The folder that the file has to be in; `None`: any that the daemon's options allow.
         folder: Option<PathBuf>,
     },
+}
+
+/// Options of `nbd`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdSpec {
+    /// Where the server is.
+    pub server: Address,
+    /// Which of its exports; `None`: the one without a name.
+    pub export: Option<String>,
+    /// TLS credentials by id.
+    pub tls_creds: Option<String>,
+    /// The name in the server's certificate.
+    pub tls_hostname: Option<String>,
+    /// Name of a metadata context to ask for instead of `base:allocation`.
+    pub x_dirty_bitmap: Option<String>,
+    /// For so many seconds requests wait for a connection that broke.
+    pub reconnect_delay_seconds: u32,
+    /// For so many seconds opening tries again.
+    pub open_timeout_seconds: u32,
+    /// How many connections there may be at most, where the server can do with several.
+    pub connections: Option<u32>,
 }
 
 /// Options of `null-co` and `null-aio`.

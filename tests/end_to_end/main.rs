@@ -39,6 +39,7 @@ mod mutations;
 mod nbd;
 mod nbd_abuse;
 mod nbd_backups;
+mod nbd_nodes;
 mod nbd_tools;
 mod nbd_writers;
 mod new_overlays;

@@ -46,6 +46,7 @@ pub(crate) struct PolledSocket {
     poller: Rc<Poller>,
     number: usize,
     state: Rc<State>,
+    kept: Cell<bool>,
 }
 
 impl Poller {
@@ -169,6 +170,7 @@ impl PolledSocket {
             poller,
             number,
             state,
+            kept: Cell::new(false),
         };
         watched?;
         Ok(socket)
@@ -240,11 +242,17 @@ impl Socket for PolledSocket {
         // One that has ended already has nothing to end.
         let _ = rustix::net::shutdown(self.state.socket.as_fd(), Shutdown::Both);
     }
+
+    fn keep(&self) {
+        self.kept.set(true);
+    }
 }
 
 impl Drop for PolledSocket {
     fn drop(&mut self) {
-        self.shutdown();
+        if !self.kept.get() {
+            self.shutdown();
+        }
         let _ = epoll::delete(&self.poller.epoll, self.state.socket.as_fd());
         let gone = self.poller.sockets.borrow_mut().try_remove(self.number);
         drop(gone);

@@ -1,6 +1,7 @@
 //! [`RingSocket`]: a socket through a ring. Memory that a receive fills or a send reads belongs to the ring's table until the
 //! kernel is done with it.
 
+use std::cell::Cell;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ const EINTR: i32 = 4;
 pub(crate) struct RingSocket {
     uring: Rc<Uring>,
     socket: Arc<OwnedFd>,
+    kept: Cell<bool>,
 }
 
 /// What a send shows the kernel. The addresses lead into `parts` and `slices`, whose bytes stay where they are.
@@ -39,6 +41,7 @@ impl RingSocket {
         Ok(Self {
             uring,
             socket: Arc::new(socket),
+            kept: Cell::new(false),
         })
     }
 }
@@ -95,11 +98,17 @@ impl Socket for RingSocket {
         // One that has ended already has nothing to end.
         let _ = rustix::net::shutdown(&*self.socket, Shutdown::Both);
     }
+
+    fn keep(&self) {
+        self.kept.set(true);
+    }
 }
 
 impl Drop for RingSocket {
     fn drop(&mut self) {
-        self.shutdown();
+        if !self.kept.get() {
+            self.shutdown();
+        }
     }
 }
 

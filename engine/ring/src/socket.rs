@@ -71,6 +71,10 @@ pub trait Socket {
 
     /// Ends both directions: whatever is in flight ends, the peer sees the end of the stream.
     fn shutdown(&self);
+
+    /// Leaves the connection open when this is dropped, for somebody who has the descriptor, too. Nothing may be in flight
+    /// then.
+    fn keep(&self);
 }
 
 /// What is left of `parts` behind the first `skip` bytes: at most [`PARTS_MAX`] slices, none of them empty.

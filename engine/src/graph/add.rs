@@ -136,6 +136,10 @@ impl Graph {
                     let open = self.open_file(driver, file, resolved, true);
                     self.open_leaf(name, driver, resolved, site, open).await
                 }
+                DriverSpec::Nbd(spec) => {
+                    let open = self.open_nbd(*spec, resolved);
+                    self.open_leaf(name, driver, resolved, site, open).await
+                }
                 DriverSpec::NullCo(null) | DriverSpec::NullAio(null) => {
                     let open = async move {
                         Ok(Leaf {

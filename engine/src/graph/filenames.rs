@@ -5,7 +5,8 @@
 use std::fmt::{self, Write};
 use std::rc::Rc;
 
-use crate::request::{BlkdebugSpec, NullSpec};
+use crate::request::{BlkdebugSpec, NbdSpec, NullSpec};
+use crate::sockets::Address;
 
 /// One option as it is shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +66,44 @@ impl FileName {
         );
         Self {
             plain: (options.len() == 1).then(|| format!("{driver}://")),
+            is_protocol: true,
+            options: Rc::new(options),
+        }
+    }
+
+    /// Of a disk of another host.
+    pub(super) fn of_nbd(spec: &NbdSpec) -> Self {
+        let mut options = driver_only("nbd");
+        let text = |text: &str| Shown::Text(text.to_owned());
+        let export = spec.export.as_deref();
+        let (kind, plain) = match &spec.server {
+            Address::Path(path) | Address::Abstract { name: path, .. } => {
+                push(&mut options, "server.path", text(path));
+                let named = export.map(|export| format!("/{export}"));
+                let named = named.unwrap_or_default();
+                ("unix", format!("nbd+unix://{named}?socket={path}"))
+            }
+            Address::Host { host, port, .. } => {
+                push(&mut options, "server.host", text(host));
+                push(&mut options, "server.port", text(port));
+                let named = export.map(|export| format!("/{export}"));
+                let named = named.unwrap_or_default();
+                ("inet", format!("nbd://{host}:{port}{named}"))
+            }
+            Address::Descriptor(number) => {
+                push(&mut options, "server.str", text(&number.to_string()));
+                ("fd", String::new())
+            }
+        };
+        push(&mut options, "server.type", text(kind));
+        push_some(&mut options, "export", export.map(text));
+        push_some(
+            &mut options,
+            "tls-creds",
+            spec.tls_creds.as_deref().map(text),
+        );
+        Self {
+            plain: (!plain.is_empty()).then_some(plain),
             is_protocol: true,
             options: Rc::new(options),
         }

@@ -2,7 +2,7 @@
 
 use crate::error::EngineError;
 use crate::graph::reconfiguring::{cannot_change, cannot_reset};
-use crate::request::{BlkdebugSpec, DriverSpec, FileSpec, NullSpec};
+use crate::request::{BlkdebugSpec, DriverSpec, FileSpec, NbdSpec, NullSpec};
 
 /// That a description says of these options what the one said that the node was opened with.
 ///
@@ -15,8 +15,29 @@ pub(super) fn check_fixed(before: &DriverSpec, now: &DriverSpec) -> Result<(), E
         (DriverSpec::NullCo(before), DriverSpec::NullCo(now))
         | (DriverSpec::NullAio(before), DriverSpec::NullAio(now)) => check_null(before, now),
         (DriverSpec::Blkdebug(before), DriverSpec::Blkdebug(now)) => check_blkdebug(before, now),
+        (DriverSpec::Nbd(before), DriverSpec::Nbd(now)) => check_nbd(before, now),
         _ => Ok(()),
     }
+}
+
+fn check_nbd(before: &NbdSpec, now: &NbdSpec) -> Result<(), EngineError> {
+    let listed = |changed: bool, name| match changed {
+        true => Err(cannot_change(name)),
+        false => Ok(()),
+    };
+    listed(before.server != now.server, "server")?;
+    fixed("export", before.export.as_ref(), now.export.as_ref())?;
+    let bitmap = |spec: &NbdSpec| spec.x_dirty_bitmap.clone();
+    fixed("x-dirty-bitmap", bitmap(before), bitmap(now))?;
+    listed(
+        before.reconnect_delay_seconds != now.reconnect_delay_seconds,
+        "reconnect-delay",
+    )?;
+    listed(
+        before.open_timeout_seconds != now.open_timeout_seconds,
+        "open-timeout",
+    )?;
+    fixed("x-connections", before.connections, now.connections)
 }
 
 fn check_file(before: &FileSpec, now: &FileSpec) -> Result<(), EngineError> {

@@ -30,6 +30,7 @@ mod mirroring;
 mod moving;
 mod named_by_images;
 mod names;
+mod nbd;
 mod new_images;
 mod new_overlays;
 mod new_targets;

@@ -236,7 +236,7 @@ fn retarget(plan: &mut NodePlan, from: NodeId, to: NodeId) -> bool {
             data_file.iter_mut().for_each(&mut turn);
             backing.iter_mut().for_each(turn);
         }
-        NodePlan::File { .. } | NodePlan::Null(_) | NodePlan::Opening => {}
+        NodePlan::File { .. } | NodePlan::Nbd { .. } | NodePlan::Null(_) | NodePlan::Opening => {}
     }
     stood
 }

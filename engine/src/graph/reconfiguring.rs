@@ -16,6 +16,7 @@ use crate::graph::fixed_options::check_fixed;
 use crate::graph::host_files::is_refused;
 use crate::graph::image_options::image_options;
 use crate::graph::linking::{Change, Link};
+use crate::graph::nbd::nbd_access;
 use crate::graph::options::{Inherits, Resolved};
 use crate::graph::records::{
     BACKING_ROLE, DATA_FILE_ROLE, FILE_ROLE, IMAGE_ROLE, NodeRecord, User,
@@ -23,6 +24,7 @@ use crate::graph::records::{
 use crate::graph::reopen::{file_for, not_opened, pin};
 use crate::graph::{Graph, not_found, throttling};
 use crate::node::build::NodePlan;
+use crate::node::file_node::FileOptions;
 use crate::node::qcow2::opening::{header_on, refusal};
 use crate::request::{BackingRef, DriverSpec, NodeRef, NodeSpec, Qcow2Spec};
 
@@ -187,6 +189,19 @@ impl Graph {
         match node.plan {
             NodePlan::File { .. } => plan_file(&mut node, resolved).await?,
             NodePlan::Null(ref mut options) => options.read_only = resolved.read_only,
+            NodePlan::Nbd {
+                ref remote,
+                ref mut options,
+            } => {
+                let read_only = nbd_access(remote, resolved)?;
+                node.read_only = read_only;
+                *options = FileOptions {
+                    read_only,
+                    discard: resolved.discard,
+                    detect_zeroes: resolved.detect_zeroes,
+                    no_flush: resolved.cache_no_flush,
+                };
+            }
             NodePlan::Raw { .. } => self.plan_raw(&mut node, driver, resolved, planned).await?,
             NodePlan::Blkdebug { .. } => {
                 self.plan_blkdebug(&mut node, driver, resolved, planned)?

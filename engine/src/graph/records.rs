@@ -392,6 +392,16 @@ impl Records {
                 NodePlan::CopyBeforeWrite { .. }
                 | NodePlan::SnapshotAccess { .. }
                 | NodePlan::Null(_) => "Image format driver does not support resize",
+                // It has the length that its server says.
+                NodePlan::Nbd { remote, .. } => {
+                    if size > remote.agreement().length_bytes {
+                        return Err(EngineError::generic("Cannot grow NBD nodes"));
+                    }
+                    return Ok(Resizing::Device {
+                        device: node.id,
+                        needed_bytes: size,
+                    });
+                }
                 NodePlan::Raw { child, window, .. } => {
                     size = size.saturating_add(window.offset_bytes);
                     next = self.node(*child);

@@ -433,6 +433,7 @@ pub(super) fn with_access(
         }
         NodePlan::Raw { read_only, .. } => *read_only = now_read_only,
         NodePlan::Null(options) => options.read_only = now_read_only,
+        NodePlan::Nbd { options, .. } => options.read_only = now_read_only,
         NodePlan::CopyOnRead { options, .. } => options.read_only = now_read_only,
         NodePlan::Throttle { options, .. } => options.read_only = now_read_only,
         NodePlan::Blkdebug { options, .. } => options.read_only = now_read_only,

@@ -281,7 +281,7 @@ fn room(records: &Records, id: NodeId, known: &HashMap<NodeId, Known>) -> Option
         NodePlan::File { .. } => known.get(&id)?.disk.allocated_bytes,
         NodePlan::Null(_) => Some(0),
         // A protocol of its own, which cannot tell.
-        NodePlan::Blkdebug { .. } | NodePlan::Opening => None,
+        NodePlan::Blkdebug { .. } | NodePlan::Nbd { .. } | NodePlan::Opening => None,
         NodePlan::CopyBeforeWrite { child, .. } | NodePlan::SnapshotAccess { child } => {
             room(records, *child, known)
         }

@@ -39,6 +39,11 @@ impl Channel {
     pub fn shutdown(&self) {
         self.socket.shutdown();
     }
+
+    /// Leaves the connection open when this is dropped. As [`Socket::keep`].
+    pub fn keep(&self) {
+        self.socket.keep();
+    }
 }
 
 #[cfg(test)]

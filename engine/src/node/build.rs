@@ -18,6 +18,7 @@ use crate::node::copy_on_read_node::{CopyOnReadNode, CopyOnReadOptions};
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::filter_node::{FilterKind, FilterNode};
 use crate::node::mirror_top::{MirrorTop, Tracker};
+use crate::node::nbd::{NbdStorage, Remote};
 use crate::node::null_node::{NullNode, NullOptions};
 use crate::node::qcow2::Qcow2Files;
 use crate::node::qcow2::opening::{Qcow2Plan, open};
@@ -35,6 +36,13 @@ pub enum NodePlan {
     File {
         /// Open on the control side, which keeps the image locks.
         file: HostFile,
+        /// What the client chose.
+        options: FileOptions,
+    },
+    /// A disk of another host.
+    Nbd {
+        /// Its server, with the connections that are open.
+        remote: Arc<Remote>,
         /// What the client chose.
         options: FileOptions,
     },
@@ -157,6 +165,10 @@ async fn build_bare(
         NodePlan::File { file, options } => {
             let storage = context.files().storage(file, options.read_only);
             Rc::new(FileNode::new(name, storage, *options))
+        }
+        NodePlan::Nbd { remote, options } => {
+            let storage = NbdStorage::new(Arc::clone(remote), context);
+            Rc::new(FileNode::new(name, Rc::new(storage), *options))
         }
         NodePlan::Raw {
             child,

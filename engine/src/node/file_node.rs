@@ -1,4 +1,4 @@
-//! [`FileNode`]: a host file or device as a node.
+//! [`FileNode`]: a host file or device as a node, or whatever else behaves like one.
 
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
@@ -398,8 +398,9 @@ impl Node for FileNode {
         plan: &'a NodePlan,
     ) -> LocalFuture<'a, Result<(), EngineError>> {
         Box::pin(async move {
-            let NodePlan::File { file, options } = plan else {
-                return Err(cannot_become(&self.name()));
+            let options = match plan {
+                NodePlan::File { options, .. } | NodePlan::Nbd { options, .. } => options,
+                _ => return Err(cannot_become(&self.name())),
             };
             let _closed = self.gate.close(Way::Write).await;
             let old = self.opened();
@@ -408,8 +409,19 @@ impl Node for FileNode {
                 let synced = old.storage.sync().await.map_err(|error| old.error(error));
                 synced.map_err(|error| EngineError::generic(error.to_string()))?;
             }
-            let storage = context.files().storage(file, options.read_only);
-            let opened = OpenedFile::new(self.name(), storage, *options);
+            let opened = match plan {
+                NodePlan::File { file, .. } => {
+                    let storage = context.files().storage(file, options.read_only);
+                    OpenedFile::new(self.name(), storage, *options)
+                }
+                // The connections stay.
+                _ => OpenedFile {
+                    name: self.name(),
+                    storage: Rc::clone(&old.storage),
+                    request_alignment: old.request_alignment,
+                    options: *options,
+                },
+            };
             self.opened.replace(Rc::new(opened));
             Ok(())
         })

@@ -19,6 +19,7 @@ pub mod filter_node;
 mod forwarding;
 mod gate;
 pub mod mirror_top;
+pub mod nbd;
 pub mod news;
 pub mod null_node;
 mod pieces;

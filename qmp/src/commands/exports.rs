@@ -132,7 +132,10 @@ fn deletion(fields: &Fields) -> ExportDeletion {
 }
 
 /// Reads a socket's address, in a `data` or not.
-fn address(mut fields: Fields, asker: Asker) -> Result<Address, QmpError> {
+///
+/// # Errors
+/// In QEMU's words: one that cannot be had here.
+pub(super) fn address(mut fields: Fields, asker: Asker) -> Result<Address, QmpError> {
     let kind = fields.required_text("type");
     let mut fields = fields.object("data").unwrap_or(fields);
     match kind.as_str() {

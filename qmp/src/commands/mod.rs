@@ -4,6 +4,7 @@
 mod bitmaps;
 mod exports;
 mod jobs;
+mod nbd;
 mod nodes;
 mod objects;
 mod protocol;

@@ -11,6 +11,7 @@ use blockyard_engine::request::{
 use serde_json::Value;
 
 use crate::commands::jobs::{ON_CBW_ERRORS, seconds};
+use crate::commands::nbd::nbd;
 use crate::commands::qcow2::qcow2;
 use crate::commands::{Command, call};
 use crate::error::QmpError;
@@ -227,6 +228,7 @@ fn nested_spec(mut fields: Fields, depth: usize) -> Result<NodeSpec, QmpError> {
     let driver = match fields.required_text("driver").as_str() {
         "file" => DriverSpec::File(file(fields)?),
         "host_device" => DriverSpec::HostDevice(file(fields)?),
+        "nbd" => DriverSpec::Nbd(Box::new(nbd(fields)?)),
         "null-co" => DriverSpec::NullCo(null(&fields)),
         "null-aio" => DriverSpec::NullAio(null(&fields)),
         "blkdebug" => DriverSpec::Blkdebug(blkdebug(fields, depth)?),

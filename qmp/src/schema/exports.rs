@@ -24,7 +24,7 @@ static VSOCK: Object = Object::of(&[required("cid", Type::Text), required("port"
 static FD: Object = Object::of(&[required("str", Type::Text)]);
 
 /// `SocketAddress`.
-static ADDRESS: Object = Object::union(
+pub static ADDRESS: Object = Object::union(
     &[required("type", Type::Word(&ADDRESS_TYPE))],
     "type",
     &[

@@ -1,5 +1,6 @@
 //! Types of nodes and objects: how they are described, and how the graph is shown.
 
+use crate::schema::exports::ADDRESS;
 use crate::schema::jobs::ON_CBW_ERROR;
 use crate::schema::{Alternate, Object, Type, Words, optional, required};
 
@@ -10,6 +11,7 @@ pub static DRIVER: Words = Words::of(&[
     "copy-on-read",
     "file",
     "host_device",
+    "nbd",
     "null-aio",
     "null-co",
     "qcow2",
@@ -54,6 +56,16 @@ static NULL: Object = Object::of(&[
     optional("size", Type::Int),
     optional("latency-ns", Type::Uint64),
     optional("read-zeroes", Type::Bool),
+]);
+static NBD: Object = Object::of(&[
+    required("server", Type::Object(&ADDRESS)),
+    optional("export", Type::Text),
+    optional("tls-creds", Type::Text),
+    optional("tls-hostname", Type::Text),
+    optional("x-dirty-bitmap", Type::Text).unstable(),
+    optional("reconnect-delay", Type::Uint32),
+    optional("open-timeout", Type::Uint32),
+    optional("x-connections", Type::Uint32).unstable(),
 ]);
 static RAW: Object = Object::of(&[
     required("file", Type::Alternate(&REFERENCE)),
@@ -241,6 +253,7 @@ pub static OPTIONS: Object = Object::union(
         ("copy-on-read", &COPY_ON_READ),
         ("file", &FILE),
         ("host_device", &FILE),
+        ("nbd", &NBD),
         ("null-aio", &NULL),
         ("null-co", &NULL),
         ("qcow2", &QCOW2),

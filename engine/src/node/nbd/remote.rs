@@ -1,0 +1,238 @@
+//! [`Remote`]: an NBD server as every thread knows it, and its open connections.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use blockyard_nbd::handshake::client::Agreement;
+use blockyard_nbd::transmission::{Command, Request};
+use blockyard_storage::error::EIO;
+use rustix::net::{SendFlags, Shutdown};
+
+use crate::node::nbd::NbdTarget;
+
+/// A connection whose handshake is over. With the last of its users it is closed, as the protocol wants it if no request is in
+/// flight.
+#[derive(Debug)]
+pub struct NbdConnection {
+    socket: OwnedFd,
+    agreement: Agreement,
+    /// Somebody has requests in flight.
+    busy: AtomicBool,
+    broken: AtomicBool,
+}
+
+impl NbdConnection {
+    /// A connection that nobody uses yet.
+    pub fn new(socket: OwnedFd, agreement: Agreement) -> Self {
+        Self {
+            socket,
+            agreement,
+            busy: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
+        }
+    }
+
+    /// What the server has agreed to.
+    pub fn agreement(&self) -> &Agreement {
+        &self.agreement
+    }
+
+    /// The descriptor once more.
+    pub(super) fn socket(&self) -> std::io::Result<OwnedFd> {
+        self.socket.try_clone()
+    }
+
+    /// Has it for requests from now on; `false`: somebody else has requests in flight.
+    pub(super) fn occupy(&self) -> bool {
+        !self.is_broken() && !self.busy.swap(true, Ordering::AcqRel)
+    }
+
+    /// Lets others have it: nothing is in flight.
+    pub(super) fn release(&self) {
+        self.busy.store(false, Ordering::Release);
+    }
+
+    /// It is of no use any more.
+    pub(super) fn give_up(&self) {
+        self.broken.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for NbdConnection {
+    fn drop(&mut self) {
+        if !self.is_broken() && !self.busy.load(Ordering::Acquire) {
+            let mut farewell = Vec::new();
+            let request = Request {
+                cookie: 0,
+                command: Command::Disconnect,
+                flags: 0,
+                offset: 0,
+                length_bytes: 0,
+                payload_bytes: 0,
+            };
+            request.put_head(self.agreement.mode, &mut farewell);
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            // A server that does not hear it notices the end all the same.
+            let _ = rustix::net::send(&self.socket, &farewell, flags);
+        }
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+    }
+}
+
+/// A server, what a node may count on, and what has to be remembered when the node moves.
+#[derive(Debug)]
+pub struct Remote {
+    target: NbdTarget,
+    /// What was agreed on first; every later connection has to offer it, too.
+    agreement: Agreement,
+    reconnect_delay: Duration,
+    connections: Vec<Mutex<Option<Arc<NbdConnection>>>>,
+    /// The node is there. Without it nobody has to connect any more.
+    closed: Arc<AtomicBool>,
+    /// Writes that the server has answered since the last flush.
+    unflushed: AtomicBool,
+    /// Error number of a flush that failed; nothing is believed to be safe afterwards. 0: none.
+    flush_errno: AtomicI32,
+}
+
+impl Remote {
+    /// A server to which `first` leads, over up to `connections` of them where it can do with several.
+    pub fn new(
+        target: NbdTarget,
+        first: NbdConnection,
+        reconnect_delay: Duration,
+        connections: usize,
+    ) -> Self {
+        use blockyard_nbd::constants::transmission_flags::CAN_MULTI_CONN;
+        let agreement = first.agreement().clone();
+        let several = agreement.flags & CAN_MULTI_CONN != 0;
+        let count = if several { connections.max(1) } else { 1 };
+        let mut first = Some(Arc::new(first));
+        let connections = (0..count).map(|_| Mutex::new(first.take())).collect();
+        Self {
+            target,
+            agreement,
+            reconnect_delay,
+            connections,
+            closed: Arc::default(),
+            unflushed: AtomicBool::new(false),
+            flush_errno: AtomicI32::new(0),
+        }
+    }
+
+    pub(super) fn target(&self) -> &NbdTarget {
+        &self.target
+    }
+
+    /// What the node may count on.
+    pub fn agreement(&self) -> &Agreement {
+        &self.agreement
+    }
+
+    pub(super) fn reconnect_delay(&self) -> Duration {
+        self.reconnect_delay
+    }
+
+    pub(super) fn closed(&self) -> &Arc<AtomicBool> {
+        &self.closed
+    }
+
+    /// How many connections there may be.
+    pub(super) fn connections_max(&self) -> usize {
+        self.connections.len()
+    }
+
+    fn place(&self, index: usize) -> Option<MutexGuard<'_, Option<Arc<NbdConnection>>>> {
+        let place = self.connections.get(index)?;
+        Some(place.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A connection that is open, as far as is known.
+    pub(super) fn connection(&self, index: usize) -> Option<Arc<NbdConnection>> {
+        let connection = self.place(index)?.clone();
+        connection.filter(|connection| !connection.is_broken())
+    }
+
+    /// Puts a new connection in the place of one that broke or is somebody else's.
+    ///
+    /// # Errors
+    /// The export is not what it was.
+    pub(super) fn replace(&self, index: usize, new: NbdConnection) -> Result<(), String> {
+        self.check_same(new.agreement())?;
+        if let Some(mut place) = self.place(index) {
+            *place = Some(Arc::new(new));
+        }
+        Ok(())
+    }
+
+    fn check_same(&self, new: &Agreement) -> Result<(), String> {
+        use blockyard_nbd::constants::transmission_flags as flags;
+        let minimum =
+            |agreement: &Agreement| agreement.block_sizes.map_or(1, |sizes| sizes.minimum);
+        let maximum = |agreement: &Agreement| {
+            agreement
+                .block_sizes
+                .map_or(u32::MAX, |sizes| sizes.maximum)
+        };
+        let needed = self.agreement.flags
+            & (flags::SEND_FLUSH | flags::SEND_TRIM | flags::SEND_WRITE_ZEROES);
+        let less = new.length_bytes != self.agreement.length_bytes
+            || new.flags & needed != needed
+            || new.flags & flags::READ_ONLY & !self.agreement.flags != 0
+            || minimum(new) > minimum(&self.agreement)
+            || maximum(new) < maximum(&self.agreement);
+        if less {
+            return Err("The export is not what it was before the connection broke".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The server has answered a write.
+    pub(super) fn wrote(&self) {
+        self.unflushed.store(true, Ordering::Release);
+    }
+
+    /// A flush begins: what is answered from now on is not part of it.
+    pub(super) fn flushing(&self) -> bool {
+        self.unflushed.swap(false, Ordering::AcqRel)
+    }
+
+    /// A connection broke: without a delay nobody has said that the server can be trusted to be the same afterwards, so what
+    /// it has not flushed counts as lost.
+    pub(super) fn connection_lost(&self) {
+        let unflushed = self.unflushed.load(Ordering::Acquire);
+        if self.reconnect_delay.is_zero() && unflushed && self.flush_errno().is_none() {
+            tracing::error!(
+                "writes that an NBD server had answered may be lost with its connection: the node takes no more \
+                 of them (with a reconnect-delay the server is trusted to have kept them)"
+            );
+            self.flush_failed(EIO);
+        }
+    }
+
+    /// Nothing is believed to be safe from now on.
+    pub(super) fn flush_failed(&self, errno: i32) {
+        let none = 0;
+        let _ = self
+            .flush_errno
+            .compare_exchange(none, errno, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Why nothing is safe any more.
+    pub(super) fn flush_errno(&self) -> Option<i32> {
+        let errno = self.flush_errno.load(Ordering::Acquire);
+        (errno != 0).then_some(errno)
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        self.closed.store(true, Ordering::Release);
+    }
+}
