@@ -40,6 +40,7 @@ mod nbd;
 mod nbd_abuse;
 mod nbd_backups;
 mod nbd_nodes;
+mod nbd_tls;
 mod nbd_tools;
 mod nbd_writers;
 mod new_overlays;

@@ -38,7 +38,7 @@ fn start(options: &[&str]) -> Daemon {
 }
 
 /// Debian's Python with libnbd's module; `None`: the test has to return.
-fn python() -> Option<&'static str> {
+pub(crate) fn python() -> Option<&'static str> {
     const PYTHON: &str = "/usr/bin/python3";
     let found = Command::new(PYTHON).args(["-c", "import nbd"]).output();
     if found.is_ok_and(|output| output.status.success()) {

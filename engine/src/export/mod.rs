@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 
 use crate::error::EngineError;
 use crate::event::EventKind;
-use crate::export::nbd::server::NbdServer;
+use crate::export::nbd::server::{NbdServer, TlsGate};
 use crate::export::nbd::{Directory, NbdExport};
 use crate::export::spec::{
     BitmapRef, ExportDeletion, ExportRequest, ExportSpec, LegacyExportSpec, NbdExportSpec,
@@ -118,7 +118,15 @@ impl Exports {
             }
             *server = Server::Changing;
         }
-        let started = NbdServer::start(spec, self.directory.clone()).await;
+        let tls = spec.tls_creds.as_deref().map(|id| {
+            let credentials = self.graph.credentials(id)?;
+            Ok(TlsGate {
+                config: credentials.server_config().map_err(EngineError::generic)?,
+                authorizations: self.graph.authorizations(),
+                list: spec.tls_authz.clone(),
+            })
+        });
+        let started = NbdServer::start(spec, self.directory.clone(), tls).await;
         let (server, outcome) = match started {
             Ok(server) => (Server::Running(server), Ok(())),
             Err(error) => (Server::Stopped, Err(error)),

@@ -7,5 +7,5 @@ pub mod credentials;
 mod der;
 pub mod session;
 #[cfg(test)]
-mod session_tests;
+pub(crate) mod session_tests;
 mod verifiers;

@@ -25,8 +25,9 @@ use super::outbox::Outbox;
 use super::requests::Writing;
 use crate::data::{DataContext, Spawner};
 use crate::limits::CLIENT_REQUESTS_MAX;
-use crate::nbd::channel::Channel;
+use crate::nbd::channel::{Channel, SharedEncryption};
 use crate::node::root::Root;
+use crate::tls;
 
 /// Bytes received ahead of what they mean.
 const INBOX_BYTES: usize = 32 << 10;
@@ -39,6 +40,8 @@ pub(super) struct Arrival {
     pub(super) socket: OwnedFd,
     /// What has been received behind the handshake.
     pub(super) unread: Vec<u8>,
+    /// What lies between that and the socket, and what has come in there and is still encrypted.
+    pub(super) encryption: Option<(tls::session::Session, Vec<u8>)>,
     /// Its use of the export.
     pub(super) attendance: Attendance,
     /// Its place among the connections of the server.
@@ -91,6 +94,7 @@ pub(super) async fn serve(context: Rc<DataContext>, arrival: Arrival) {
         session,
         socket,
         unread,
+        encryption,
         attendance,
         place,
         pool,
@@ -100,7 +104,12 @@ pub(super) async fn serve(context: Rc<DataContext>, arrival: Arrival) {
         return;
     };
     let channel = match context.files().socket(socket) {
-        Ok(socket) => Rc::new(Channel::plain(socket)),
+        Ok(socket) => Rc::new(match encryption {
+            None => Channel::plain(socket),
+            Some((session, unread)) => {
+                Channel::encrypted(socket, SharedEncryption::new(session, &unread))
+            }
+        }),
         Err(error) => {
             tracing::warn!(%error, "a client cannot be served");
             return;

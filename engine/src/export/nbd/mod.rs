@@ -12,6 +12,7 @@ mod memory;
 mod outbox;
 mod requests;
 pub(super) mod server;
+mod talk;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -12,22 +12,32 @@ use std::time::Duration;
 use blockyard_nbd::Session;
 use blockyard_nbd::handshake::server::{Security, ServerHandshake, Step};
 use rustix::net::sockopt::set_socket_keepalive;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use rustls::{ServerConfig, ServerConnection};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinSet;
 
 use super::Directory;
 use super::connection::{Arrival, serve};
+use super::talk::{Encryption, Talk};
 use crate::error::EngineError;
 use crate::export::spec::NbdServerSpec;
 use crate::limits::HALF_OPEN_MAX;
 use crate::sockets::{Listener, Stream};
+use crate::tls::authorization::Authorizations;
 
 /// How long accepting pauses when the kernel has no room for another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Bytes read at once from a client that has not chosen yet.
-const READ_BYTES: usize = 4096;
+/// Whom the server lets in, if anybody but those on the other end of the wire may.
+pub(crate) struct TlsGate {
+    /// Certificate, key, and whom they believe.
+    pub(crate) config: Arc<ServerConfig>,
+    /// Lists of who may come in.
+    pub(crate) authorizations: Authorizations,
+    /// Which of them; `None`: everybody who is believed.
+    pub(crate) list: Option<String>,
+}
 
 /// A running server. Stopped when it is dropped, without waiting for that.
 pub(crate) struct NbdServer {
@@ -43,6 +53,7 @@ struct Reception {
     connections: Arc<Semaphore>,
     half_open: Arc<Semaphore>,
     patience: Option<Duration>,
+    tls: Option<TlsGate>,
 }
 
 impl NbdServer {
@@ -53,13 +64,14 @@ impl NbdServer {
     pub(crate) async fn start(
         spec: NbdServerSpec,
         directory: Directory,
+        tls: Option<Result<TlsGate, EngineError>>,
     ) -> Result<Self, EngineError> {
         let (started, outcome) = oneshot::channel();
         let (stop, stopped) = oneshot::channel();
         let connections_max = spec.connections_max;
         let thread = std::thread::Builder::new()
             .name("nbd-server".to_owned())
-            .spawn(move || run(&spec, directory, started, stopped));
+            .spawn(move || run(&spec, directory, tls, started, stopped));
         let thread = thread.map_err(|error| {
             EngineError::generic(format!("Cannot start the NBD server: {error}"))
         })?;
@@ -92,6 +104,7 @@ impl NbdServer {
 fn run(
     spec: &NbdServerSpec,
     directory: Directory,
+    tls: Option<Result<TlsGate, EngineError>>,
     started: oneshot::Sender<Result<(), EngineError>>,
     stopped: oneshot::Receiver<()>,
 ) {
@@ -106,8 +119,10 @@ fn run(
         }
     };
     runtime.block_on(async move {
-        let listener = match listen(spec).await {
-            Ok(listener) => listener,
+        // An address that is taken comes first, as in QEMU.
+        let opened = async { Ok((listen(spec).await?, tls.transpose()?)) };
+        let (listener, tls) = match opened.await {
+            Ok(opened) => opened,
             Err(error) => {
                 let _ = started.send(Err(error));
                 return;
@@ -123,6 +138,7 @@ fn run(
             connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
             half_open: Arc::new(Semaphore::new(HALF_OPEN_MAX)),
             patience: (patience > 0).then(|| Duration::from_secs(patience)),
+            tls,
         });
         if started.send(Ok(())).is_err() {
             // Who has asked for it has given up.
@@ -139,12 +155,7 @@ fn run(
 
 async fn listen(spec: &NbdServerSpec) -> Result<Listener, EngineError> {
     let listener = Listener::bind(&spec.address).await;
-    let listener = listener.map_err(EngineError::generic)?;
-    if let Some(id) = &spec.tls_creds {
-        let text = format!("No TLS credentials with id '{id}'");
-        return Err(EngineError::generic(text));
-    }
-    Ok(listener)
+    listener.map_err(EngineError::generic)
 }
 
 impl Reception {
@@ -191,14 +202,14 @@ impl Reception {
         let negotiated = async {
             match stream {
                 Stream::Unix(mut stream) => {
-                    let chosen = negotiate(&mut stream, &self.directory).await?;
+                    let chosen = self.negotiate(&mut stream).await?;
                     let socket = stream.into_std().ok()?;
                     Some((chosen, OwnedFd::from(socket)))
                 }
                 Stream::Tcp(mut stream) => {
                     // A peer that is gone without a word does not keep its place for ever.
                     let _ = set_socket_keepalive(&stream, true);
-                    let chosen = negotiate(&mut stream, &self.directory).await?;
+                    let chosen = self.negotiate(&mut stream).await?;
                     let socket = stream.into_std().ok()?;
                     Some((chosen, OwnedFd::from(socket)))
                 }
@@ -214,7 +225,7 @@ impl Reception {
             },
             None => negotiated.await,
         };
-        let Some(((session, unread), socket)) = negotiated else {
+        let Some(((session, unread, encryption), socket)) = negotiated else {
             return;
         };
         let Some(attendance) = self.directory.enter(&session) else {
@@ -226,40 +237,62 @@ impl Reception {
             session,
             socket,
             unread,
+            encryption,
             attendance,
             place,
             pool: self.directory.pool.clone(),
         };
         mailbox.send(Box::new(|context| Box::pin(serve(context, arrival))));
     }
-}
 
-/// Speaks the handshake. What was agreed on, and what came behind it; `None`: the client has left, or has to.
-async fn negotiate(
-    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    directory: &Directory,
-) -> Option<(Box<Session>, Vec<u8>)> {
-    let mut handshake = ServerHandshake::new(Security::Plain);
-    let (mut unread, mut buffer) = (Vec::new(), [0; READ_BYTES]);
-    loop {
-        stream.write_all(&handshake.output()).await.ok()?;
-        let taken = handshake.receive(&unread);
-        unread.drain(..taken);
-        let step = handshake.step(directory);
-        stream.write_all(&handshake.output()).await.ok()?;
-        match step {
-            Step::Transmit(session) => return Some((session, unread)),
-            // It is never offered.
-            Step::Close | Step::StartTls => return None,
-            Step::More if taken > 0 && !unread.is_empty() => {}
-            Step::More => {
-                let count = stream
-                    .read(&mut buffer)
-                    .await
-                    .ok()
-                    .filter(|count| *count > 0)?;
-                unread.extend(buffer.iter().take(count));
+    /// Speaks the handshake. What was agreed on, what came behind it, and what encrypts it; `None`: the client has left, or has to.
+    async fn negotiate(
+        &self,
+        stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    ) -> Option<(Box<Session>, Vec<u8>, Option<Encryption>)> {
+        let mut handshake = ServerHandshake::new(match self.tls {
+            Some(_) => Security::TlsRequired,
+            None => Security::Plain,
+        });
+        let (mut talk, mut unread) = (Talk::new(stream), Vec::new());
+        loop {
+            talk.say(&handshake.output()).await?;
+            let taken = handshake.receive(&unread);
+            unread.drain(..taken);
+            let step = handshake.step(&self.directory);
+            talk.say(&handshake.output()).await?;
+            match step {
+                Step::Transmit(session) => return Some((session, unread, talk.end())),
+                Step::Close => return None,
+                Step::StartTls => {
+                    if matches!(handshake.tls_started(&unread), Step::Close) {
+                        tracing::warn!("an NBD client has spoken before it was encrypted");
+                        return None;
+                    }
+                    self.let_in(&mut talk).await?;
+                }
+                Step::More if taken > 0 && !unread.is_empty() => {}
+                Step::More => talk.hear(&mut unread).await?,
             }
         }
+    }
+
+    /// Encrypts a conversation, and looks who it is. `None`: he may not come in.
+    async fn let_in<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        talk: &mut Talk<'_, S>,
+    ) -> Option<()> {
+        let gate = self.tls.as_ref()?;
+        let connection = ServerConnection::new(gate.config.clone()).ok()?;
+        let name = talk.encrypt(connection).await?;
+        let Some(list) = &gate.list else {
+            return Some(());
+        };
+        let name = name.unwrap_or_default();
+        let allowed = gate.authorizations.allow(list, &name);
+        if !allowed {
+            tracing::warn!("TLS x509 authz check for {name} is denied");
+        }
+        allowed.then_some(())
     }
 }
