@@ -22,8 +22,10 @@ fn unix() -> Value {
     json!({"type": "unix", "path": "server.sock"})
 }
 
+/// A socket may be there a moment before its server listens.
 fn node(name: &str, more: Value) -> Value {
-    let mut node = json!({"driver": "nbd", "node-name": name, "server": unix()});
+    let mut node =
+        json!({"driver": "nbd", "node-name": name, "server": unix(), "open-timeout": 20});
     if let (Some(node), Value::Object(more)) = (node.as_object_mut(), more) {
         node.extend(more);
     }
