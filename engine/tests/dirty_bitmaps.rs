@@ -79,7 +79,7 @@ async fn add_node(engine: &EngineHandle, path: &Path) {
     };
     let spec = NodeSpec {
         node_name: Some(NODE.to_owned()),
-        common: common.clone(),
+        common,
         driver: DriverSpec::Raw {
             file: NodeRef::Inline(Box::new(NodeSpec {
                 node_name: None,

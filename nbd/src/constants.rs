@@ -190,6 +190,12 @@ pub mod info {
     pub const BLOCK_SIZE: u16 = 3;
 }
 
+/// Flags of `qemu:dirty-bitmap:NAME`.
+pub mod dirty_bitmap {
+    /// Something has changed here.
+    pub const DIRTY: u32 = 1 << 0;
+}
+
 /// Flags of `base:allocation`. Spec: NBD, "The `base:` metadata namespace".
 pub mod allocation {
     /// Writing here takes room, as far as is known.

@@ -199,3 +199,91 @@ fn jobs_mark_what_they_write() {
     "#;
     compare(&script, |_| ());
 }
+
+/// A client writes through an export and asks what has changed; exported bitmaps are in use.
+#[test]
+fn exports_show_bitmaps() {
+    let mut script = r#"
+    $ truncate -s 4M a.img
+    $ qemu-img create -q -f qcow2 -b a.img -F raw -o preallocation=falloc o.qcow2
+    {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "a", "filename": "a.img"}}
+    {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "ro", "filename": "a.img", "read-only": true, "force-share": true}}
+    {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "o-file", "filename": "o.qcow2"}}
+    {"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "o", "file": "o-file", "backing": "a"}}
+    {"execute": "nbd-server-start", "arguments": {"addr": {"type": "unix", "data": {"path": "nbd.sock"}}}}
+    "#
+    .to_owned();
+    for node in ["a", "o"] {
+        for (name, more) in [
+            ("b0".to_owned(), ""),
+            ("off".to_owned(), r#", "disabled": true"#),
+            (format!("fine-{node}"), r#", "granularity": 512"#),
+        ] {
+            let arguments = format!(r#"{{"node": "{node}", "name": "{name}"{more}}}"#);
+            script += &command("add", &arguments);
+        }
+    }
+    let export = |id: &str, node: &str, more: &str| {
+        format!(
+            r#"
+    {{"execute": "block-export-add", "arguments": {{"type": "nbd", "id": "{id}", "node-name": "{node}", {more}}}}}
+    "#
+        )
+    };
+    for bitmaps in [
+        r#"["zz"]"#,
+        r#"[{"node": "zz", "name": "b0"}]"#,
+        r#"[{"node": "a", "name": "zz"}]"#,
+        r#"["b0"]"#,
+        r#"["off", "b0"]"#,
+        r#"["off", "off", {"node": "a", "name": "off"}]"#,
+    ] {
+        script += &export("e1", "o", &format!("\"bitmaps\": {bitmaps}"));
+    }
+    script += SHOWN;
+    for change in ["remove", "clear", "enable", "disable"] {
+        script += &command(change, r#"{"node": "o", "name": "off"}"#);
+    }
+    for (target, source) in [("b0", "off"), ("off", "b0")] {
+        let arguments =
+            format!(r#"{{"node": "o", "target": "{target}", "bitmaps": ["{source}"]}}"#);
+        script += &command("merge", &arguments);
+    }
+    script += &digest("o", "off");
+    script += &export("e2", "o", r#""bitmaps": ["off"], "name": "two""#);
+    script += r#"
+    {"execute": "block-export-del", "arguments": {"id": "e1"}}
+    "#;
+    script += SHOWN;
+    script += &export(
+        "e2",
+        "o",
+        r#""bitmaps": ["b0", "fine-a", "fine-o"], "name": "two", "writable": true"#,
+    );
+    script += &export("e3", "ro", r#""bitmaps": ["b0"], "name": "three""#);
+    script += r#"
+    $ qemu-io -f raw -c 'write 70000 1000' -c 'write 3M 300k' -c 'write -z 2M 4k' -c flush 'nbd+unix:///two?socket=nbd.sock' > /dev/null
+    "#;
+    script += SHOWN;
+    for name in ["b0", "fine-a", "fine-o"] {
+        script += &format!(
+            "\n    $ qemu-img map --output=json --image-opts \
+             driver=nbd,server.type=unix,server.path=nbd.sock,export=two,x-dirty-bitmap=qemu:dirty-bitmap:{name}\n"
+        );
+        script += &format!(
+            "    $ qemu-img map --output=json --start-offset 70001 --max-length 3M --image-opts \
+             driver=nbd,server.type=unix,server.path=nbd.sock,export=two,x-dirty-bitmap=qemu:dirty-bitmap:{name}\n"
+        );
+    }
+    script += r#"
+    {"execute": "block-export-del", "arguments": {"id": "e2", "mode": "hard"}}
+    {"execute": "nbd-server-add", "arguments": {"device": "o", "name": "old", "bitmap": "zz"}}
+    {"execute": "nbd-server-add", "arguments": {"device": "o", "name": "old", "bitmap": "off"}}
+    "#;
+    script += SHOWN;
+    script += r#"
+    {"execute": "nbd-server-stop"}
+    "#;
+    script += SHOWN;
+    compare(&script, |_| ());
+}

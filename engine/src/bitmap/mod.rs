@@ -7,11 +7,12 @@ mod one;
 mod request;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockyard_storage::ByteRange;
 
 use crate::error::EngineError;
+use crate::node::dirty_map::DirtyMap;
 
 pub(crate) use one::Bitmap;
 pub use request::{BitmapChange, BitmapName};
@@ -38,8 +39,8 @@ pub(crate) enum Need {
     Change,
     /// It goes: also if nothing can be said of what is in it.
     Remove,
-    /// A digest of it is taken, whatever becomes of it.
-    Digest,
+    /// It is looked at as it is, whoever uses it.
+    Show,
     /// It is switched on or off, which needs no image that can be written.
     Switch,
 }
@@ -116,6 +117,24 @@ impl NodeBitmaps {
         Ok(done)
     }
 
+    /// Keeps others from changing or removing one, as long as the guard is there; what is recorded goes on. Whether it can be
+    /// used has been looked at before: whoever shows one twice holds it twice.
+    ///
+    /// # Errors
+    /// In QEMU's words: it is not there.
+    pub(crate) fn hold(self: &Arc<Self>, name: &str) -> Result<HeldBitmap, EngineError> {
+        self.with(name, Need::Show, Bitmap::hold)?;
+        Ok(HeldBitmap {
+            bitmaps: Arc::clone(self),
+            name: name.to_owned(),
+        })
+    }
+
+    /// Whether one of this name is there.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.lock().iter().any(|bitmap| bitmap.name() == name)
+    }
+
     /// The disk has another length.
     pub(crate) fn resize(&self, length_bytes: u64) {
         for bitmap in self.lock().iter_mut() {
@@ -135,6 +154,37 @@ impl NodeBitmaps {
 
     fn lock(&self) -> MutexGuard<'_, Vec<Bitmap>> {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A bitmap that somebody looks at for a while, and which is in use for everybody else.
+#[derive(Debug)]
+pub struct HeldBitmap {
+    bitmaps: Arc<NodeBitmaps>,
+    name: String,
+}
+
+impl HeldBitmap {
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Looks at what has changed as of now; `None` only if it was lost, which is a bug.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&DirtyMap) -> T) -> Option<T> {
+        let all = self.bitmaps.lock();
+        let found = all.iter().find(|bitmap| bitmap.name() == self.name);
+        found.map(|bitmap| look(bitmap.map()))
+    }
+}
+
+impl Drop for HeldBitmap {
+    fn drop(&mut self) {
+        let mut all = self.bitmaps.lock();
+        let found = all.iter_mut().find(|bitmap| bitmap.name() == self.name);
+        if let Some(bitmap) = found {
+            bitmap.let_go();
+        }
     }
 }
 

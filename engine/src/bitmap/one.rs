@@ -62,6 +62,19 @@ impl Bitmap {
         self.records = records;
     }
 
+    /// Whether it records.
+    pub(crate) fn records(&self) -> bool {
+        self.records
+    }
+
+    pub(super) fn hold(&mut self) {
+        self.users.readers += 1;
+    }
+
+    pub(super) fn let_go(&mut self) {
+        self.users.readers = self.users.readers.saturating_sub(1);
+    }
+
     /// Whether writes have to be marked in it.
     pub(super) fn marks(&self) -> bool {
         self.records && !self.is_inconsistent
@@ -97,7 +110,7 @@ impl Bitmap {
     /// Why not, in QEMU's words and order.
     pub(super) fn check(&self, need: Need) -> Result<(), EngineError> {
         let name = &self.name;
-        if need == Need::Digest {
+        if need == Need::Show {
             return Ok(());
         }
         if self.is_busy() {

@@ -16,6 +16,7 @@ use blockyard_nbd::{BlockSizes, ExportFacts};
 use futures_util::future::join_all;
 use tokio::sync::Notify;
 
+use crate::bitmap::{HeldBitmap, Need};
 use crate::error::EngineError;
 use crate::event::EventKind;
 use crate::export::nbd::server::{NbdServer, TlsGate};
@@ -200,7 +201,7 @@ impl Exports {
         check_length("export name", &name)?;
         check_length("description", spec.nbd.description.as_deref().unwrap_or(""))?;
         self.check_name(&name)?;
-        self.check_bitmaps(&spec.nbd)?;
+        let bitmaps = self.hold_bitmaps(&spec)?;
         let node = self.graph.root_facts(&place).await?;
         // Some of it may have changed while the node was asked.
         let multi_conn = self.multi_conn()?;
@@ -213,9 +214,10 @@ impl Exports {
             description: spec.nbd.description,
             block_sizes: BlockSizes::of_node(node.request_alignment, transfer_max),
             allocation_depth: spec.nbd.allocation_depth,
-            dirty_bitmaps: Vec::new(),
+            dirty_bitmaps: bitmaps.iter().map(|one| one.name().to_owned()).collect(),
         };
-        let export = NbdExport::new(name.clone(), facts, place.clone(), spec.writethrough);
+        let writethrough = spec.writethrough;
+        let export = NbdExport::new(name.clone(), facts, place.clone(), writethrough, bitmaps);
         let shared = Arc::new(export);
         if !self.directory.insert(&shared) {
             return Err(name_taken(&name));
@@ -353,21 +355,39 @@ impl Exports {
         }
     }
 
-    /// No node has bitmaps that can be shown yet.
-    fn check_bitmaps(&self, spec: &NbdExportSpec) -> Result<(), EngineError> {
-        let Some(bitmap) = spec.bitmaps.first() else {
-            return Ok(());
-        };
-        let text = match bitmap {
-            BitmapRef::InChain(name) => format!("Bitmap '{name}' is not found"),
-            BitmapRef::OfNode { node_name, name } => {
-                match self.graph.is_read_only(node_name).is_some() {
-                    true => format!("Dirty bitmap '{name}' not found"),
-                    false => format!("Node '{node_name}' not found"),
+    /// The bitmaps that an export shows, which nobody else changes as long as it is there.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    fn hold_bitmaps(&self, spec: &ExportSpec) -> Result<Vec<HeldBitmap>, EngineError> {
+        let node = self.graph.find(&spec.node_name);
+        let is_frozen = !spec.writable && self.graph.is_read_only(&spec.node_name) == Some(false);
+        let hold = |bitmap: &BitmapRef| {
+            let (bitmaps, name) = match bitmap {
+                BitmapRef::InChain(name) => {
+                    let found = node.and_then(|node| self.graph.bitmaps_in_chain(node, name));
+                    let missing = || EngineError::generic(format!("Bitmap '{name}' is not found"));
+                    (found.ok_or_else(missing)?, name)
                 }
+                BitmapRef::OfNode(bitmap) => (self.graph.bitmaps_of(bitmap)?, &bitmap.name),
+            };
+            let records = bitmaps.with(name, Need::Read, |one| one.records())?;
+            if records && is_frozen {
+                return Err(EngineError::generic(format!(
+                    "Enabled bitmap '{name}' incompatible with readonly export"
+                )));
             }
+            Ok((bitmaps, name.clone()))
         };
-        Err(EngineError::generic(text))
+        // One may be shown twice: all are checked before the first is in use.
+        let checked: Vec<_> = spec
+            .nbd
+            .bitmaps
+            .iter()
+            .map(hold)
+            .collect::<Result<_, _>>()?;
+        let held = checked.iter().map(|(bitmaps, name)| bitmaps.hold(name));
+        held.collect()
     }
 
     /// Whether the server lets a client have several connections.

@@ -1,5 +1,6 @@
 //! How exports and the NBD server are described, as plain data.
 
+use crate::bitmap::BitmapName;
 use crate::sockets::Address;
 
 /// What is asked of exports.
@@ -77,12 +78,7 @@ pub enum BitmapRef {
     /// Of the exported node, or of the first node below it that has one of this name.
     InChain(String),
     /// Of a node.
-    OfNode {
-        /// Name of the node.
-        node_name: String,
-        /// Name of the bitmap.
-        name: String,
-    },
+    OfNode(BitmapName),
 }
 
 /// An export as the older commands describe it.

@@ -54,7 +54,7 @@ impl Graph {
     /// In QEMU's words: it is not there, or cannot be used.
     pub async fn digest_bitmap(&self, bitmap: &BitmapName) -> Result<[u8; 32], EngineError> {
         let bitmaps = self.bitmaps_of(bitmap)?;
-        let map = bitmaps.with(&bitmap.name, Need::Digest, |one| one.map().clone())?;
+        let map = bitmaps.with(&bitmap.name, Need::Show, |one| one.map().clone())?;
         // Fine bits of a long disk take a while.
         let digest = tokio::task::spawn_blocking(move || map.sha256()).await;
         digest.map_err(|_| EngineError::generic("Internal error: a digest is lost (bug)"))
@@ -142,8 +142,19 @@ impl Graph {
         })
     }
 
+    /// The bitmaps of the first node that has one of this name: of `node` and what is below it in its chain.
+    pub fn bitmaps_in_chain(&self, node: NodeId, name: &str) -> Option<Arc<NodeBitmaps>> {
+        let records = self.records.borrow();
+        let nodes = records.chain(node).filter_map(|node| records.node(node));
+        let mut bitmaps = nodes.map(|node| &node.bitmaps);
+        bitmaps.find(|bitmaps| bitmaps.has(name)).cloned()
+    }
+
     /// The bitmaps among which one is looked for.
-    fn bitmaps_of(&self, bitmap: &BitmapName) -> Result<Arc<NodeBitmaps>, EngineError> {
+    ///
+    /// # Errors
+    /// In QEMU's words: the node is not there.
+    pub fn bitmaps_of(&self, bitmap: &BitmapName) -> Result<Arc<NodeBitmaps>, EngineError> {
         let not_found = || EngineError::generic(format!("Node '{}' not found", bitmap.node));
         self.bitmaps_on(self.find(&bitmap.node).ok_or_else(not_found)?)
     }

@@ -97,7 +97,7 @@ impl ExportFacts {
             id: 1,
             kind: ContextKind::AllocationDepth,
         });
-        let bitmaps = (2..)
+        let bitmaps = (FIRST_BITMAP_ID..)
             .zip(&self.dirty_bitmaps)
             .map(|(id, name)| MetaContext {
                 id,
@@ -113,6 +113,9 @@ impl ExportFacts {
             .collect()
     }
 }
+
+/// What replies call the first bitmap of an export; those that follow have the next numbers.
+pub const FIRST_BITMAP_ID: u32 = 2;
 
 /// Something that a status request can be about.
 #[derive(Clone, PartialEq, Eq, Debug)]

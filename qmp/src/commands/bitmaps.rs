@@ -16,20 +16,20 @@ pub(super) static COMMANDS: &[Command] = &[
                 .map(|bytes| u32::try_from(bytes).unwrap_or(u32::MAX)),
             persistent: a.flag("persistent").unwrap_or(false),
             disabled: a.flag("disabled").unwrap_or(false),
-            bitmap: bitmap(&mut a),
+            bitmap: bitmap_name(&mut a),
         })
     }),
     Command::act("block-dirty-bitmap-remove", &BITMAP, |mut a| {
-        change(BitmapChange::Remove(bitmap(&mut a)))
+        change(BitmapChange::Remove(bitmap_name(&mut a)))
     }),
     Command::act("block-dirty-bitmap-clear", &BITMAP, |mut a| {
-        change(BitmapChange::Clear(bitmap(&mut a)))
+        change(BitmapChange::Clear(bitmap_name(&mut a)))
     }),
     Command::act("block-dirty-bitmap-enable", &BITMAP, |mut a| {
-        change(BitmapChange::Enable(bitmap(&mut a)))
+        change(BitmapChange::Enable(bitmap_name(&mut a)))
     }),
     Command::act("block-dirty-bitmap-disable", &BITMAP, |mut a| {
-        change(BitmapChange::Disable(bitmap(&mut a)))
+        change(BitmapChange::Disable(bitmap_name(&mut a)))
     }),
     Command::act("block-dirty-bitmap-merge", &MERGE, |mut a| {
         let node = a.required_text("node");
@@ -39,7 +39,7 @@ pub(super) static COMMANDS: &[Command] = &[
                 node: node.clone(),
                 name,
             },
-            Err(mut fields) => bitmap(&mut fields),
+            Err(mut fields) => bitmap_name(&mut fields),
         };
         change(BitmapChange::Merge {
             sources: sources.map(source).collect(),
@@ -53,7 +53,7 @@ pub(super) static COMMANDS: &[Command] = &[
         "x-debug-block-dirty-bitmap-sha256",
         &BITMAP,
         Type::Object(&DIGEST),
-        |mut a| call(Request::DigestBitmap(bitmap(&mut a))),
+        |mut a| call(Request::DigestBitmap(bitmap_name(&mut a))),
     )
     .unstable(),
 ];
@@ -62,7 +62,8 @@ fn change(change: BitmapChange) -> Result<Action, QmpError> {
     call(Request::ChangeBitmap(change))
 }
 
-fn bitmap(fields: &mut Fields) -> BitmapName {
+/// Reads the name of a bitmap.
+pub(super) fn bitmap_name(fields: &mut Fields) -> BitmapName {
     BitmapName {
         node: fields.required_text("node"),
         name: fields.required_text("name"),

@@ -6,6 +6,7 @@ use blockyard_engine::request::{
 };
 use blockyard_engine::sockets::Address;
 
+use crate::commands::bitmaps::bitmap_name;
 use crate::commands::{Action, Command, call};
 use crate::error::QmpError;
 use crate::schema::exports::{
@@ -98,10 +99,7 @@ pub fn export_spec(mut fields: Fields) -> ExportSpec {
     let bitmaps = fields.names_or_objects("bitmaps").into_iter();
     let bitmaps = bitmaps.map(|bitmap| match bitmap {
         Ok(name) => BitmapRef::InChain(name),
-        Err(mut bitmap) => BitmapRef::OfNode {
-            node_name: bitmap.required_text("node"),
-            name: bitmap.required_text("name"),
-        },
+        Err(mut fields) => BitmapRef::OfNode(bitmap_name(&mut fields)),
     });
     ExportSpec {
         nbd: NbdExportSpec {

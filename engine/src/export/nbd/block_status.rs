@@ -1,8 +1,9 @@
 //! Answers to the question what is where: holes and zeroes, and which layer of the chain holds what.
 
 use blockyard_nbd::NbdError;
-use blockyard_nbd::constants::allocation;
+use blockyard_nbd::constants::{allocation, dirty_bitmap};
 use blockyard_nbd::handshake::ContextKind;
+use blockyard_nbd::handshake::FIRST_BITMAP_ID;
 use blockyard_nbd::transmission::{Extent, Reply, Request, StatusExtents, StatusQuery};
 use blockyard_storage::ByteRange;
 
@@ -24,14 +25,20 @@ impl Connection {
         let mut answers: Vec<Answer> = query
             .contexts
             .iter()
-            .map(|context| Answer {
-                id: context.id,
-                kind: &context.kind,
-                extents: StatusExtents::new(self.mode(), request, query.length_bytes),
-                wants_more: true,
+            .map(|context| {
+                let extents = StatusExtents::new(self.mode(), request, query.length_bytes);
+                Answer::new(context.id, &context.kind, extents)
             })
             .collect();
         let end = request.offset + query.length_bytes;
+        for answer in &mut answers {
+            if matches!(answer.kind, ContextKind::DirtyBitmap(_))
+                && !self.tell_changes(ByteRange::between(request.offset, end), answer)
+            {
+                let text = "can't get block status";
+                return self.answer(request, Err(NbdError::Io.errno()), text, slot);
+            }
+        }
         let mut rest = ByteRange::between(request.offset, end);
         while !rest.is_empty() && answers.iter().any(|answer| answer.wants_more) {
             let found = match self.root.layers(rest, STATUS_EXTENTS_MAX).await {
@@ -61,6 +68,28 @@ impl Connection {
         }
         self.outbox.push(head, None, Some(slot));
     }
+
+    /// Adds what a bitmap says of `range`; `false`: the bitmap is lost, which is a bug.
+    fn tell_changes(&self, range: ByteRange, answer: &mut Answer<'_>) -> bool {
+        // Two nodes may have one of the same name, so it goes by the number.
+        let place = answer.id.checked_sub(FIRST_BITMAP_ID);
+        let place = place.and_then(|place| usize::try_from(place).ok());
+        let Some(bitmap) = place.and_then(|place| self.export.bitmaps.get(place)) else {
+            return false;
+        };
+        let told = bitmap.look(|map| {
+            let mut rest = range;
+            while answer.wants_more && !rest.is_empty() {
+                let run = map.run_in(rest).map(|run| run.intersection(&rest));
+                let run = run.unwrap_or(ByteRange::new(rest.end(), 0));
+                answer.put(run.offset() - rest.offset(), 0);
+                answer.put(run.length(), dirty_bitmap::DIRTY);
+                rest = ByteRange::between(run.end(), rest.end());
+            }
+        });
+        answer.wants_more = false;
+        told.is_some()
+    }
 }
 
 /// What one context has to say.
@@ -71,13 +100,26 @@ struct Answer<'a> {
     wants_more: bool,
 }
 
-impl Answer<'_> {
+impl<'a> Answer<'a> {
+    fn new(id: u32, kind: &'a ContextKind, extents: StatusExtents) -> Self {
+        Self {
+            id,
+            kind,
+            extents,
+            wants_more: true,
+        }
+    }
+
     fn add(&mut self, extent: &ChainExtent) {
-        if !self.wants_more {
+        if let Some(status) = status_of(self.kind, extent) {
+            self.put(extent.range.length(), status);
+        }
+    }
+
+    fn put(&mut self, length_bytes: u64, status: u32) {
+        if !self.wants_more || length_bytes == 0 {
             return;
         }
-        let status = status_of(self.kind, extent);
-        let length_bytes = extent.range.length();
         let more = self.extents.add(Extent {
             length_bytes,
             status,
@@ -86,8 +128,9 @@ impl Answer<'_> {
     }
 }
 
-fn status_of(kind: &ContextKind, extent: &ChainExtent) -> u32 {
-    match kind {
+/// What a context says of a part of a chain; `None`: nothing.
+fn status_of(kind: &ContextKind, extent: &ChainExtent) -> Option<u32> {
+    Some(match kind {
         ContextKind::Allocation => match extent.content {
             Content::Data => 0,
             Content::Zero | Content::Unallocated => allocation::HOLE | allocation::ZERO,
@@ -96,9 +139,8 @@ fn status_of(kind: &ContextKind, extent: &ChainExtent) -> u32 {
             Content::Data | Content::Zero => u32::try_from(extent.depth + 1).unwrap_or(u32::MAX),
             Content::Unallocated => 0,
         },
-        // No export shows one yet.
-        ContextKind::DirtyBitmap(_) => 0,
-    }
+        ContextKind::DirtyBitmap(_) => return None,
+    })
 }
 
 #[cfg(test)]
@@ -123,7 +165,7 @@ mod tests {
                 status_of(&ContextKind::Allocation, &extent),
                 status_of(&ContextKind::AllocationDepth, &extent),
             );
-            assert_eq!(told, expected);
+            assert_eq!(told, (Some(expected.0), Some(expected.1)));
         }
     }
 }

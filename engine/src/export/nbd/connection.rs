@@ -8,6 +8,7 @@ use std::future::{Future, pending, poll_fn};
 use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Poll, Waker};
 
 use blockyard_nbd::handshake::Mode;
@@ -19,10 +20,10 @@ use blockyard_storage::buffer::{BUFFER_SLOT_BYTES, BufferPool};
 use futures_util::future::{join, select};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::Attendance;
 use super::memory::{Loan, Memory};
 use super::outbox::Outbox;
 use super::requests::Writing;
+use super::{Attendance, NbdExport};
 use crate::data::{DataContext, Spawner};
 use crate::limits::CLIENT_REQUESTS_MAX;
 use crate::nbd::channel::{Channel, SharedEncryption};
@@ -59,6 +60,8 @@ pub(super) struct Connection {
     pub(super) outbox: Outbox,
     /// Every write is flushed before it is answered.
     pub(super) writethrough: bool,
+    /// Whose bitmaps are shown.
+    pub(super) export: Arc<NbdExport>,
     slots: Rc<Slots>,
     spawner: Spawner,
 }
@@ -127,6 +130,7 @@ pub(super) async fn serve(context: Rc<DataContext>, arrival: Arrival) {
         memory: Memory::new(pool),
         outbox: Outbox::default(),
         writethrough: export.writethrough,
+        export: Arc::clone(export),
         spawner: context.spawner().clone(),
     });
     let serving = async {

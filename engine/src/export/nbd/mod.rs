@@ -20,6 +20,7 @@ use blockyard_nbd::{ExportDirectory, ExportFacts, Session};
 use blockyard_storage::buffer::BufferPool;
 use tokio::sync::watch;
 
+use crate::bitmap::HeldBitmap;
 use crate::graph::RootPlace;
 use crate::limits::EXPORT_BUDGET_BYTES;
 
@@ -33,6 +34,8 @@ pub(super) struct NbdExport {
     place: RootPlace,
     /// Every write is flushed before it is answered.
     writethrough: bool,
+    /// What has changed since when, in the order of `facts`.
+    bitmaps: Vec<HeldBitmap>,
     use_: watch::Sender<Use>,
 }
 
@@ -52,12 +55,14 @@ impl NbdExport {
         facts: ExportFacts,
         place: RootPlace,
         writethrough: bool,
+        bitmaps: Vec<HeldBitmap>,
     ) -> Self {
         Self {
             name,
             facts,
             place,
             writethrough,
+            bitmaps,
             use_: watch::Sender::default(),
         }
     }
