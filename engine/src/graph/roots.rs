@@ -37,8 +37,15 @@ pub struct RootPlace {
 #[must_use = "requests go on when it is dropped"]
 pub(super) struct DrainedRoots<'a> {
     graph: &'a Graph,
-    roots: Vec<(RootId, ThreadId)>,
+    roots: Vec<Drained>,
     _unlimited: Vec<Suspended>,
+}
+
+/// One of them. It goes on wherever this is dropped, also on the way to somebody who has given up.
+#[must_use = "requests go on when it is dropped"]
+struct Drained {
+    id: RootId,
+    mailbox: Mailbox,
 }
 
 impl Graph {
@@ -216,13 +223,12 @@ impl Graph {
         };
         let draining: Vec<_> = roots
             .into_iter()
-            .map(|id| (id, self.start_draining(thread, id)))
+            .filter_map(|id| self.start_draining(thread, id))
             .collect();
         let all = async {
-            for (id, ended) in draining {
-                if ended.await.is_ok() {
-                    drained.roots.push((id, thread));
-                }
+            for ended in draining {
+                // One that is gone has no requests.
+                drained.roots.extend(ended.await.ok());
             }
         };
         match tokio::time::timeout(DRAIN_WAIT, all).await {
@@ -238,8 +244,9 @@ impl Graph {
         }
     }
 
-    /// Drains one root, unless the answer is dropped before.
-    fn start_draining(&self, thread: ThreadId, id: RootId) -> oneshot::Receiver<()> {
+    /// Drains one root, unless the answer is dropped before. `None`: its thread is gone.
+    fn start_draining(&self, thread: ThreadId, id: RootId) -> Option<oneshot::Receiver<Drained>> {
+        let mailbox = self.threads.mailbox(thread)?;
         let (mut answer, drained) = oneshot::channel();
         self.threads.spawn(thread, move |context| {
             Box::pin(async move {
@@ -250,12 +257,13 @@ impl Graph {
                     let (draining, given_up) = (pin!(root.drain()), pin!(answer.closed()));
                     matches!(select(draining, given_up).await, Either::Left(_))
                 };
-                if is_drained && answer.send(()).is_err() {
-                    root.release();
+                if is_drained {
+                    // Whoever does not take it any more lets it go on.
+                    drop(answer.send(Drained { id, mailbox }));
                 }
             })
         });
-        drained
+        Some(drained)
     }
 
     /// All users of a node that are no nodes go to another one on the same thread, which shows the same bytes; but for the
@@ -322,21 +330,94 @@ impl DrainedRoots<'_> {
     /// # Errors
     /// When the node is not there, which is a bug: they are where they were.
     pub(super) async fn put_on(&self, to: NodeId) -> Result<(), EngineError> {
-        let roots: Vec<RootId> = self.roots.iter().map(|(id, _)| *id).collect();
+        let roots: Vec<RootId> = self.roots.iter().map(|root| root.id).collect();
         self.graph.put_on(&roots, to).await
     }
 }
 
-impl Drop for DrainedRoots<'_> {
+impl Drop for Drained {
     fn drop(&mut self) {
-        for (id, thread) in self.roots.drain(..) {
-            self.graph.threads.spawn(thread, move |context| {
+        let id = self.id;
+        self.mailbox.send(Box::new(move |context| {
+            Box::pin(async move {
+                if let Some(root) = context.root(id) {
+                    root.release();
+                }
+            })
+        }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blockyard_ring::BackendChoice;
+    use blockyard_storage::buffer::BufferPool;
+    use blockyard_storage::{Buffer, ByteRange};
+    use tokio::task::LocalSet;
+
+    use super::*;
+    use crate::data::ThreadSet;
+    use crate::image_policy::ImagePolicy;
+    use crate::node::news::News;
+    use crate::request::{CommonOptions, DriverSpec, NodeSpec, NullSpec};
+
+    /// A disk whose requests do not end in this test's time.
+    fn stuck() -> NodeSpec {
+        NodeSpec {
+            node_name: Some("n".to_owned()),
+            common: CommonOptions::default(),
+            driver: DriverSpec::NullCo(NullSpec {
+                size: Some(1 << 20),
+                latency_ns: Some(3_600_000_000_000),
+                ..NullSpec::default()
+            }),
+        }
+    }
+
+    #[test]
+    fn a_root_that_is_drained_goes_on_when_another_one_is_not() {
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = { runtime }.enable_time().build().expect("a runtime");
+        let pool = BufferPool::new(1 << 20);
+        let threads = ThreadSet::start(1, BackendChoice::Threads, pool, News::channel().0);
+        let threads = threads.expect("a thread");
+        LocalSet::new().block_on(&runtime, async {
+            let graph = Graph::new(threads.clone(), ImagePolicy::default());
+            graph.add(stuck()).await.expect("added");
+            let shared = Permissions::EVERY;
+            let busy = graph.open_root("n", false, shared).await.expect("opened");
+            let idle = graph.open_root("n", false, shared).await.expect("opened");
+            let node = graph.find("n").expect("there");
+            let thread = graph.thread_of(node);
+            let (busy, idle) = (busy.id, idle.id);
+            threads.spawn(thread, move |context| {
                 Box::pin(async move {
-                    if let Some(root) = context.root(id) {
-                        root.release();
-                    }
+                    let root = context.root(busy).expect("there");
+                    let _ = root.read(0, Buffer::zeroed(512)).await;
                 })
             });
-        }
+            let asks = async || {
+                let asked = threads.run(thread, move |context| {
+                    Box::pin(async move {
+                        let root = context.root(idle).expect("there");
+                        let told = root.layers(ByteRange::new(0, 512), 1);
+                        futures_util::FutureExt::now_or_never(told).is_some()
+                    })
+                });
+                asked.await.expect("asked")
+            };
+            {
+                let mut draining = pin!(graph.drain_roots(node));
+                while asks().await {
+                    let polled = futures_util::FutureExt::now_or_never(draining.as_mut());
+                    assert!(polled.is_none(), "one is inside");
+                }
+            }
+            // The answer that nobody has taken is on its way back.
+            let goes_on = async { while !asks().await {} };
+            let goes_on = tokio::time::timeout(Duration::from_secs(10), goes_on).await;
+            assert!(goes_on.is_ok(), "its requests wait for ever");
+        });
+        threads.end();
     }
 }
