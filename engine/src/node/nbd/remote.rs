@@ -180,8 +180,12 @@ impl Remote {
                 .block_sizes
                 .map_or(u32::MAX, |sizes| sizes.maximum)
         };
-        let needed = self.agreement.flags
-            & (flags::SEND_FLUSH | flags::SEND_TRIM | flags::SEND_WRITE_ZEROES);
+        let mut needed = flags::SEND_FLUSH | flags::SEND_TRIM | flags::SEND_WRITE_ZEROES;
+        if self.connections_max() > 1 {
+            // Else a flush on one connection would tell nothing of what was written on another.
+            needed |= flags::CAN_MULTI_CONN;
+        }
+        let needed = self.agreement.flags & needed;
         let less = new.length_bytes != self.agreement.length_bytes
             || new.flags & needed != needed
             || new.flags & flags::READ_ONLY & !self.agreement.flags != 0
@@ -234,5 +238,54 @@ impl Remote {
 impl Drop for Remote {
     fn drop(&mut self) {
         self.closed.store(true, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use blockyard_nbd::Mode;
+    use blockyard_nbd::constants::transmission_flags::{CAN_MULTI_CONN, SEND_FLUSH};
+    use blockyard_nbd::handshake::client::Wishes;
+
+    use super::*;
+    use crate::sockets::Address;
+
+    fn connection(flags: u16) -> NbdConnection {
+        let (socket, _) = UnixStream::pair().expect("a pair");
+        let agreement = Agreement {
+            mode: Mode::Simple,
+            length_bytes: 4096,
+            flags,
+            block_sizes: None,
+            context: None,
+        };
+        NbdConnection::new(socket.into(), agreement)
+    }
+
+    #[test]
+    fn several_connections_stay_with_a_server_whose_flushes_are_for_all_of_them() {
+        let target = NbdTarget {
+            address: Address::Path("none".to_owned()),
+            wishes: Wishes {
+                export_name: String::new(),
+                context: "base:allocation".to_owned(),
+                tls: false,
+                mode_max: Mode::Simple,
+            },
+        };
+        let both = SEND_FLUSH | CAN_MULTI_CONN;
+        for (connections, flags, is_taken) in [
+            (1, SEND_FLUSH, true),
+            (2, SEND_FLUSH, false),
+            (2, both, true),
+            (1, CAN_MULTI_CONN, false),
+        ] {
+            let delay = Duration::from_secs(1);
+            let remote = Remote::new(target.clone(), connection(both), delay, connections);
+            let taken = remote.replace(0, connection(flags));
+            assert_eq!(taken.is_ok(), is_taken, "{connections}, {flags:#x}");
+        }
     }
 }
