@@ -98,9 +98,11 @@ fn without_progress(value: Value) -> Value {
             if members.get("status") == Some(&json!("running")) {
                 members.remove("busy");
             }
-            // What a filter tracks for itself has no name.
+            // What a filter tracks for itself has no name; those that an image keeps are not loaded here yet.
             if let Some(Value::Array(bitmaps)) = members.get_mut("dirty-bitmaps") {
-                bitmaps.retain(|bitmap| bitmap.get("name").is_some());
+                bitmaps.retain(|bitmap| {
+                    bitmap.get("name").is_some() && bitmap["persistent"] == json!(false)
+                });
                 if bitmaps.is_empty() {
                     members.remove("dirty-bitmaps");
                 }
