@@ -368,37 +368,37 @@ impl ClientHandshake {
         let reason = String::from_utf8_lossy(payload).into_owned();
         let option = self.asked.option();
         let named = format!("{option} ({})", option_name(option));
-        let text = match kind {
-            option_reply::ERR_TLS_REQD => format!("Server requires TLS for option {named}"),
-            _ => match (self.asked, kind) {
-                (Asked::ExtendedHeaders, _) => {
-                    self.ask(Asked::StructuredReply);
-                    return Ok(None);
-                }
-                (Asked::StructuredReply | Asked::Context, _) => {
-                    self.context = None;
-                    self.ask(Asked::Go);
-                    return Ok(None);
-                }
-                (Asked::Go, option_reply::ERR_UNSUP) if self.mode < Mode::Extended => {
-                    self.ask(Asked::ExportName);
-                    return Ok(None);
-                }
-                (_, option_reply::ERR_UNKNOWN) => "Requested export not available".to_owned(),
-                (_, option_reply::ERR_UNSUP) => format!("Unsupported option {named}"),
-                (_, option_reply::ERR_POLICY) => format!("Denied by server for option {named}"),
-                (_, option_reply::ERR_INVALID) => format!("Invalid parameters for option {named}"),
-                (_, option_reply::ERR_PLATFORM) => {
-                    format!("Server lacks support for option {named}")
-                }
-                (_, option_reply::ERR_SHUTDOWN) => {
-                    format!("Server shutting down before option {named}")
-                }
-                (_, option_reply::ERR_BLOCK_SIZE_REQD) => {
-                    format!("Server requires INFO_BLOCK_SIZE for option {named}")
-                }
-                _ => format!("Unknown error code when asking for option {named}"),
-            },
+        let text = match (self.asked, kind) {
+            (Asked::ExtendedHeaders, _) => {
+                self.ask(Asked::StructuredReply);
+                return Ok(None);
+            }
+            (Asked::StructuredReply | Asked::Context, _) => {
+                self.context = None;
+                self.ask(Asked::Go);
+                return Ok(None);
+            }
+            (Asked::Go, option_reply::ERR_UNSUP) if self.mode < Mode::Extended => {
+                self.ask(Asked::ExportName);
+                return Ok(None);
+            }
+            (_, option_reply::ERR_UNKNOWN) => "Requested export not available".to_owned(),
+            (_, option_reply::ERR_UNSUP) => format!("Unsupported option {named}"),
+            (_, option_reply::ERR_POLICY) => format!("Denied by server for option {named}"),
+            (_, option_reply::ERR_INVALID) => format!("Invalid parameters for option {named}"),
+            (_, option_reply::ERR_PLATFORM) => {
+                format!("Server lacks support for option {named}")
+            }
+            (_, option_reply::ERR_SHUTDOWN) => {
+                format!("Server shutting down before option {named}")
+            }
+            (_, option_reply::ERR_BLOCK_SIZE_REQD) => {
+                format!("Server requires INFO_BLOCK_SIZE for option {named}")
+            }
+            (_, option_reply::ERR_TLS_REQD) => {
+                format!("TLS negotiation required before option {named}")
+            }
+            _ => format!("Unknown error code when asking for option {named}"),
         };
         Err(HandshakeError::Refused { text, reason })
     }

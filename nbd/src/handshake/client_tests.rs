@@ -220,7 +220,7 @@ fn refusals_are_told_in_qemus_words() {
         (option_reply::ERR_UNKNOWN, "Requested export not available"),
         (
             option_reply::ERR_TLS_REQD,
-            "Server requires TLS for option 7 (go)",
+            "TLS negotiation required before option 7 (go)",
         ),
         (
             option_reply::ERR_POLICY,
