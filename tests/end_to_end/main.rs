@@ -41,6 +41,7 @@ mod nbd_abuse;
 mod nbd_backups;
 mod nbd_nodes;
 mod nbd_tls;
+mod nbd_tls_nodes;
 mod nbd_tools;
 mod nbd_writers;
 mod new_overlays;

@@ -33,7 +33,7 @@ fn node(name: &str, more: Value) -> Value {
 }
 
 /// A server's process, which does not outlive its test.
-fn serve(folder: &Path, program: &str, arguments: &[&str]) -> Process {
+pub(crate) fn serve(folder: &Path, program: &str, arguments: &[&str]) -> Process {
     let socket = folder.join("server.sock");
     // One that was killed leaves it behind.
     let _ = std::fs::remove_file(&socket);
@@ -144,7 +144,7 @@ fn jobs_copy_from_servers_and_to_them() {
     }
 }
 
-fn assert_same(folder: &Path, one: &str, other: &str) {
+pub(crate) fn assert_same(folder: &Path, one: &str, other: &str) {
     let read = |name| std::fs::read(folder.join(name)).expect("a file");
     assert!(read(one) == read(other), "{one} and {other} differ");
 }

@@ -23,7 +23,7 @@ const LIST: u32 = 3;
 const GO: u32 = 7;
 
 /// Certificates, and folders with them for everybody.
-fn pki(folder: &Path) {
+pub(crate) fn pki(folder: &Path) {
     certificates(folder);
     let own = |name: &'static str, side: &'static str| {
         [("ca-cert", "ca"), (side, name)].map(|(to, from)| (to, from))

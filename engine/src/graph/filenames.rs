@@ -102,6 +102,11 @@ impl FileName {
             "tls-creds",
             spec.tls_creds.as_deref().map(text),
         );
+        push_some(
+            &mut options,
+            "tls-hostname",
+            spec.tls_hostname.as_deref().map(text),
+        );
         Self {
             plain: (!plain.is_empty()).then_some(plain),
             is_protocol: true,

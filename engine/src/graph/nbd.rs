@@ -16,8 +16,9 @@ use crate::graph::host_files::OPEN_WAIT;
 use crate::graph::options::Resolved;
 use crate::node::build::NodePlan;
 use crate::node::file_node::FileOptions;
-use crate::node::nbd::{NbdConnection, NbdTarget, Remote, connect_until};
+use crate::node::nbd::{NbdConnection, NbdEncryption, NbdTarget, Remote, connect_until};
 use crate::request::NbdSpec;
+use crate::sockets::Address;
 
 /// Connections where the server can do with several, unless the client says how many.
 const CONNECTIONS: u32 = 1;
@@ -34,12 +35,8 @@ impl Graph {
         spec: NbdSpec,
         resolved: Resolved,
     ) -> Result<Leaf, EngineError> {
-        if let Some(id) = &spec.tls_creds {
-            self.credentials(id)?;
-            let text = "TLS is not available for nodes of driver 'nbd' yet";
-            return Err(EngineError::generic(text));
-        }
-        let target = target_of(&spec)?;
+        let encryption = self.nbd_encryption(&spec)?;
+        let target = target_of(&spec, encryption)?;
         let connections = spec.connections.unwrap_or(CONNECTIONS);
         if !(1..=CONNECTIONS_MAX).contains(&connections) {
             return Err(EngineError::generic(format!(
@@ -70,6 +67,30 @@ impl Graph {
             plan: NodePlan::Nbd { remote, options },
         })
     }
+
+    /// How the connections to a server are encrypted, and what it has to be called then.
+    ///
+    /// # Errors
+    /// In QEMU's words: there are no such credentials.
+    fn nbd_encryption(&self, spec: &NbdSpec) -> Result<Option<NbdEncryption>, EngineError> {
+        let Some(id) = &spec.tls_creds else {
+            if spec.tls_hostname.is_some() {
+                let text = "'tls-hostname' is of no use without 'tls-creds'";
+                return Err(EngineError::generic(text));
+            }
+            return Ok(None);
+        };
+        let credentials = self.credentials(id)?;
+        credentials.check_client().map_err(EngineError::generic)?;
+        let hostname = spec.tls_hostname.clone().or(match &spec.server {
+            Address::Host { host, .. } => Some(host.clone()),
+            _ => None,
+        });
+        Ok(Some(NbdEncryption {
+            credentials,
+            hostname,
+        }))
+    }
 }
 
 /// Whether a node is read-only whose server may not take writes.
@@ -87,12 +108,7 @@ pub(super) fn nbd_access(remote: &Remote, resolved: Resolved) -> Result<bool, En
 
 /// # Errors
 /// In QEMU's words: what cannot be asked for.
-fn target_of(spec: &NbdSpec) -> Result<NbdTarget, EngineError> {
-    if spec.tls_hostname.is_some() {
-        return Err(EngineError::generic(
-            "'tls-hostname' is of no use without 'tls-creds'",
-        ));
-    }
+fn target_of(spec: &NbdSpec, encryption: Option<NbdEncryption>) -> Result<NbdTarget, EngineError> {
     let export_name = spec.export.clone().unwrap_or_default();
     if export_name.len() > STRING_BYTES_MAX {
         return Err(EngineError::generic(
@@ -111,9 +127,10 @@ fn target_of(spec: &NbdSpec) -> Result<NbdTarget, EngineError> {
         wishes: Wishes {
             export_name,
             context,
-            tls: false,
+            tls: encryption.is_some(),
             mode_max: Mode::Extended,
         },
+        encryption,
     })
 }
 

@@ -3,6 +3,7 @@
 //! What lies between them and the socket is this file's business: nothing, or TLS. One receive and one send may be in flight at a
 //! time.
 
+use std::fmt;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,6 +24,12 @@ pub struct Channel {
 /// What lies between plain bytes and the socket. It goes with the connection from thread to thread.
 #[derive(Clone)]
 pub struct SharedEncryption(Arc<Mutex<Encryption>>);
+
+impl fmt::Debug for SharedEncryption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedEncryption").finish_non_exhaustive()
+    }
+}
 
 struct Encryption {
     session: Session,
@@ -96,6 +103,18 @@ impl SharedEncryption {
             wire: (!unread.is_empty()).then(|| Buffer::copy_of(unread)),
             held: 0..unread.len(),
         })))
+    }
+
+    /// Encrypts what is said last, and that it is. Empty where the connection is broken.
+    pub fn last_words(&self, plain: &[u8]) -> Vec<u8> {
+        let mut wire = Vec::new();
+        let session = &mut self.lock().session;
+        let said = session.send(plain, &mut wire);
+        session.close();
+        match said.and_then(|()| session.output(&mut wire)) {
+            Ok(()) => wire,
+            Err(_) => Vec::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Encryption> {

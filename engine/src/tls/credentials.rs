@@ -3,6 +3,7 @@
 //!
 //! Reads files, so it is not for the manager's thread.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -85,6 +86,13 @@ pub struct Credentials {
     side: Side,
 }
 
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Credentials");
+        shown.field("spec", &self.spec).finish_non_exhaustive()
+    }
+}
+
 enum Side {
     Client {
         /// Where the server's name is known.
@@ -163,10 +171,21 @@ impl Credentials {
         connection.map_err(|error| error.to_string())
     }
 
+    /// That they are for connecting.
+    ///
+    /// # Errors
+    /// In QEMU's words: they are for the other side.
+    pub fn check_client(&self) -> Result<(), String> {
+        match &self.side {
+            Side::Client { .. } => Ok(()),
+            Side::Server(_) => Err("Expected TLS credentials for a client endpoint".to_owned()),
+        }
+    }
+
     /// A new connection to a server, which has to be called so; `None`: however it is called.
     ///
     /// # Errors
-    /// In QEMU's words: they are for the other side. Or that is no name.
+    /// In QEMU's words: they are for the other side, or no certificate can have that name.
     pub fn connect(&self, hostname: Option<&str>) -> Result<ClientConnection, String> {
         let Side::Client { named, unnamed } = &self.side else {
             return Err("Expected TLS credentials for a client endpoint".to_owned());
@@ -174,7 +193,7 @@ impl Credentials {
         let config = if hostname.is_some() { named } else { unnamed };
         let hostname = hostname.unwrap_or("localhost").to_owned();
         let name = ServerName::try_from(hostname.clone())
-            .map_err(|_| format!("'{hostname}' is not the name of a server"))?;
+            .map_err(|_| format!("Certificate does not match the hostname {hostname}"))?;
         let connection = ClientConnection::new(config.clone(), name);
         connection.map_err(|error| error.to_string())
     }

@@ -3,7 +3,7 @@
 
 use std::io::{self, Read, Write};
 
-use rustls::{ClientConnection, Connection, ServerConnection};
+use rustls::{CertificateError, ClientConnection, Connection, Error, ServerConnection};
 
 use crate::tls::certificate::Certificate;
 
@@ -17,8 +17,59 @@ pub struct Session {
 
 /// What came in is not what the other side should have said, or is not believed. What is told to it is in the output.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Fault(String);
+#[error("{text}")]
+pub struct Fault {
+    text: String,
+    distrust: Option<Distrust>,
+}
+
+/// What is wrong with the other side's certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Distrust {
+    /// Nobody whom we trust has signed it.
+    Issuer,
+    /// It is of somebody who is called otherwise.
+    Name,
+    /// Whoever signed it does not stand by it any more.
+    Revoked,
+    /// It is not valid yet, or not any more.
+    OutOfDate,
+}
+
+impl Fault {
+    /// What is wrong with the other side's certificate, if it is that.
+    pub fn distrust(&self) -> Option<Distrust> {
+        self.distrust
+    }
+
+    fn of_tls(error: &Error) -> Self {
+        let distrust = match error {
+            Error::InvalidCertificate(wrong) => match wrong {
+                CertificateError::UnknownIssuer => Some(Distrust::Issuer),
+                CertificateError::NotValidForName
+                | CertificateError::NotValidForNameContext { .. } => Some(Distrust::Name),
+                CertificateError::Revoked => Some(Distrust::Revoked),
+                CertificateError::Expired
+                | CertificateError::ExpiredContext { .. }
+                | CertificateError::NotValidYet
+                | CertificateError::NotValidYetContext { .. } => Some(Distrust::OutOfDate),
+                _ => None,
+            },
+            _ => None,
+        };
+        Self {
+            text: error.to_string(),
+            distrust,
+        }
+    }
+
+    fn of_stream(error: &io::Error) -> Self {
+        Self {
+            text: error.to_string(),
+            distrust: None,
+        }
+    }
+}
 
 /// What one step of receiving came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +125,7 @@ impl Session {
                         continue;
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(error) => return Err(Fault(error.to_string())),
+                    Err(error) => return Err(Fault::of_stream(&error)),
                 }
             }
             let is_full = filled == plain.len() && !self.connection.is_handshaking();
@@ -86,9 +137,9 @@ impl Session {
                 });
             }
             let read = self.connection.read_tls(&mut rest);
-            read.map_err(|error| Fault(error.to_string()))?;
+            read.map_err(|error| Fault::of_stream(&error))?;
             let processed = self.connection.process_new_packets();
-            processed.map_err(|error| Fault(error.to_string()))?;
+            processed.map_err(|error| Fault::of_tls(&error))?;
         }
     }
 
@@ -99,7 +150,7 @@ impl Session {
     pub fn send(&mut self, plain: &[u8], wire: &mut Vec<u8>) -> Result<(), Fault> {
         for part in plain.chunks(RECORD_BYTES) {
             let written = self.connection.writer().write_all(part);
-            written.map_err(|error| Fault(error.to_string()))?;
+            written.map_err(|error| Fault::of_stream(&error))?;
             self.output(wire)?;
         }
         Ok(())
@@ -112,7 +163,7 @@ impl Session {
     pub fn output(&mut self, wire: &mut Vec<u8>) -> Result<(), Fault> {
         while self.connection.wants_write() {
             let written = self.connection.write_tls(wire);
-            written.map_err(|error| Fault(error.to_string()))?;
+            written.map_err(|error| Fault::of_stream(&error))?;
         }
         Ok(())
     }

@@ -128,15 +128,21 @@ impl Authority {
     }
 }
 
-/// A client and a server that believe each other; `None`: there is no tool to make certificates with.
-pub(crate) fn acquainted() -> Option<(Session, Session)> {
+/// Credentials of a client and a server that believe each other; `None`: there is no tool to make certificates with.
+pub(crate) fn believed() -> Option<(Credentials, Credentials)> {
     if !has_openssl() {
         return None;
     }
     let all = Authority::new();
     let client = all.load(Endpoint::Client, Some("client"), "ca");
     let server = all.load(Endpoint::Server, Some("server"), "ca");
-    let mut wire = Wire::new(&client.expect("good"), &server.expect("good"), None);
+    Some((client.expect("good"), server.expect("good")))
+}
+
+/// A client and a server that believe each other; `None`: there is no tool to make certificates with.
+pub(crate) fn acquainted() -> Option<(Session, Session)> {
+    let (client, server) = believed()?;
+    let mut wire = Wire::new(&client, &server, None);
     wire.shake_hands(1000).expect("both are good");
     Some((wire.client, wire.server))
 }
@@ -292,9 +298,7 @@ fn who_is_out_of_date_or_revoked_is_not_let_in() {
     let refused = outcome(&client, &strict, None).expect_err("revoked");
     assert!(refused.contains("evoked"), "{refused}");
     std::fs::write(Path::new(&all.path("strict")).join("ca-crl.pem"), "garbage").expect("written");
-    let broken = Credentials::load(strict.spec().clone())
-        .err()
-        .expect("no list");
+    let broken = Credentials::load(strict.spec().clone()).expect_err("no list");
     assert!(broken.starts_with("Cannot load CRL '"), "{broken}");
 }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -10,12 +11,12 @@ use blockyard_nbd::handshake::client::{Agreement, ClientHandshake, HandshakeErro
 use blockyard_storage::error::errno_text;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType,
-};
+use rustix::net::{AddressFamily, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::node::nbd::NbdConnection;
+use crate::node::nbd::talk::Talk;
 use crate::sockets::Address;
+use crate::tls::credentials::Credentials;
 
 /// Longest path of a UNIX socket in bytes.
 const PATH_BYTES_MAX: usize = 107;
@@ -33,6 +34,17 @@ pub struct NbdTarget {
     pub address: Address,
     /// The export and how it is used.
     pub wishes: Wishes,
+    /// How its bytes are encrypted, where [`Wishes::tls`] asks for that.
+    pub encryption: Option<NbdEncryption>,
+}
+
+/// How bytes between a client and a server are encrypted.
+#[derive(Clone, Debug)]
+pub struct NbdEncryption {
+    /// Who the client is, and whom it trusts. The same for every connection.
+    pub credentials: Arc<Credentials>,
+    /// What the server's certificate has to call it; `None`: nobody has said, so that none is good enough.
+    pub hostname: Option<String>,
 }
 
 /// Connects, again and again until `retry_until` if it does not succeed. One attempt ends at `deadline` at the latest, and soon
@@ -62,13 +74,14 @@ pub fn connect_until(
 
 fn connect(target: &NbdTarget, patience: &Patience<'_>) -> Result<NbdConnection, String> {
     let socket = open(&target.address, patience)?;
-    let handshake = ClientHandshake::new(target.wishes.clone());
-    let agreement = shake_hands(&socket, handshake, patience)?;
-    Ok(NbdConnection::new(socket, agreement))
+    let mut talk = Talk::new(&socket, patience);
+    let agreement = shake_hands(&mut talk, target)?;
+    let encryption = talk.end();
+    Ok(NbdConnection::new(socket, agreement, encryption))
 }
 
 /// How long somebody waits.
-struct Patience<'a> {
+pub(super) struct Patience<'a> {
     deadline: Instant,
     given_up: &'a AtomicBool,
 }
@@ -76,7 +89,7 @@ struct Patience<'a> {
 impl Patience<'_> {
     /// # Errors
     /// It is over.
-    fn check(&self) -> io::Result<()> {
+    pub(super) fn check(&self) -> io::Result<()> {
         if self.given_up.load(Ordering::Acquire) || Instant::now() >= self.deadline {
             return Err(Errno::TIMEDOUT.into());
         }
@@ -84,7 +97,7 @@ impl Patience<'_> {
     }
 
     /// Waits until the socket can go on.
-    fn wait(&self, socket: &OwnedFd, events: PollFlags) -> io::Result<()> {
+    pub(super) fn wait(&self, socket: &OwnedFd, events: PollFlags) -> io::Result<()> {
         loop {
             self.check()?;
             let left = self.deadline.saturating_duration_since(Instant::now());
@@ -138,7 +151,7 @@ fn failed(place: &str, error: &io::Error) -> String {
 }
 
 /// The system's words for an error, without its number.
-fn reason(error: &io::Error) -> String {
+pub(super) fn reason(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(errno) => errno_text(errno),
         None => error.to_string(),
@@ -216,11 +229,8 @@ fn resolve(address: &Address) -> Result<Vec<SocketAddr>, String> {
     Ok(found.filter(wanted).collect())
 }
 
-fn shake_hands(
-    socket: &OwnedFd,
-    mut handshake: ClientHandshake,
-    patience: &Patience<'_>,
-) -> Result<Agreement, String> {
+fn shake_hands(talk: &mut Talk<'_>, target: &NbdTarget) -> Result<Agreement, String> {
+    let mut handshake = ClientHandshake::new(target.wishes.clone());
     let mut bytes = [0; 4096];
     let mut held = 0..0;
     loop {
@@ -231,14 +241,20 @@ fn shake_hands(
                 return Err("Unexpected data behind the handshake".to_owned());
             }
             Ok(Step::Transmit(agreement)) => return Ok(*agreement),
-            Ok(Step::StartTls) => return Err("TLS is not available".to_owned()),
+            Ok(Step::StartTls) => {
+                let unread = bytes.get(held.clone()).unwrap_or_default();
+                let started = handshake.tls_started(unread);
+                started.map_err(|error| told(&error))?;
+                let Some(encryption) = &target.encryption else {
+                    return Err("TLS was asked for without credentials (bug)".to_owned());
+                };
+                talk.encrypt(encryption)?;
+            }
             Err(error) => return Err(told(&error)),
         }
-        let output = handshake.output();
-        send_all(socket, &output, patience).map_err(|error| lost(&error))?;
+        talk.say(&handshake.output())?;
         if held.is_empty() {
-            let count = receive(socket, &mut bytes, patience).map_err(|error| lost(&error))?;
-            held = 0..count;
+            held = 0..talk.hear(&mut bytes)?;
         }
         held.start += handshake.receive(bytes.get(held.clone()).unwrap_or_default());
     }
@@ -251,34 +267,4 @@ fn told(error: &HandshakeError) -> String {
         tracing::info!(reason, "the NBD server refuses");
     }
     error.to_string()
-}
-
-fn lost(error: &io::Error) -> String {
-    format!("The NBD handshake failed: {}", reason(error))
-}
-
-fn send_all(socket: &OwnedFd, bytes: &[u8], patience: &Patience<'_>) -> io::Result<()> {
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        match rustix::net::send(socket, rest, SendFlags::NOSIGNAL) {
-            Ok(count) => rest = rest.get(count..).unwrap_or_default(),
-            Err(Errno::AGAIN) => patience.wait(socket, PollFlags::OUT)?,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-/// At least one byte.
-fn receive(socket: &OwnedFd, into: &mut [u8], patience: &Patience<'_>) -> io::Result<usize> {
-    loop {
-        match rustix::net::recv(socket, &mut *into, RecvFlags::empty()) {
-            Ok((0, _)) => return Err(Errno::CONNRESET.into()),
-            Ok((count, _)) => return Ok(count),
-            Err(Errno::AGAIN) => patience.wait(socket, PollFlags::IN)?,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
 }

@@ -99,8 +99,12 @@ impl Link {
         spawner: Spawner,
     ) -> io::Result<Rc<Self>> {
         let socket = files.socket(connection.socket()?)?;
+        let channel = match connection.encryption() {
+            Some(encryption) => Channel::encrypted(socket, encryption.clone()),
+            None => Channel::plain(socket),
+        };
         Ok(Rc::new(Self {
-            channel: Channel::plain(socket),
+            channel,
             mode: connection.agreement().mode,
             connection,
             spawner,

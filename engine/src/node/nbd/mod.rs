@@ -9,9 +9,10 @@ mod lane;
 mod link;
 mod remote;
 mod storage;
+mod talk;
 #[cfg(test)]
 mod tests;
 
-pub use connecting::{NbdTarget, connect_until};
+pub use connecting::{NbdEncryption, NbdTarget, connect_until};
 pub use remote::{NbdConnection, Remote};
 pub use storage::NbdStorage;

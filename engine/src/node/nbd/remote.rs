@@ -10,6 +10,7 @@ use blockyard_nbd::transmission::{Command, Request};
 use blockyard_storage::error::EIO;
 use rustix::net::{SendFlags, Shutdown};
 
+use crate::nbd::channel::SharedEncryption;
 use crate::node::nbd::NbdTarget;
 
 /// A connection whose handshake is over. With the last of its users it is closed, as the protocol wants it if no request is in
@@ -18,6 +19,7 @@ use crate::node::nbd::NbdTarget;
 pub struct NbdConnection {
     socket: OwnedFd,
     agreement: Agreement,
+    encryption: Option<SharedEncryption>,
     /// Somebody has requests in flight.
     busy: AtomicBool,
     broken: AtomicBool,
@@ -25,10 +27,15 @@ pub struct NbdConnection {
 
 impl NbdConnection {
     /// A connection that nobody uses yet.
-    pub fn new(socket: OwnedFd, agreement: Agreement) -> Self {
+    pub fn new(
+        socket: OwnedFd,
+        agreement: Agreement,
+        encryption: Option<SharedEncryption>,
+    ) -> Self {
         Self {
             socket,
             agreement,
+            encryption,
             busy: AtomicBool::new(false),
             broken: AtomicBool::new(false),
         }
@@ -37,6 +44,11 @@ impl NbdConnection {
     /// What the server has agreed to.
     pub fn agreement(&self) -> &Agreement {
         &self.agreement
+    }
+
+    /// What lies between plain bytes and the socket, on whichever thread.
+    pub(super) fn encryption(&self) -> Option<&SharedEncryption> {
+        self.encryption.as_ref()
     }
 
     /// The descriptor once more.
@@ -77,6 +89,9 @@ impl Drop for NbdConnection {
                 payload_bytes: 0,
             };
             request.put_head(self.agreement.mode, &mut farewell);
+            if let Some(encryption) = &self.encryption {
+                farewell = encryption.last_words(&farewell);
+            }
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
             // A server that does not hear it notices the end all the same.
             let _ = rustix::net::send(&self.socket, &farewell, flags);
@@ -261,7 +276,7 @@ mod tests {
             block_sizes: None,
             context: None,
         };
-        NbdConnection::new(socket.into(), agreement)
+        NbdConnection::new(socket.into(), agreement, None)
     }
 
     #[test]
@@ -274,6 +289,7 @@ mod tests {
                 tls: false,
                 mode_max: Mode::Simple,
             },
+            encryption: None,
         };
         let both = SEND_FLUSH | CAN_MULTI_CONN;
         for (connections, flags, is_taken) in [

@@ -1,6 +1,7 @@
 //! Disks of other hosts whose servers know less, stall, end at every byte, or lie; and that move between threads.
 
 mod server;
+mod tls;
 
 use std::future::Future;
 use std::rc::Rc;
@@ -36,6 +37,7 @@ fn target(server: &Server, mode_max: Mode) -> NbdTarget {
             tls: false,
             mode_max,
         },
+        encryption: None,
     }
 }
 
