@@ -20,10 +20,10 @@ impl Graph {
         resolved: Resolved,
         site: Site,
     ) -> Result<NodeId, EngineError> {
-        let reserved = self.reserve(name)?;
         let inherits = Inherits::Filtered(resolved);
         let file = self.open_below(spec.file.clone(), inherits, site).await?;
         let outcome = async {
+            let reserved = self.reserve(name)?;
             let id = self.begin_cbw(reserved, &file, resolved, site).await?;
             match self.open_cbw(id, spec, resolved, site).await {
                 Ok(()) => Ok(id),
@@ -120,10 +120,10 @@ impl Graph {
         resolved: Resolved,
         site: Site,
     ) -> Result<NodeId, EngineError> {
-        let reserved = self.reserve(name)?;
         let inherits = Inherits::Held(resolved);
         let file = self.open_below(file, inherits, site).await?;
         let outcome = async {
+            let reserved = self.reserve(name)?;
             let _held = self.hold_still(&[&file], site.batch).await;
             let child = self.child_now(&file, site.batch)?;
             let record = NodeRecord {

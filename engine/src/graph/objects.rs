@@ -157,7 +157,7 @@ impl Graph {
             ))
         };
         let object = match &spec.kind {
-            ObjectKind::Iothread(_) if is_known => return Err(duplicate()),
+            ObjectKind::Iothread(_) | ObjectKind::X509(_) if is_known => return Err(duplicate()),
             ObjectKind::Iothread(event_loop) => {
                 self.threads.add_named(&spec.id)?;
                 Object::Iothread(*event_loop)
