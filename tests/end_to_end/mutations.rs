@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::daemon::Daemon;
 use crate::oracle::{compare, data_file};
-use crate::schema::OUR_COMMANDS;
+use crate::schema::{NEWER_MEMBERS, OUR_COMMANDS, OUR_MEMBERS};
 
 /// Nested objects are followed so far.
 const DEPTH_MAX: usize = 4;
@@ -114,6 +114,10 @@ impl Schema {
         all.push(surplus);
         for member in self.members(object, tag) {
             let name = member["name"].as_str().expect("a name");
+            // To the oracle they are surplus, whatever they are.
+            if OUR_MEMBERS.contains(&name) || NEWER_MEMBERS.contains(&name) {
+                continue;
+            }
             if member.get("default").is_none() {
                 let mut missing = good.clone();
                 missing.as_object_mut().expect("an object").remove(name);
@@ -142,8 +146,11 @@ fn is_fair(command: &str, arguments: &Value) -> bool {
             !(text.contains("null-")
                 && (text.contains("\"size\":-") || text.contains("latency-ns")))
         }
-        // Whether the id or the tuning is looked at first is not the matter here.
-        "object-add" => !text.contains("4294967296"),
+        // Whether the id or the tuning is looked at first is not the matter here, and two types of credentials are refused here,
+        // so that only the oracle would have them from then on.
+        "object-add" => !["4294967296", "tls-creds-anon", "tls-creds-psk"]
+            .iter()
+            .any(|unfair| text.contains(unfair)),
         _ => true,
     }
 }

@@ -110,7 +110,7 @@ fn jobs_copy_from_servers_and_to_them() {
             ("blockdev-mirror", true),
             ("blockdev-mirror", false),
         ] {
-            let daemon = Daemon::start();
+            let daemon = Daemon::start_logging();
             let folder = daemon.path("");
             let (from, to) = match to_remote {
                 true => ("local.raw", "remote.raw"),

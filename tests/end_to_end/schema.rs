@@ -15,7 +15,8 @@ const CREATE_RAW: &str = "blockdev-create.\"options\"(\"raw\")";
 const AMEND_QCOW2: &str = "x-blockdev-amend.\"options\"(\"qcow2\")";
 
 /// Members that QEMU does not have: what the chain of a concluded job has become, and whether a mirror gains on its writers.
-const OUR_MEMBERS: [&str; 6] = [
+pub(crate) const OUR_MEMBERS: [&str; 7] = [
+    "x-connections",
     "x-cbw-timeout",
     "x-chain",
     "x-dirty-bytes",
@@ -25,7 +26,7 @@ const OUR_MEMBERS: [&str; 6] = [
 ];
 
 /// Members that newer releases of QEMU have.
-const NEWER_MEMBERS: [&str; 2] = ["on-cbw-error", "target-is-zero"];
+pub(crate) const NEWER_MEMBERS: [&str; 2] = ["on-cbw-error", "target-is-zero"];
 
 /// Commands that are ours alone.
 pub(crate) const OUR_COMMANDS: [&str; 2] = ["x-plan", "x-query-chain"];
