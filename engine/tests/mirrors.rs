@@ -134,16 +134,30 @@ impl Yard {
         }
     }
 
-    fn event(&self) -> EventKind {
-        let events = self.events.lock().expect("one waits");
-        let event = events.recv_timeout(Duration::from_secs(60));
-        event.expect("an event").kind
+    /// The next event. Where none comes because writers outrun the job, they have to wait for it, as its client is told to do.
+    async fn event(&self) -> EventKind {
+        for _ in 0..120 {
+            let event = {
+                let events = self.events.lock().expect("one waits");
+                events.recv_timeout(Duration::from_secs(1))
+            };
+            if let Ok(event) = event {
+                return event.kind;
+            }
+            let rates = self.job().await.and_then(|job| job.rates);
+            if rates.is_some_and(|rates| !rates.converges()) {
+                let copy_mode = Some(CopyMode::WriteBlocking);
+                // It may have become so already.
+                let _ = self.verb(VerbCall::Change { copy_mode }).await;
+            }
+        }
+        panic!("nothing happens: {:?}", self.job().await);
     }
 
     /// Waits for a status of the job, which goes on after each error.
     async fn until(&self, wanted: Status) {
         loop {
-            match self.event() {
+            match self.event().await {
                 EventKind::JobStatusChange { status, .. } if status == wanted => return,
                 EventKind::BlockJobCompleted {
                     error: Some(error), ..
