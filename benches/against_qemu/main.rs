@@ -17,6 +17,7 @@ mod daemon;
 mod damage;
 mod data;
 mod example;
+mod exports;
 mod hostile;
 mod image;
 mod job;
@@ -111,6 +112,11 @@ fn measure(options: &Options, scenario: Scenario) -> Result<(), Failure> {
         }
         Scenario::RawNode | Scenario::Qcow2Node => {
             for result in node::run(options, scenario)? {
+                print(options, || result.json().to_string(), || result.table());
+            }
+        }
+        Scenario::ExportRaw | Scenario::ExportQcow2 => {
+            for result in exports::run(options, scenario)? {
                 print(options, || result.json().to_string(), || result.table());
             }
         }

@@ -119,6 +119,10 @@ pub(crate) enum Scenario {
     RawNode,
     /// The same on qcow2: reads, writes in place, and writes to an empty image.
     Qcow2Node,
+    /// An export of a raw disk over NBD on a UNIX socket: fio and nbdcopy; as in `ram`.
+    ExportRaw,
+    /// The same on qcow2.
+    ExportQcow2,
     /// 50 QMP clients while 16 paced jobs run: delay of replies.
     Clients,
     /// The same while the 16 jobs run as fast as they can.
