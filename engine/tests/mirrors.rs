@@ -134,7 +134,8 @@ impl Yard {
         }
     }
 
-    /// The next event. Where none comes because writers outrun the job, they have to wait for it, as its client is told to do.
+    /// The next event. Where none comes because writers dirty the last granules as fast as the job copies them, which no rate
+    /// tells, they have to wait for it.
     async fn event(&self) -> EventKind {
         for _ in 0..120 {
             let event = {
@@ -144,12 +145,9 @@ impl Yard {
             if let Ok(event) = event {
                 return event.kind;
             }
-            let rates = self.job().await.and_then(|job| job.rates);
-            if rates.is_some_and(|rates| !rates.converges()) {
-                let copy_mode = Some(CopyMode::WriteBlocking);
-                // It may have become so already.
-                let _ = self.verb(VerbCall::Change { copy_mode }).await;
-            }
+            let copy_mode = Some(CopyMode::WriteBlocking);
+            // It may have become so already.
+            let _ = self.verb(VerbCall::Change { copy_mode }).await;
         }
         panic!("nothing happens: {:?}", self.job().await);
     }

@@ -15,6 +15,7 @@ use crate::tools;
 /// A running daemon and its folder.
 pub(crate) struct Daemon {
     process: Process,
+    is_oracle: bool,
     /// Its folder, which is also where it runs.
     pub(crate) folder: TempDir,
 }
@@ -32,7 +33,7 @@ impl Daemon {
 
     /// The same in a folder that is there already.
     pub(crate) fn start_in(folder: TempDir, options: &[&str]) -> Self {
-        Self::launch(ours(), folder, options)
+        Self::launch(ours(), folder, options, false)
     }
 
     /// Starts ours with what it logs in the file `log` of its folder.
@@ -41,7 +42,7 @@ impl Daemon {
         let log = File::create(folder.path().join("log")).expect("created");
         let mut command = ours();
         command.stderr(log);
-        Self::launch(command, folder, &[])
+        Self::launch(command, folder, &[], false)
     }
 
     /// Starts QEMU's in a new folder in the same way, logging there.
@@ -50,10 +51,10 @@ impl Daemon {
         let log = File::create(folder.path().join("log")).expect("created");
         let mut command = Command::new("qemu-storage-daemon");
         command.stderr(log);
-        Self::launch(command, folder, options)
+        Self::launch(command, folder, options, true)
     }
 
-    fn launch(mut command: Command, folder: TempDir, options: &[&str]) -> Self {
+    fn launch(mut command: Command, folder: TempDir, options: &[&str], is_oracle: bool) -> Self {
         command
             .args(options)
             .args([
@@ -65,6 +66,7 @@ impl Daemon {
             .stdin(Stdio::null());
         let daemon = Self {
             process: Process::start(&mut command),
+            is_oracle,
             folder,
         };
         // The first reply means that everything has been set up.
@@ -92,11 +94,17 @@ impl Daemon {
         self.process.id()
     }
 
-    /// Ends it over QMP; it must end well.
+    /// Ends it over QMP; it must end well. QEMU's, which may greet a client twice that comes while another one goes, is ended by a
+    /// signal.
     pub(crate) fn quit(self) {
-        let mut client = self.client();
-        client.run("quit", json!({}));
-        client.end();
+        if self.is_oracle {
+            let pid = Pid::from_raw(i32::try_from(self.pid()).expect("a pid"));
+            kill_process(pid.expect("a pid"), Signal::TERM).expect("it runs");
+        } else {
+            let mut client = self.client();
+            client.run("quit", json!({}));
+            client.end();
+        }
         let status = self.wait();
         assert!(status.success(), "{status}");
     }
