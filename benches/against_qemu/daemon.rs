@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use crate::Failure;
 use crate::cleanup::{Guard, Undo};
 use crate::client::Client;
@@ -100,6 +102,24 @@ impl Daemon {
     /// A client on the first socket.
     pub(crate) fn client(&self) -> Result<Client, Failure> {
         Client::connect(self.socket())
+    }
+
+    /// Ends it as a client does, and waits for that. A daemon that is killed may hold its images a little longer: the kernel
+    /// takes a ring down once its process has gone.
+    ///
+    /// # Errors
+    /// It does not end within half a minute.
+    pub(crate) fn quit(mut self, mut client: Client) -> Result<(), Failure> {
+        client.call("quit", json!({}))?;
+        drop(client);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
+            if Instant::now() > deadline {
+                return Err(Failure::new("the daemon does not end"));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
     }
 
     /// User and system time of all its threads so far, in seconds; the kernel's resolution is 10 ms.

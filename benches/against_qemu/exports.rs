@@ -8,8 +8,10 @@ use serde_json::{Value, json};
 
 use crate::Failure;
 use crate::case::EXT4;
+use crate::client::Client;
 use crate::daemon::Daemon;
 use crate::data;
+use crate::fio;
 use crate::image::{Format, Image, runs_in_mixed_order};
 use crate::options::{Contestant, Options, Scenario, Side};
 use crate::place::Place;
@@ -123,25 +125,13 @@ fn drive(
 ) -> Result<Run, Failure> {
     let daemon = Daemon::start(options, contestant.side, 1)?;
     let mut client = daemon.client()?;
-    let mut file = json!({"driver": "file", "node-name": "file", "filename": image.path,
-        "cache": {"direct": true}});
-    if let Some(aio) = &contestant.aio {
-        file["aio"] = json!(aio);
-    }
-    client.call("blockdev-add", file)?;
-    let format = json!({"driver": image.format.name(), "node-name": "disk", "file": "file"});
-    client.call("blockdev-add", format)?;
-    let socket = daemon.socket().with_file_name("nbd");
-    let address = json!({"type": "unix", "data": {"path": socket}});
-    client.call("nbd-server-start", json!({"addr": address}))?;
-    client.call(
-        "block-export-add",
-        json!({"type": "nbd", "id": "disk", "node-name": "disk", "writable": true}),
-    )?;
-    let uri = format!("nbd+unix:///disk?socket={}", socket.display());
+    let uri = serve(&daemon, &mut client, contestant, image)?;
     let before = daemon.cpu_seconds()?;
     let (bytes, seconds) = match load {
-        Load::Fio(what, length, depth) => fio(options, &uri, (what, length, depth))?,
+        Load::Fio(what, length, depth) => {
+            let figures = fio::run(options, &uri, (what, length, depth))?;
+            (figures.bytes, figures.seconds)
+        }
         Load::Copy => {
             let started = std::time::Instant::now();
             run_program(Command::new("nbdcopy").args([&uri, "null:"]))?;
@@ -150,45 +140,32 @@ fn drive(
         }
     };
     let cpu_seconds = daemon.cpu_seconds()? - before;
+    daemon.quit(client)?;
     Ok(Run {
         bytes_per_second: bytes / seconds,
         cpu_seconds_per_gib: cpu_seconds / bytes * f64::from(1 << 30),
     })
 }
 
-/// Bytes that fio has moved, and in how many seconds.
-fn fio(
-    options: &Options,
-    uri: &str,
-    (what, length, depth): (&str, &str, u32),
-) -> Result<(f64, f64), Failure> {
-    let ended = run_program(Command::new("fio").args([
-        "--name=export",
-        "--ioengine=nbd",
-        "--output-format=json",
-        "--time_based",
-        "--randrepeat=1",
-        &format!("--uri={uri}"),
-        &format!("--rw={what}"),
-        &format!("--bs={length}"),
-        &format!("--iodepth={depth}"),
-        &format!("--size={}M", options.size_mib),
-        &format!("--runtime={}", options.seconds),
-    ]))?;
-    // Its nbd engine says something before the figures.
-    let (_, figures) = ended.output.split_once('{').unwrap_or_default();
-    let figures: Value = serde_json::from_str(&format!("{{{figures}"))
-        .map_err(|error| Failure::new(format!("fio: {error}: {}", ended.output)))?;
-    let side = if what.ends_with("read") {
-        "read"
-    } else {
-        "write"
-    };
-    let figures = &figures["jobs"][0][side];
-    match (figures["io_bytes"].as_f64(), figures["runtime"].as_f64()) {
-        (Some(bytes), Some(milliseconds)) if bytes > 0.0 => Ok((bytes, milliseconds / 1e3)),
-        _ => Err(Failure::new("fio has moved nothing")),
-    }
+/// Opens an image as node `disk` and exports it. Its URI.
+///
+/// # Errors
+/// What the daemon says.
+pub(crate) fn serve(
+    daemon: &Daemon,
+    client: &mut Client,
+    contestant: &Contestant,
+    image: &Image,
+) -> Result<String, Failure> {
+    client.call("blockdev-add", image.node("disk", contestant, true, false))?;
+    let socket = daemon.socket().with_file_name("nbd");
+    let address = json!({"type": "unix", "data": {"path": socket}});
+    client.call("nbd-server-start", json!({"addr": address}))?;
+    client.call(
+        "block-export-add",
+        json!({"type": "nbd", "id": "disk", "node-name": "disk", "writable": true}),
+    )?;
+    Ok(format!("nbd+unix:///disk?socket={}", socket.display()))
 }
 
 impl Load {

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod beside_mirror;
 mod case;
 mod chain;
 mod cleanup;
@@ -18,6 +19,8 @@ mod damage;
 mod data;
 mod example;
 mod exports;
+mod far_nbd;
+mod fio;
 mod hostile;
 mod image;
 mod job;
@@ -110,8 +113,18 @@ fn measure(options: &Options, scenario: Scenario) -> Result<(), Failure> {
                 print(options, || result.json().to_string(), || result.table());
             }
         }
+        Scenario::FarNbd => {
+            for result in far_nbd::run(options)? {
+                print(options, || result.json().to_string(), || result.table());
+            }
+        }
         Scenario::RawNode | Scenario::Qcow2Node => {
             for result in node::run(options, scenario)? {
+                print(options, || result.json().to_string(), || result.table());
+            }
+        }
+        Scenario::BesideMirror => {
+            for result in beside_mirror::run(options)? {
                 print(options, || result.json().to_string(), || result.table());
             }
         }

@@ -40,6 +40,9 @@ pub(crate) struct Options {
     /// Chunks in flight in the copy loop.
     #[arg(long, default_value_t = 16)]
     pub(crate) depth: u32,
+    /// Connections to the server of `far-nbd`, on blockyard's side; its default if left out.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) connections: Option<u32>,
     /// Directory on a real disk for the disk scenario.
     #[arg(long, default_value = env!("CARGO_TARGET_TMPDIR"))]
     pub(crate) disk: PathBuf,
@@ -115,6 +118,8 @@ pub(crate) enum Scenario {
     ChainDisk,
     /// A base that answers after 10 ms, then 1 ms: commit into it, stream from it, 256 MiB; the rest as in `ram`.
     Far,
+    /// NBD servers that answer after 10 ms, then 1 ms: commit, stream, backup, mirror, 256 MiB; the rest as in `ram`.
+    FarNbd,
     /// 4 KiB at a time in mixed order, 32 in flight, on a node: `qemu-img bench` and the engine alone; raw, as in `ram`.
     RawNode,
     /// The same on qcow2: reads, writes in place, and writes to an empty image.
@@ -123,6 +128,8 @@ pub(crate) enum Scenario {
     ExportRaw,
     /// The same on qcow2.
     ExportQcow2,
+    /// An export whose client writes while the disk is mirrored: how long a write takes; raw and qcow2, as in `ram`.
+    BesideMirror,
     /// 50 QMP clients while 16 paced jobs run: delay of replies.
     Clients,
     /// The same while the 16 jobs run as fast as they can.
