@@ -80,7 +80,10 @@ impl Qcow2 {
     }
 
     /// Takes so many clusters that stand together.
-    async fn claim_together(&self, wanted: ClusterCount) -> Result<Together, ImageError> {
+    pub(super) async fn claim_together(
+        &self,
+        wanted: ClusterCount,
+    ) -> Result<Together, ImageError> {
         let mut too_short = Vec::new();
         for _ in 0..TRIES_MAX {
             let claim = self.claim(wanted).await?;
@@ -127,8 +130,8 @@ impl Qcow2 {
 }
 
 /// Claims that stand one behind the other.
-struct Together {
-    first: HostCluster,
+pub(super) struct Together {
+    pub(super) first: HostCluster,
     claims: Vec<Claim>,
 }
 
@@ -141,8 +144,19 @@ impl Together {
         self.first.plus(self.count())
     }
 
-    fn keep(self) {
+    /// As with each [`Claim`].
+    pub(super) fn keep(self) {
         self.claims.into_iter().for_each(Claim::keep);
+    }
+
+    /// As with each [`Claim`].
+    pub(super) fn writing(&mut self) {
+        self.claims.iter_mut().for_each(Claim::writing);
+    }
+
+    /// As with each [`Claim`].
+    pub(super) fn settled(&mut self) {
+        self.claims.iter_mut().for_each(Claim::settled);
     }
 }
 

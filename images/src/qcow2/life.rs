@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use blockyard_storage::ByteRange;
+use blockyard_storage::{ByteRange, Operation};
 
 use crate::error::ImageError;
 use crate::qcow2::header_updates::interrupted;
@@ -40,6 +40,22 @@ impl Qcow2 {
             marked.unwrap_or_else(|| Err(interrupted()))?;
         }
         Ok(())
+    }
+
+    /// Says in the image that the bitmaps are in use, durably: what stands there is not to be relied on until they are stored.
+    ///
+    /// # Errors
+    /// `EBADF` for a read-only image; what the storage says.
+    pub async fn mark_bitmaps_in_use(&self) -> Result<(), ImageError> {
+        let nowhere = ByteRange::default();
+        self.state.check_unlimited(Operation::Write, nowhere)?;
+        let state = Rc::clone(&self.state);
+        let marked = self
+            .serial
+            .run(move || Box::pin(async move { state.mark_bitmaps_in_use().await }))
+            .await;
+        self.told(async { marked.unwrap_or_else(|| Err(interrupted())) })
+            .await
     }
 
     /// Makes everything durable, gives back what was given up, and says that the reference counts are right. Nothing else may be
@@ -82,6 +98,27 @@ impl ImageState {
         marked && (!self.options.lazy_refcounts || self.header.borrow().is_dirty())
     }
 
+    async fn mark_bitmaps_in_use(&self) -> Result<(), ImageError> {
+        let mut bitmaps = self.bitmaps.borrow().clone();
+        let changes = BeforeWriting::mark(&self.header.borrow(), &mut bitmaps, DiskChange::Length)?;
+        if changes.overwrites.is_empty() {
+            return Ok(());
+        }
+        self.overwrite_directory(&changes).await?;
+        self.sync().await?;
+        *self.bitmaps.borrow_mut() = bitmaps;
+        Ok(())
+    }
+
+    async fn overwrite_directory(&self, changes: &BeforeWriting) -> Result<(), ImageError> {
+        for overwrite in &changes.overwrites {
+            let kind = Some(Metadata::BitmapDirectory);
+            self.write_metadata(overwrite.at, &overwrite.bytes, kind)
+                .await?;
+        }
+        Ok(())
+    }
+
     async fn make_ready_for(&self, change: DiskChange) -> Result<(), ImageError> {
         if self.is_ready_for(change) {
             return Ok(());
@@ -91,14 +128,7 @@ impl ImageState {
         }
         let mut bitmaps = self.bitmaps.borrow().clone();
         let changes = BeforeWriting::mark(&self.header.borrow(), &mut bitmaps, change)?;
-        for overwrite in &changes.overwrites {
-            self.write_metadata(
-                overwrite.at,
-                &overwrite.bytes,
-                Some(Metadata::BitmapDirectory),
-            )
-            .await?;
-        }
+        self.overwrite_directory(&changes).await?;
         let dirties = self.options.lazy_refcounts && !self.header.borrow().is_dirty();
         if changes.clear_autoclear != 0 || dirties {
             self.write_header(|header| {

@@ -4,6 +4,7 @@
 
 pub mod amend;
 pub mod asked;
+pub mod bitmaps;
 pub mod check;
 mod claims;
 pub mod compressed;

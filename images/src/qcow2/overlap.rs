@@ -103,7 +103,7 @@ impl OverlapChecks {
 pub(super) struct Overlaps {
     checks: OverlapChecks,
     /// Metadata that stays where it is and that no table in memory leads to.
-    others: Vec<(Metadata, ByteRange)>,
+    others: RefCell<Vec<(Metadata, ByteRange)>>,
     /// First bytes of L2 tables of internal snapshots, in ascending order; known only where they are protected.
     inactive_l2: RefCell<Vec<HostOffset>>,
     filter: RefCell<Filter>,
@@ -124,7 +124,7 @@ impl Overlaps {
     ) -> Self {
         Self {
             checks,
-            others,
+            others: RefCell::new(others),
             inactive_l2: RefCell::default(),
             filter: RefCell::new(Filter {
                 cluster_bits: geometry.cluster_bits(),
@@ -146,6 +146,15 @@ impl Overlaps {
         self.inactive_l2.replace(tables);
     }
 
+    /// The bitmap directory stands there from now on; empty: there is none. [`rebuild`](Self::rebuild) is to follow.
+    pub(super) fn set_bitmap_directory(&self, range: ByteRange) {
+        let mut others = self.others.borrow_mut();
+        others.retain(|(kind, _)| *kind != Metadata::BitmapDirectory);
+        if !range.is_empty() {
+            others.push((Metadata::BitmapDirectory, range));
+        }
+    }
+
     /// Metadata stands in `range` from now on.
     pub(super) fn add(&self, range: ByteRange) {
         self.filter.borrow_mut().add(range);
@@ -154,9 +163,10 @@ impl Overlaps {
     /// Forgets what stood where, and takes all of it from `state` again. To be called when tables have got longer.
     pub(super) fn rebuild(&self, state: &ImageState) {
         let (l1, counts) = (state.l1.borrow(), state.counts.table.borrow());
-        let others = self.others.iter().map(|(_, range)| *range);
         let cluster_bytes = state.geometry.cluster_bytes();
-        let mut ranges: Vec<ByteRange> = others.collect();
+        let others = self.others.borrow();
+        let mut ranges: Vec<ByteRange> = others.iter().map(|(_, range)| *range).collect();
+        drop(others);
         ranges.push(ByteRange::new(0, cluster_bytes));
         ranges.push(ByteRange::new(l1.at().0, l1.len() * 8));
         ranges.push(ByteRange::new(counts.at().0, counts.len() * 8));
@@ -208,7 +218,8 @@ impl Overlaps {
         if refcount_blocks(table.words()).any(|at| hits(Metadata::RefcountBlock, whole(at))) {
             return Some(Metadata::RefcountBlock);
         }
-        let other = self.others.iter().find(|(kind, other)| hits(*kind, *other));
+        let others = self.others.borrow();
+        let other = others.iter().find(|(kind, other)| hits(*kind, *other));
         if let Some((kind, _)) = other {
             return Some(*kind);
         }

@@ -65,6 +65,8 @@ pub const EBADF: i32 = 9;
 pub const EPERM: i32 = 1;
 /// `EISDIR`: a directory where a file has to be.
 pub const EISDIR: i32 = 21;
+/// `ENOMEM`: more memory than there is, or than may be taken.
+pub const ENOMEM: i32 = 12;
 /// `EINVAL`: an argument the operation cannot take.
 pub const EINVAL: i32 = 22;
 /// `EFBIG`: past the largest file the file system allows.
