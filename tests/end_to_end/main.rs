@@ -3,6 +3,7 @@
 
 mod abuse;
 mod amend;
+mod backup_bitmaps;
 mod bench;
 mod blkdebug;
 mod chain_errors;

@@ -99,9 +99,13 @@ fn without_progress(value: Value) -> Value {
                 members.remove("busy");
             }
             // What a filter tracks for itself has no name; those that an image keeps are not loaded here yet.
+            let is_filter = members.get("drv").is_some_and(|driver| {
+                ["copy-before-write", "mirror_top"].contains(&driver.as_str().unwrap_or_default())
+            });
             if let Some(Value::Array(bitmaps)) = members.get_mut("dirty-bitmaps") {
                 bitmaps.retain(|bitmap| {
-                    bitmap.get("name").is_some() && bitmap["persistent"] == json!(false)
+                    let is_shown = bitmap.get("name").is_some() || !is_filter;
+                    is_shown && bitmap["persistent"] == json!(false)
                 });
                 if bitmaps.is_empty() {
                     members.remove("dirty-bitmaps");

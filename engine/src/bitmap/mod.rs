@@ -3,9 +3,11 @@
 //! A change is marked once it has ended, however it ended, in every bitmap that records then. So whoever looks at a bitmap, clears
 //! it or has it replaced while a write is on its way finds that write marked afterwards: no change is ever missed.
 
+mod frozen;
 mod one;
 mod request;
 
+use std::cmp::Reverse;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,6 +16,8 @@ use blockyard_storage::ByteRange;
 use crate::error::EngineError;
 use crate::node::dirty_map::DirtyMap;
 
+pub use frozen::FrozenBitmap;
+pub(crate) use frozen::JobEnd;
 pub(crate) use one::Bitmap;
 pub use request::{BitmapChange, BitmapName};
 
@@ -74,9 +78,10 @@ impl NodeBitmaps {
     ///
     /// # Errors
     /// As [`check_new`](Self::check_new).
-    pub(crate) fn add(&self, bitmap: Bitmap) -> Result<(), EngineError> {
+    pub(crate) fn add(&self, mut bitmap: Bitmap) -> Result<(), EngineError> {
         let mut all = self.lock();
         check_new(&all, bitmap.name())?;
+        bitmap.set_place(next_place(&all));
         all.push(bitmap);
         self.tell(&all);
         Ok(())
@@ -144,7 +149,9 @@ impl NodeBitmaps {
 
     /// What queries show of all of them, newest first.
     pub(crate) fn views(&self) -> Vec<crate::reply::BitmapView> {
-        self.lock().iter().rev().flat_map(Bitmap::views).collect()
+        let mut views: Vec<_> = self.lock().iter().flat_map(Bitmap::views).collect();
+        views.sort_by_key(|(place, _)| Reverse(*place));
+        views.into_iter().map(|(_, view)| view).collect()
     }
 
     fn tell(&self, all: &[Bitmap]) {
@@ -186,6 +193,12 @@ impl Drop for HeldBitmap {
             bitmap.let_go();
         }
     }
+}
+
+/// A place behind all that are there.
+fn next_place(all: &[Bitmap]) -> u64 {
+    let last = all.iter().map(Bitmap::last_place).max();
+    last.map_or(0, |last| last.saturating_add(1))
 }
 
 fn check_new(all: &[Bitmap], name: &str) -> Result<(), EngineError> {

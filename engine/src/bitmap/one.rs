@@ -11,6 +11,8 @@ use crate::reply::BitmapView;
 #[derive(Clone, Debug)]
 pub(crate) struct Bitmap {
     name: String,
+    /// Its place among those of its node: newer ones have a higher one.
+    place: u64,
     map: DirtyMap,
     records: bool,
     is_persistent: bool,
@@ -25,7 +27,15 @@ struct Users {
     /// Exports and jobs that look at it.
     readers: usize,
     /// What is changed while a job goes by the bitmap.
-    successor: Option<DirtyMap>,
+    successor: Option<Successor>,
+}
+
+/// What has changed since a job has begun to go by a bitmap.
+#[derive(Clone, Debug)]
+struct Successor {
+    map: DirtyMap,
+    /// As if it were a bitmap of its own.
+    place: u64,
 }
 
 impl Bitmap {
@@ -33,6 +43,7 @@ impl Bitmap {
     pub(crate) fn new(name: String, length_bytes: u64, granularity_bytes: u64) -> Self {
         Self {
             name,
+            place: 0,
             map: DirtyMap::exactly(length_bytes, granularity_bytes),
             records: true,
             is_persistent: false,
@@ -82,9 +93,45 @@ impl Bitmap {
 
     pub(super) fn mark(&mut self, range: ByteRange) {
         if self.marks() {
-            let map = self.users.successor.as_mut().unwrap_or(&mut self.map);
+            let successor = self.users.successor.as_mut();
+            let map = successor.map_or(&mut self.map, |successor| &mut successor.map);
             map.mark(range);
         }
+    }
+
+    /// What changes from now on is kept apart, until [`thaw`](Self::thaw). What has changed until now.
+    pub(super) fn freeze(&mut self, place: u64) -> DirtyMap {
+        let map = DirtyMap::exactly(self.map.length_bytes(), self.map.granularity_bytes());
+        self.users.successor = Some(Successor { map, place });
+        self.map.clone()
+    }
+
+    /// What has changed since [`freeze`](Self::freeze) is all that has changed if the bitmap is `replaced`; else it comes to
+    /// what was there.
+    pub(super) fn thaw(&mut self, replaced: bool) {
+        let Some(Successor { map, place }) = self.users.successor.take() else {
+            return;
+        };
+        if replaced {
+            (self.map, self.place) = (map, place);
+        } else {
+            self.map.merge(&map);
+        }
+    }
+
+    /// Its place among those of its node.
+    pub(super) fn place(&self) -> u64 {
+        self.place
+    }
+
+    pub(super) fn set_place(&mut self, place: u64) {
+        self.place = place;
+    }
+
+    /// The highest place that it needs.
+    pub(super) fn last_place(&self) -> u64 {
+        let successor = self.users.successor.as_ref();
+        successor.map_or(self.place, |successor| successor.place)
     }
 
     /// Nothing has changed.
@@ -100,7 +147,7 @@ impl Bitmap {
     pub(super) fn resize(&mut self, length_bytes: u64) {
         self.map.resize(length_bytes);
         if let Some(successor) = &mut self.users.successor {
-            successor.resize(length_bytes);
+            successor.map.resize(length_bytes);
         }
     }
 
@@ -135,27 +182,32 @@ impl Bitmap {
         self.users.readers > 0 || self.users.successor.is_some()
     }
 
-    /// What queries show: what a job has put beside it comes first, as it is newer.
-    pub(super) fn views(&self) -> impl Iterator<Item = BitmapView> {
-        let successor = self.users.successor.as_ref().map(|map| BitmapView {
-            name: None,
-            count_bytes: count_bytes(map),
-            granularity_bytes: map.granularity_bytes(),
-            recording: true,
-            busy: false,
-            persistent: false,
-            inconsistent: false,
+    /// What queries show, each with its place.
+    pub(super) fn views(&self) -> impl Iterator<Item = (u64, BitmapView)> {
+        let recording = self.marks();
+        let successor = self.users.successor.as_ref();
+        let successor = successor.map(|Successor { map, place }| {
+            let view = BitmapView {
+                name: None,
+                count_bytes: count_bytes(map),
+                granularity_bytes: map.granularity_bytes(),
+                recording,
+                busy: false,
+                persistent: false,
+                inconsistent: false,
+            };
+            (*place, view)
         });
         let own = BitmapView {
             name: Some(self.name.clone()),
             count_bytes: self.count_bytes(),
             granularity_bytes: self.map.granularity_bytes(),
-            recording: self.records && !self.is_inconsistent && self.users.successor.is_none(),
+            recording,
             busy: self.is_busy(),
             persistent: self.is_persistent,
             inconsistent: self.is_inconsistent,
         };
-        successor.into_iter().chain([own])
+        successor.into_iter().chain([(self.place, own)])
     }
 }
 

@@ -159,7 +159,7 @@ impl Graph {
         self.bitmaps_on(self.find(&bitmap.node).ok_or_else(not_found)?)
     }
 
-    fn bitmaps_on(&self, node: NodeId) -> Result<Arc<NodeBitmaps>, EngineError> {
+    pub(super) fn bitmaps_on(&self, node: NodeId) -> Result<Arc<NodeBitmaps>, EngineError> {
         let records = self.records.borrow();
         let node = records.node(node);
         let lost = || EngineError::generic("Internal error: a node is lost (bug)");

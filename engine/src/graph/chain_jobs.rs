@@ -167,8 +167,9 @@ impl Graph {
         let nodes = self.check_stream(spec).await?;
         let name = spec.filter_node_name.as_deref();
         let device = self.look_up(&spec.device)?;
-        let filter = self
-            .insert_filter(device, None, "copy-on-read", FilterKind::Passes, name)
+        let kind = FilterKind::Passes;
+        let (filter, ()) = self
+            .insert_filter(device, None, "copy-on-read", kind, name, || Ok(()))
             .await
             .map_err(|error| error.prefixed("Could not create node: "))?;
         Ok(JobNodes {
@@ -308,7 +309,8 @@ impl Graph {
             records.check_links_free(&parents)?;
         }
         let name = spec.filter_node_name.as_deref();
-        nodes.filter = Some(self.insert_filter(top, None, driver, kind, name).await?);
+        let inserted = self.insert_filter(top, None, driver, kind, name, || Ok(()));
+        nodes.filter = Some(inserted.await?.0);
         Ok(())
     }
 

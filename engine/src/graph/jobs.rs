@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::MutexGuard;
 
+use crate::bitmap::{FrozenBitmap, JobEnd, Need};
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::amending::AmendEffect;
@@ -20,8 +21,7 @@ use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
 use crate::node::filter_node::FilterKind;
 use crate::request::{
-    BackupSpec, BitmapMode, CommonOptions, CreateSpec, DetectZeroes, NodeRef, Permission, SyncMode,
-    WorkSpec,
+    BackupSpec, BitmapMode, CommonOptions, CreateSpec, DetectZeroes, NodeRef, Permission, WorkSpec,
 };
 
 /// Unit of a backup in bytes.
@@ -31,7 +31,7 @@ const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
 const BACKUP_SPAN_MAX_BYTES: u64 = 16 << 20;
 
 /// The nodes of one job.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct JobNodes {
     /// Where it reads.
     pub source: Option<NodeId>,
@@ -45,6 +45,8 @@ pub struct JobNodes {
     pub data_file_name: Option<String>,
     /// The target becomes an image.
     pub makes_image: bool,
+    /// The bitmap of the source that it goes by, or that goes by it.
+    pub bitmap: Option<Arc<FrozenBitmap>>,
     /// What becomes of the target's image, if it is amended.
     pub amends: Option<AmendEffect>,
     /// What was opened for it, and goes with it.
@@ -146,7 +148,7 @@ impl Graph {
     async fn prepare_backup(&self, spec: &BackupSpec) -> Result<JobNodes, EngineError> {
         let source = self.look_up(&spec.device)?;
         let target = self.look_up(&spec.target)?;
-        check_bitmap(spec)?;
+        let bitmap_mode = self.check_backup_bitmap(spec, source)?;
         if source == target {
             return Err(EngineError::generic("Source and target cannot be the same"));
         }
@@ -165,6 +167,11 @@ impl Graph {
         if spec.perf.max_chunk < 0 {
             let text = "max-chunk must be zero (which means no limit) or positive";
             return Err(EngineError::generic(text));
+        }
+        if let (Some(name), Some(mode)) = (&spec.bitmap, bitmap_mode)
+            && mode != BitmapMode::Never
+        {
+            self.bitmaps_on(source)?.check(name, Need::Change)?;
         }
         let lengths = (
             self.facts(source).await?.length_bytes,
@@ -212,7 +219,12 @@ impl Graph {
         let cluster_bytes = self.backup_cluster_bytes(target, minimum).await?;
         let replaced = self.records.borrow().check_links_to(source);
         replaced.map_err(|error| error.prefixed("Could not replace node: "))?;
-        let filter = self
+        let freeze = || {
+            let named = spec.bitmap.as_ref().zip(bitmap_mode);
+            let freeze = |(name, mode): (&String, _)| self.bitmaps_on(source)?.freeze(name, mode);
+            named.map(freeze).transpose()
+        };
+        let (filter, bitmap) = self
             .insert_filter(
                 source,
                 Some(target),
@@ -223,6 +235,7 @@ impl Graph {
                     admits_writers: !spec.discard_source,
                 },
                 spec.filter_node_name.as_deref(),
+                freeze,
             )
             .await
             .map_err(|error| error.prefixed("Could not create node: "))?;
@@ -230,6 +243,7 @@ impl Graph {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
+            bitmap: bitmap.map(Arc::new),
             ..JobNodes::default()
         })
     }
@@ -288,16 +302,18 @@ impl Graph {
     }
 
     /// Puts a job's filter above its source; the source's users move to it, roots while none of their requests is in flight. A
-    /// filter that saves old data has the target below it too.
-    pub(super) async fn insert_filter(
+    /// filter that saves old data has the target below it too. What is to happen at the same point in time is done `at_once` with it.
+    pub(super) async fn insert_filter<T>(
         &self,
         source: NodeId,
         target: Option<NodeId>,
         driver: &'static str,
         kind: FilterKind,
         name: Option<&str>,
-    ) -> Result<NodeId, EngineError> {
+        at_once: impl FnOnce() -> Result<T, EngineError>,
+    ) -> Result<(NodeId, T), EngineError> {
         let roots = self.drain_roots(source).await?;
+        let done = at_once()?;
         let id = {
             let mut records = self.records.borrow_mut();
             let id = records.new_id();
@@ -387,7 +403,7 @@ impl Graph {
             self.remove_filter(id).await;
             return Err(error);
         }
-        Ok(id)
+        Ok((id, done))
     }
 
     /// Takes a filter out: its users go back to what is below it, and it leaves the list in the same step. Requests that are
@@ -444,6 +460,10 @@ impl Graph {
 
     /// Takes away what was put into the graph for a job.
     async fn take_away(&self, nodes: &JobNodes) {
+        if let Some(bitmap) = &nodes.bitmap {
+            // One whose job has ended well is settled.
+            bitmap.settle(JobEnd::Failure);
+        }
         if let Some(filter) = nodes.filter {
             self.remove_filter(filter).await;
         }
@@ -606,27 +626,4 @@ pub(super) fn edge(
         taken,
         shared,
     }
-}
-
-/// There are no bitmaps yet, but wrong arguments about them are told as everywhere.
-fn check_bitmap(spec: &BackupSpec) -> Result<(), EngineError> {
-    let needs = match spec.sync {
-        SyncMode::Incremental => Some("incremental"),
-        SyncMode::Bitmap => Some("bitmap"),
-        _ => None,
-    };
-    let text = match (&spec.bitmap, spec.bitmap_mode, needs) {
-        (None, _, Some(mode)) => {
-            format!("must provide a valid bitmap name for '{mode}' sync mode")
-        }
-        (_, Some(mode), _)
-            if spec.sync == SyncMode::Incremental && mode != BitmapMode::OnSuccess =>
-        {
-            "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'".to_owned()
-        }
-        (Some(name), _, _) => format!("Bitmap '{name}' could not be found"),
-        (None, Some(_), _) => "Cannot specify bitmap sync mode without a bitmap".to_owned(),
-        (None, None, _) => return Ok(()),
-    };
-    Err(EngineError::generic(text))
 }

@@ -85,8 +85,8 @@ impl Graph {
             granularity_bytes: granularity,
             commits: false,
         };
-        let filter = self
-            .insert_filter(source, None, "mirror_top", kind, name)
+        let (filter, ()) = self
+            .insert_filter(source, None, "mirror_top", kind, name, || Ok(()))
             .await?;
         Ok(JobNodes {
             source: Some(source),

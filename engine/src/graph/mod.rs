@@ -24,6 +24,7 @@ mod image_locks;
 pub(crate) mod image_names;
 mod image_options;
 mod images;
+mod job_bitmaps;
 mod jobs;
 mod linking;
 mod mirroring;

@@ -1,14 +1,18 @@
 //! `blockdev-backup`: a copy of one point in time.
 //!
 //! The filter above the source saves what a writer is about to change; the job copies the rest. Both know from the same
-//! [`Saver`] what is still to be copied, and nothing is copied twice.
+//! [`Saver`] what is still to be copied, and nothing is copied twice. A bitmap says what that is at first, if the client wants so, and
+//! gets to know in the end what was left.
 
+use std::cell::RefCell;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use blockyard_storage::{ByteRange, LocalFuture};
+use blockyard_storage::LocalFuture;
 use futures_util::future::select;
 
+use crate::bitmap::{FrozenBitmap, JobEnd};
 use crate::error::JobError;
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
@@ -17,8 +21,9 @@ use crate::jobs::plan::Layers;
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
 use crate::node::copy_before_write::{Destination, Fate, Saver};
+use crate::node::dirty_map::DirtyMap;
 use crate::node::transfer::Writing;
-use crate::request::{BackupSpec, SyncMode};
+use crate::request::{BackupSpec, BitmapMode, SyncMode};
 
 /// Smallest unit in which progress is counted, in bytes.
 const CLUSTER_MIN_BYTES: u64 = 64 << 10;
@@ -29,27 +34,44 @@ const WINDOW_MAX: usize = 16;
 /// Bytes of the source discarded at once.
 const DISCARD_BYTES: u64 = 64 << 20;
 
+/// What has been copied, in whole clusters.
+type Copied = Rc<RefCell<DirtyMap>>;
+
 /// The work of a backup.
 pub(crate) struct Backup {
     source: Rc<dyn Node>,
     target: Rc<dyn Node>,
     saver: Rc<Saver>,
+    bitmap: Option<Arc<FrozenBitmap>>,
     spec: BackupSpec,
+    /// What is discarded behind the copy.
+    copied: Option<Copied>,
+    /// What is missing of a copy that has ended early, if the rest is known to be durable.
+    missing: Option<DirtyMap>,
 }
 
 impl Backup {
-    /// A backup of `source` onto `target`, which is as long. `saver` is that of the filter above the source.
+    /// A backup of `source` onto `target`, which is as long. `saver` is that of the filter above the source, and `bitmap` was frozen
+    /// when that came.
     pub(crate) fn new(
         source: Rc<dyn Node>,
         target: Rc<dyn Node>,
         saver: Rc<Saver>,
+        bitmap: Option<Arc<FrozenBitmap>>,
         spec: BackupSpec,
     ) -> Self {
+        let copied = || {
+            let all = saver.clusters().unsaved();
+            Rc::new(RefCell::new(all.emptied()))
+        };
         Self {
+            copied: spec.discard_source.then(copied),
             source,
             target,
             saver,
+            bitmap,
             spec,
+            missing: None,
         }
     }
 
@@ -65,8 +87,11 @@ impl Backup {
         self.target.facts().cluster_size_bytes.map_or(1, u64::from)
     }
 
-    /// The source's length in whole clusters, which is what progress counts.
+    /// What is to be copied in whole clusters, which is what progress counts.
     fn counted_bytes(&self) -> u64 {
+        if self.changes().is_some() {
+            return self.saver.clusters().unsaved_whole_bytes();
+        }
         let length = self.source.facts().length_bytes;
         let whole = length.checked_next_multiple_of(self.cluster_bytes());
         whole.unwrap_or(length)
@@ -75,6 +100,16 @@ impl Backup {
     /// Only what so many layers hold is copied.
     fn layers_max(&self) -> Option<usize> {
         (self.spec.sync == SyncMode::Top).then_some(1)
+    }
+
+    /// What had changed, if only that is copied.
+    fn changes(&self) -> Option<&DirtyMap> {
+        match self.spec.sync {
+            SyncMode::Incremental | SyncMode::Bitmap => {
+                self.bitmap.as_ref().map(|bitmap| bitmap.map())
+            }
+            SyncMode::Full | SyncMode::Top | SyncMode::None => None,
+        }
     }
 
     /// Writers go on from here; what they are about to change is saved.
@@ -89,10 +124,15 @@ impl Backup {
                 may_unmap: false,
             },
         };
-        let shared = cx.shared();
+        let (shared, copied) = (cx.shared(), self.copied.clone());
         self.saver
-            .begin(destination, move |bytes, fate| match fate {
-                Fate::Saved => shared.progress.done(bytes),
+            .begin(destination, move |clusters, bytes, fate| match fate {
+                Fate::Saved => {
+                    shared.progress.done(bytes);
+                    if let Some(copied) = &copied {
+                        copied.borrow_mut().mark(clusters);
+                    }
+                }
                 Fate::Skipped => shared.progress.decrease_remaining(bytes),
             });
     }
@@ -132,17 +172,22 @@ impl Backup {
             leaves_out_ignored: false,
             remember_bytes: REMEMBER_BYTES,
         };
-        Copier::new(self.source.clone(), self.target.clone(), options)
-            .beside(self.saver.clone())
-            .run(cx)
-            .await?;
+        let (source, target, saver) = (&self.source, &self.target, &self.saver);
+        let copier = Copier::new(source.clone(), target.clone(), options).beside(saver.clone());
+        let mut copier = match self.changes() {
+            Some(_) => copier.by_what_is_unsaved(),
+            None => copier,
+        };
+        copier.run(cx).await?;
         if self.saver.clusters().unsaved_bytes() > 0 {
             let text = "Internal error: a backup has left something out (bug)";
             return Err(Stop::Failed(JobError::text(text)));
         }
-        // All clusters have been counted, but not what the client wants to be counted together.
-        let copied = length.next_multiple_of(cluster);
-        cx.progress().done(counted.saturating_sub(copied));
+        if self.changes().is_none() {
+            // All clusters have been counted, but not what the client wants to be counted together.
+            let copied = length.next_multiple_of(cluster);
+            cx.progress().done(counted.saturating_sub(copied));
+        }
         Ok(())
     }
 
@@ -151,10 +196,10 @@ impl Backup {
             return self.stay(cx).await;
         }
         self.copy(cx).await?;
-        if self.spec.discard_source {
-            self.discard_source(cx).await?;
+        match self.copied.clone() {
+            Some(copied) => self.discard_source(cx, &copied).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// A backup of what is about to be overwritten never ends by itself.
@@ -169,16 +214,35 @@ impl Backup {
         }
     }
 
-    /// The copy is durable: its source is no longer needed.
-    async fn discard_source(&self, cx: &JobContext) -> Result<(), Stop> {
-        let all = ByteRange::new(0, self.source.facts().length_bytes);
-        for piece in all.pieces(DISCARD_BYTES) {
+    /// The copy is durable: what was copied of its source is no longer needed.
+    async fn discard_source(&self, cx: &JobContext, copied: &Copied) -> Result<(), Stop> {
+        let mut from = 0;
+        loop {
+            let run = copied.borrow().run_from(from, DISCARD_BYTES);
+            let Some(run) = run else {
+                return Ok(());
+            };
             cx.checkpoint().await?;
-            if let Err(error) = self.source.discard(piece).await {
+            if let Err(error) = self.source.discard(run).await {
                 return Err(Stop::Failed(JobError::from(error)));
             }
+            from = run.end();
         }
-        Ok(())
+    }
+
+    /// The copy has ended early. What has been copied is only forgotten once it is durable, as the next copy leaves it out then.
+    async fn keep_what_is_missing(&mut self) {
+        let is_wanted = |bitmap: &Arc<FrozenBitmap>| bitmap.mode() == BitmapMode::Always;
+        if self.bitmap.as_ref().is_some_and(is_wanted) && self.target.flush().await.is_ok() {
+            self.missing = Some(self.saver.clusters().unsaved());
+        }
+    }
+
+    fn end(&self, end: JobEnd<'_>) {
+        self.saver.end();
+        if let Some(bitmap) = &self.bitmap {
+            bitmap.settle(end);
+        }
     }
 }
 
@@ -190,23 +254,33 @@ impl Work for Backup {
                 let text = "Source and target image have different sizes";
                 return Err(Stop::Failed(JobError::text(text)));
             }
+            if let Some(changes) = self.changes() {
+                self.saver.clusters().keep_only(changes);
+            }
             cx.progress().set_remaining(self.counted_bytes());
             self.let_writers_in(cx);
             let ended = self.back_up(cx).await;
             if ended.is_err() {
                 self.saver.end();
                 self.saver.left().await;
+                self.keep_what_is_missing().await;
+            } else {
+                // Another job of the group may still fail.
+                self.missing = Some(self.saver.clusters().unsaved());
             }
             ended
         })
     }
 
     fn apply(&mut self) {
-        self.saver.end();
+        self.end(JobEnd::Success);
     }
 
     fn revert(&mut self) {
-        self.saver.end();
+        self.end(match &self.missing {
+            Some(missing) => JobEnd::Part(missing),
+            None => JobEnd::Failure,
+        });
     }
 }
 
@@ -261,7 +335,7 @@ mod tests {
         let outcome = |source, target| {
             let (source, target) = (node(source), node(target));
             let saver = saver(&source, &target, &clock);
-            let mut work = Backup::new(source, target, saver, spec.clone());
+            let mut work = Backup::new(source, target, saver, None, spec.clone());
             let running = Running::new(&clock, 0, ErrorPolicies::default());
             running.drive(&mut work, |_| {}, |_| clock.advance())
         };

@@ -105,6 +105,8 @@ pub(crate) struct Copier {
     /// What is planned was never copied before.
     is_first: bool,
     saver: Option<Rc<Saver>>,
+    /// Behind the last run of what is to be saved, if only that is looked at.
+    unsaved_from: Option<u64>,
 }
 
 impl Copier {
@@ -138,6 +140,7 @@ impl Copier {
             changes: None,
             is_first: true,
             saver: None,
+            unsaved_from: None,
         }
     }
 
@@ -147,6 +150,15 @@ impl Copier {
         Self {
             plan: self.plan.beside_writers(saver.clusters().cluster_bytes()),
             saver: Some(saver),
+            ..self
+        }
+    }
+
+    /// Looks at nothing but what is to be saved when it begins: time follows that, and not the length of the disk.
+    pub(crate) fn by_what_is_unsaved(mut self) -> Self {
+        self.plan.add(ByteRange::default());
+        Self {
+            unsaved_from: Some(0),
             ..self
         }
     }
@@ -291,7 +303,11 @@ impl Copier {
                 self.in_flight.push(step.range);
                 if let Some(saver) = self.saver.clone() {
                     let nodes = (&source, &*target);
-                    window.push(Box::pin(saved(saver, step, nodes, cx, self.options)));
+                    let step = Box::pin(saved(saver, step, nodes, cx, self.options));
+                    window.push(match self.unsaved_from {
+                        None => step,
+                        Some(_) => begun(step).await,
+                    });
                     continue;
                 }
                 let turn = self.begin(step);
@@ -427,6 +443,12 @@ impl Copier {
             self.plan.add(run);
             self.is_first = false;
         }
+        if self.plan.is_done()
+            && let Some(run) = self.next_unsaved()
+        {
+            self.plan.add(run);
+            self.unsaved_from = Some(run.end());
+        }
         self.tell_planned();
         let options = self.options;
         let is_paced = !self.holds_writers();
@@ -454,6 +476,12 @@ impl Copier {
         })
     }
 
+    /// What is to be saved next, if only that is looked at.
+    fn next_unsaved(&self) -> Option<ByteRange> {
+        let rest = ByteRange::between(self.unsaved_from?, u64::MAX);
+        self.saver.as_ref()?.clusters().first_unsaved(rest)
+    }
+
     async fn skip(&mut self, cx: &JobContext, range: ByteRange) {
         match &self.saver {
             Some(saver) => saver.settle(range, Fate::Skipped),
@@ -471,6 +499,7 @@ impl Copier {
         let changes = self.changes.as_ref();
         self.retry.is_empty()
             && self.plan.is_done()
+            && self.next_unsaved().is_none()
             && changes.is_none_or(|changes| !changes.wants_more())
     }
 

@@ -65,6 +65,7 @@ pub fn work(
             node(nodes.source)?,
             node(nodes.target)?,
             saver(node(nodes.filter)?)?,
+            nodes.bitmap.clone(),
             spec.clone(),
         )),
         WorkSpec::Mirror(spec) => Box::new(mirror::Mirror::new(

@@ -238,7 +238,7 @@ async fn build_bare(
                     may_unmap: false,
                 },
             };
-            saver.begin(destination, |_, _| {});
+            saver.begin(destination, |_, _, _| {});
             let filter = CopyBeforeWrite::new(name, source, Rc::new(saver));
             Rc::new(filter.with_options(*options, progress.clone()))
         }

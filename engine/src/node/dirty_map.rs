@@ -56,6 +56,11 @@ impl DirtyMap {
         }
     }
 
+    /// Another map of the same disk in the same granules, nothing of which has changed.
+    pub(crate) fn emptied(&self) -> Self {
+        Self::exactly(self.length_bytes, self.granularity_bytes)
+    }
+
     /// Length of the disk in bytes.
     pub(crate) fn length_bytes(&self) -> u64 {
         self.length_bytes

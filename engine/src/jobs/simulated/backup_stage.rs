@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockyard_simulator::{Disk, DiskOptions, Seed, World, run};
@@ -11,6 +12,7 @@ use blockyard_storage::{Buffer, ByteRange, LocalFuture, ZeroMode};
 use futures_util::future::{Either, join, join_all, select};
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use crate::bitmap::{FrozenBitmap, NodeBitmaps};
 use crate::clock::Clock;
 use crate::data::Spawner;
 use crate::job::context::{CancelMode, ErrorPolicies, JobKey, JobShared, Report};
@@ -21,8 +23,9 @@ use crate::jobs::test_support::{Running, VirtualClock};
 use crate::node::Node;
 use crate::node::copy_before_write::{CopyBeforeWrite, Saver, Surroundings};
 use crate::node::file_node::{FileNode, FileOptions};
+use crate::node::recording_node::RecordingNode;
 use crate::node::root::Root;
-use crate::request::{BackupPerf, BackupSpec, CbwOptions, Discard, SyncMode};
+use crate::request::{BackupPerf, BackupSpec, BitmapMode, CbwOptions, Discard, SyncMode};
 
 /// A job that meets so many errors is cancelled.
 pub(super) const ERRORS_MAX: usize = 12;
@@ -85,6 +88,8 @@ pub(super) struct Stage {
     pub(super) source: Rc<dyn Node>,
     pub(super) target: Rc<dyn Node>,
     pub(super) saver: Rc<Saver>,
+    /// What the job goes by, frozen when the filter came.
+    pub(super) bitmap: Option<Arc<FrozenBitmap>>,
     pub(super) root: Root,
     /// Which part of the disk is whose.
     pub(super) stripes: Vec<(ByteRange, usize)>,
@@ -105,6 +110,17 @@ impl Stage {
         source: Rc<dyn Node>,
         target: Rc<dyn Node>,
     ) -> Self {
+        Self::with_bitmaps(setup, original, source, target, None)
+    }
+
+    /// The same, where what changes is marked in bitmaps, and the job goes by the one of this name.
+    pub(super) fn with_bitmaps(
+        setup: Setup,
+        original: Vec<u8>,
+        source: Rc<dyn Node>,
+        target: Rc<dyn Node>,
+        bitmaps: Option<(&Arc<NodeBitmaps>, &str, BitmapMode)>,
+    ) -> Self {
         let dice = Seed::new(setup.seed);
         let length = source.facts().length_bytes;
         let abandoned: Rc<RefCell<Vec<LocalFuture<'static, ()>>>> = Rc::default();
@@ -116,6 +132,16 @@ impl Stage {
             spawner: spawner.clone(),
         };
         let kept = surroundings.clone();
+        let (source, bitmap) = match bitmaps {
+            None => (source, None),
+            Some((bitmaps, name, mode)) => {
+                let frozen = bitmaps.freeze(name, mode).expect("frozen");
+                let all = Arc::clone(bitmaps);
+                let recorded = RecordingNode::new(source, all, spawner.clone());
+                let recorded: Rc<dyn Node> = Rc::new(recorded);
+                (recorded, Some(Arc::new(frozen)))
+            }
+        };
         let of_target = target.facts().cluster_size_bytes.map_or(0, u64::from);
         let cluster_bytes = setup.cluster_bytes.max(of_target);
         let saver = Rc::new(Saver::new(length, cluster_bytes, setup.cbw, surroundings));
@@ -133,6 +159,7 @@ impl Stage {
             source,
             target,
             saver,
+            bitmap,
             root: Root::new(Rc::new(filter), true, spawner),
             stripes,
             model: RefCell::new(original.iter().copied().map(Some).collect()),
@@ -328,6 +355,7 @@ impl Stage {
             self.source.clone(),
             self.target.clone(),
             self.saver.clone(),
+            self.bitmap.clone(),
             spec,
         )
     }

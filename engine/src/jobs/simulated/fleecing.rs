@@ -30,7 +30,7 @@ fn begin(stage: &Stage, saver: &Saver) {
             may_unmap: false,
         },
     };
-    saver.begin(destination, |_, _| {});
+    saver.begin(destination, |_, _, _| {});
 }
 
 fn shown(stage: &Stage) -> Rc<dyn Node> {

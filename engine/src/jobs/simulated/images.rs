@@ -88,6 +88,7 @@ impl Copy {
                 source.clone(),
                 target.clone(),
                 saver(&source, &target, &VirtualClock::default()),
+                None,
                 BackupSpec {
                     device,
                     target: on,

@@ -1,6 +1,7 @@
 //! Jobs on simulated disks: the real works over real nodes, with faults, orders and power cuts at every step.
 
 mod amend;
+mod backup_bitmaps;
 mod backup_stage;
 mod backup_writers;
 mod chain;

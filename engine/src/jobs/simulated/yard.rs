@@ -325,7 +325,7 @@ impl Yard {
                     cbw: CbwOptions::default(),
                 };
                 let saver = saver(&source, &target, &self.clock);
-                Box::new(Backup::new(source, target, saver, spec))
+                Box::new(Backup::new(source, target, saver, None, spec))
             }
             Kind::Mirror => {
                 let spec = MirrorSpec {

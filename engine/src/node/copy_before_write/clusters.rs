@@ -34,6 +34,14 @@ impl Clusters {
         }
     }
 
+    /// Only what has changed according to `map`, in whole clusters, is to be saved. Nobody may have begun.
+    pub(crate) fn keep_only(&self, map: &DirtyMap) {
+        let mut unsaved = self.unsaved.borrow_mut();
+        let mut kept = unsaved.emptied();
+        kept.merge(map);
+        *unsaved = kept;
+    }
+
     /// What is still to be saved, for somebody who goes on with it.
     pub(crate) fn unsaved(&self) -> DirtyMap {
         self.unsaved.borrow().clone()
@@ -54,9 +62,17 @@ impl Clusters {
         self.unsaved.borrow().run_in(range)
     }
 
-    /// Bytes that are to be saved.
+    /// Bytes of the disk that are to be saved.
     pub(crate) fn unsaved_bytes(&self) -> u64 {
         self.unsaved.borrow().dirty_bytes()
+    }
+
+    /// The same; the last cluster counts as a whole, also where the disk's end cuts it.
+    pub(crate) fn unsaved_whole_bytes(&self) -> u64 {
+        let unsaved = self.unsaved.borrow();
+        let bytes = unsaved.dirty_bytes();
+        let whole = bytes.checked_next_multiple_of(unsaved.granularity_bytes());
+        whole.unwrap_or(bytes)
     }
 
     /// Nothing of the clusters in `range` has to be saved any more. How many bytes less are to be saved; the last cluster counts as
@@ -230,6 +246,21 @@ mod tests {
     }
 
     type LocalFutureOf<'a> = LocalFuture<'a, ()>;
+
+    #[test]
+    fn only_what_has_changed_is_kept_in_whole_clusters() {
+        let clusters = Clusters::new(10_000, 4096);
+        let mut map = DirtyMap::exactly(10_000, 512);
+        map.mark(ByteRange::new(9_999, 1));
+        clusters.keep_only(&map);
+        assert_eq!(clusters.unsaved_bytes(), 10_000 - 8192);
+        assert_eq!(clusters.unsaved_whole_bytes(), 4096);
+        map.mark(ByteRange::new(4_095, 2));
+        clusters.keep_only(&map);
+        assert_eq!(clusters.unsaved_whole_bytes(), 3 * 4096);
+        clusters.keep_only(&DirtyMap::exactly(10_000, 1 << 20));
+        assert_eq!(clusters.unsaved_bytes(), 0);
+    }
 
     #[test]
     fn the_cluster_that_the_end_cuts_counts_as_a_whole() {

@@ -67,8 +67,8 @@ pub(crate) enum Fate {
     Skipped,
 }
 
-/// Hears how many bytes of clusters have met their fate.
-type Count = Rc<dyn Fn(u64, Fate)>;
+/// Hears which clusters have met their fate, and how many bytes of them were to be saved.
+type Count = Rc<dyn Fn(ByteRange, u64, Fate)>;
 
 /// How far a saver has come when its node was closed, for the next one in its place.
 #[derive(Clone, Default)]
@@ -186,7 +186,11 @@ impl Saver {
     }
 
     /// Writes go on, and what they are about to change is saved there. `count` hears of what has been.
-    pub(crate) fn begin(&self, destination: Destination, count: impl Fn(u64, Fate) + 'static) {
+    pub(crate) fn begin(
+        &self,
+        destination: Destination,
+        count: impl Fn(ByteRange, u64, Fate) + 'static,
+    ) {
         if self.is_over.get() {
             return;
         }
@@ -250,7 +254,7 @@ impl Saver {
         let bytes = self.clusters.set_saved(clusters);
         let count = self.count.borrow().clone();
         if let Some(count) = count.filter(|_| bytes > 0) {
-            count(bytes, fate);
+            count(clusters, bytes, fate);
         }
     }
 
