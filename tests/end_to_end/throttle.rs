@@ -10,7 +10,7 @@ use crate::chains::{on, with};
 use crate::daemon::Daemon;
 use crate::images::{SIZE, chain};
 use crate::oracle::{compare, data_file, hole_file};
-use crate::tools;
+use crate::{nbd, tools};
 
 fn line(command: &str, arguments: &Value) -> String {
     format!("{}\n", json!({"execute": command, "arguments": arguments}))
@@ -400,6 +400,34 @@ fn limits_change_while_a_job_waits_for_them_and_end_with_the_daemon() {
         begun.elapsed() < Duration::from_secs(25),
         "nothing is waited for"
     );
+}
+
+/// At this limit its second write would be over in a day. It is carried out, as an export that goes waits for what it has begun.
+#[test]
+fn an_export_does_not_go_at_the_pace_of_its_limits() {
+    let daemon = daemon_with_limits(json!({"bps-write": 1}));
+    let mut client = daemon.client();
+    nbd::start_server(&daemon, &mut client, 0);
+    nbd::export(&mut client, "t");
+    let mut writer = nbd::Nbd::open(&daemon.path("nbd.sock"), "t");
+    for offset in [0, 65536] {
+        writer.send(nbd::WRITE, 0, (offset, 65536), &[7; 65536]);
+    }
+    // The first one may pass at once.
+    writer.reply();
+    let begun = Instant::now();
+    client.run("block-export-del", json!({"id": "t", "mode": "hard"}));
+    let is_deleted = |message: &Value| message["event"] == "BLOCK_EXPORT_DELETED";
+    while !client.message().is_some_and(|message| is_deleted(&message)) {}
+    assert!(
+        begun.elapsed() < Duration::from_secs(25),
+        "nothing is waited for"
+    );
+    assert_eq!(
+        fs::read(daemon.path("s.raw")).expect("read")[..131_072],
+        [7; 131_072]
+    );
+    daemon.quit();
 }
 
 /// Two nodes on two threads: what one has used up the other one waits for, and both go on when the limits change.

@@ -295,9 +295,9 @@ impl Exports {
             self.start_closing(export);
         }
         // All leave at the same time, and are told of in one order.
-        join_all(mine.iter().map(|export| until_unused(export))).await;
+        join_all(mine.iter().map(|export| self.let_go(export))).await;
         for export in mine {
-            self.finish_closing(export).await;
+            self.forget(export);
         }
         for export in &list {
             // Somebody else closes it.
@@ -318,10 +318,21 @@ impl Exports {
         export.shared.close();
     }
 
-    /// Waits until nobody uses it, and lets the node go.
     async fn finish_closing(&self, export: &Rc<Export>) {
+        self.let_go(export).await;
+        self.forget(export);
+    }
+
+    /// Waits until nobody uses it, and lets the node go. What clients still have to write does not wait for limits.
+    async fn let_go(&self, export: &Export) {
+        let unlimited = self.graph.suspend_limits_of_root(export.place.id);
         until_unused(export).await;
         self.graph.close_root(export.place.id).await;
+        drop(unlimited);
+    }
+
+    /// It is gone, which clients are told.
+    fn forget(&self, export: &Rc<Export>) {
         self.list
             .borrow_mut()
             .retain(|left| !Rc::ptr_eq(left, export));

@@ -171,7 +171,7 @@ impl Graph {
         self.threads.named(id).is_some()
     }
 
-    fn node_of_root(&self, id: RootId) -> Option<NodeId> {
+    pub(super) fn node_of_root(&self, id: RootId) -> Option<NodeId> {
         let records = self.records.borrow();
         let mut edges = records.edges.iter();
         let found = edges.find(|edge| edge.user == User::Root(id));

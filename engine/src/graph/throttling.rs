@@ -13,6 +13,7 @@ use crate::graph::filenames::FileName;
 use crate::graph::options::{Inherits, Resolved};
 use crate::graph::records::{FILE_ROLE, NodeRecord, Records};
 use crate::node::build::NodePlan;
+use crate::node::root::RootId;
 use crate::node::throttle_node::ThrottleOptions;
 use crate::request::NodeRef;
 use crate::throttle::group::{Suspended, ThrottleGroup};
@@ -55,6 +56,12 @@ impl Graph {
     /// Lets nothing wait for its turn in or below these nodes until the guards go.
     pub(super) fn suspend_limits(&self, nodes: &[NodeId]) -> Vec<Suspended> {
         self.records.borrow().suspend_limits(nodes)
+    }
+
+    /// The same for whatever a root leads to.
+    pub fn suspend_limits_of_root(&self, id: RootId) -> Vec<Suspended> {
+        let node = self.node_of_root(id);
+        node.map_or_else(Vec::new, |node| self.suspend_limits(&[node]))
     }
 
     /// Lets nothing wait for its turn any more, at the end of the daemon.
