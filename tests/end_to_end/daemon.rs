@@ -36,6 +36,12 @@ impl Daemon {
         Self::launch(ours(), folder, options, false)
     }
 
+    /// The same by a command that runs the program that its arguments go on with.
+    pub(crate) fn start_inside(mut by: Command, folder: TempDir, options: &[&str]) -> Self {
+        by.arg(tools::blockyard()).arg("daemon");
+        Self::launch(by, folder, options, false)
+    }
+
     /// Starts ours with what it logs in the file `log` of its folder.
     pub(crate) fn start_logging() -> Self {
         let folder = tempfile::tempdir().expect("a folder");

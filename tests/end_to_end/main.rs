@@ -35,6 +35,7 @@ mod lifetimes;
 mod locks;
 mod long_chains;
 mod made_chains;
+mod migration;
 mod moves;
 mod mutations;
 mod nbd;

@@ -19,14 +19,14 @@ use crate::tools;
 const LENGTH: u64 = crate::images::SIZE;
 
 /// A client that writes at random, and knows what it has to read.
-struct Writer {
+pub(crate) struct Writer {
     stop: Arc<AtomicBool>,
     written: Arc<AtomicU64>,
     thread: JoinHandle<Vec<u8>>,
 }
 
 impl Writer {
-    fn start(socket: PathBuf, name: &'static str, seed: u64) -> Self {
+    pub(crate) fn start(socket: PathBuf, name: &'static str, seed: u64) -> Self {
         let (stop, written) = (
             Arc::new(AtomicBool::new(false)),
             Arc::<AtomicU64>::default(),
@@ -52,7 +52,7 @@ impl Writer {
     }
 
     /// Waits until it has made more requests.
-    fn goes_on(&self, requests: u64) {
+    pub(crate) fn goes_on(&self, requests: u64) {
         let until = self.written.load(Ordering::Relaxed) + requests;
         while self.written.load(Ordering::Relaxed) < until {
             assert!(!self.thread.is_finished(), "the writer has failed");
@@ -61,7 +61,7 @@ impl Writer {
     }
 
     /// Ends it. What the disk holds now.
-    fn end(self) -> Vec<u8> {
+    pub(crate) fn end(self) -> Vec<u8> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().expect("every byte as it was written")
     }
