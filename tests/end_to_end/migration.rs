@@ -72,11 +72,7 @@ impl Host {
 
 /// Two hosts and a cable between them, `eth` at both ends.
 fn hosts() -> Option<(Host, Host)> {
-    let found = [("ip", "iproute2"), ("unshare", "util-linux")];
-    if !found
-        .iter()
-        .all(|(tool, package)| tools::have(tool, package))
-    {
+    if !tools::have("unshare", "util-linux") || !tools::have("ip", "iproute2") {
         return None;
     }
     let here = Host::new()?;

@@ -219,3 +219,28 @@ fn the_compatibility_tables_hold_every_command_and_event() {
         assert_eq!(count, 1, "rows of docs/COMPATIBILITY.md that hold `{name}`");
     }
 }
+
+/// A tool that a test asks for by name, and that `tests/run` does not install, fails that test on every fresh machine.
+#[test]
+fn what_tests_ask_for_is_installed_before_them() {
+    let install = read(&root().join("tests/run"));
+    let mut asked = 0;
+    for path in sources(root()) {
+        let text = read(&path);
+        for call in text.split("have(\"").skip(1) {
+            let mut quoted = call.split('"');
+            let (tool, _, package) = (quoted.next(), quoted.next(), quoted.next());
+            let (tool, package) = (tool.unwrap_or_default(), package.unwrap_or_default());
+            if package.is_empty() || package.contains(char::is_whitespace) {
+                continue;
+            }
+            asked += 1;
+            assert!(
+                install.contains(&format!("[{tool}]={package}\n")),
+                "{}: tests/run does not install {tool} of {package}",
+                path.display()
+            );
+        }
+    }
+    assert!(asked > 10, "only {asked} tools are asked for");
+}
