@@ -103,3 +103,62 @@ fn what_it_stands_on_stays_and_is_connected_in_the_same_way() {
     }
     compare(&script, files);
 }
+
+/// A bitmap says what is saved; of the rest nobody knows what it was.
+#[test]
+fn a_bitmap_says_what_is_saved() {
+    let mut script = r#"
+    $ truncate -s 4M a.img t.img
+    $ truncate -s 8M big.img
+    {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "a", "filename": "a.img"}}
+    {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "t", "filename": "t.img"}}
+    {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "big", "filename": "big.img"}}
+    {"execute": "nbd-server-start", "arguments": {"addr": {"type": "unix", "data": {"path": "nbd.sock"}}}}
+    {"execute": "block-dirty-bitmap-add", "arguments": {"node": "a", "name": "b", "granularity": 4096}}
+    {"execute": "block-dirty-bitmap-add", "arguments": {"node": "t", "name": "off", "disabled": true}}
+    {"execute": "block-dirty-bitmap-add", "arguments": {"node": "big", "name": "b"}}
+    {"execute": "block-export-add", "arguments": {"type": "nbd", "id": "e", "node-name": "a", "writable": true}}
+    $ qemu-io -f raw -c 'write -P 1 0 100k' -c 'write -P 2 3M 300k' 'nbd+unix:///a?socket=nbd.sock' > /dev/null
+    {"execute": "block-export-del", "arguments": {"id": "e"}}
+    "#
+    .to_owned();
+    for more in [
+        r#""bitmap": {"node": "zz", "name": "b"}"#,
+        r#""bitmap": {"node": "a", "name": "zz"}, "min-cluster-size": 3"#,
+        r#""bitmap": {"node": "big", "name": "b"}, "min-cluster-size": 3"#,
+        r#""bitmap": {"node": "big", "name": "b"}"#,
+        r#""bitmap": {"node": "t", "name": "off"}"#,
+        r#""bitmap": {"node": "a", "name": "b"}"#,
+    ] {
+        script += &format!(
+            r#"
+    {{"execute": "blockdev-del", "arguments": {{"node-name": "c"}}}}
+    {{"execute": "blockdev-add", "arguments": {{"driver": "copy-before-write", "node-name": "c", "file": "a", "target": "t", {more}}}}}
+    "#
+        );
+    }
+    script += r#"
+    {"execute": "query-named-block-nodes", "arguments": {"flat": true}}
+    {"execute": "blockdev-add", "arguments": {"driver": "snapshot-access", "node-name": "s", "file": "c"}}
+    {"execute": "block-export-add", "arguments": {"type": "nbd", "id": "s", "node-name": "s"}}
+    {"execute": "block-export-add", "arguments": {"type": "nbd", "id": "c", "node-name": "c", "writable": true}}
+    $ qemu-io -f raw -c 'write -P 9 99k 3k' -c 'write -P 8 200k 1k' -c 'write -P 7 3M 64k' 'nbd+unix:///c?socket=nbd.sock' > /dev/null
+    {"execute": "block-dirty-bitmap-clear", "arguments": {"node": "a", "name": "b"}}
+    $ sha256sum a.img t.img
+    "#;
+    for read in [
+        "-P 1 0 100k",
+        "-P 0 100k 28k",
+        "-P 0 100k 29k",
+        "0 200k",
+        "200k 1k",
+        "-P 2 3M 300k",
+        "3M 340k",
+        "1M 1k",
+    ] {
+        script += &format!(
+            "$ qemu-io -r -f raw -c 'read {read}' 'nbd+unix:///s?socket=nbd.sock' | grep -v ops\n"
+        );
+    }
+    compare(&script, |_| ());
+}

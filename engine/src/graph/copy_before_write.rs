@@ -1,5 +1,8 @@
 //! Opening `copy-before-write` and `snapshot-access` nodes: a disk is saved before it changes, and shown as it was.
 
+use std::sync::Arc;
+
+use crate::bitmap::{Need, NodeBitmaps};
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::Graph;
@@ -9,7 +12,8 @@ use crate::graph::permissions::Permissions;
 use crate::graph::records::{FILE_ROLE, NodeRecord, TARGET_ROLE};
 use crate::node::build::NodePlan;
 use crate::node::copy_before_write::{CbwNodeOptions, Progress};
-use crate::request::{CbwSpec, NodeRef, Permission};
+use crate::node::dirty_map::DirtyMap;
+use crate::request::{BitmapName, CbwBitmap, CbwSpec, NodeRef, Permission};
 
 impl Graph {
     /// Opens a filter that saves what is about to be changed and, where they are described inline, its child and target.
@@ -74,12 +78,20 @@ impl Graph {
             let target = self
                 .attach(id, &opened, TARGET_ROLE, (write, keeps_length), site)
                 .await?;
-            self.check_cbw_bitmap(&spec)?;
+            let bitmap = self.find_cbw_bitmap(&spec)?;
             let minimum = spec.min_cluster_size;
             check_cluster_size(minimum).map_err(EngineError::generic)?;
             let cluster_bytes = self.backup_cluster_bytes(target, minimum).await?;
             let file = self.records.borrow().file_of(id);
             let child = file.ok_or_else(|| EngineError::generic("The node is gone (bug)"))?;
+            let progress = match bitmap {
+                Some((bitmaps, name)) => {
+                    let length_bytes = self.facts(child).await?.length_bytes;
+                    let map = cbw_map(&bitmaps, name, length_bytes)?;
+                    Progress::only(&map, cluster_bytes)
+                }
+                None => Progress::default(),
+            };
             if let Some(record) = self.records.borrow_mut().node_mut(id) {
                 record.plan = NodePlan::CopyBeforeWrite {
                     child,
@@ -91,7 +103,7 @@ impl Graph {
                         discard: resolved.discard,
                         detect_zeroes: resolved.detect_zeroes,
                     },
-                    progress: Progress::default(),
+                    progress,
                 };
             }
             self.bring_up(id).await
@@ -100,16 +112,20 @@ impl Graph {
         self.settle(opened, outcome).await
     }
 
-    /// There are no bitmaps that say what is saved.
-    fn check_cbw_bitmap(&self, spec: &CbwSpec) -> Result<(), EngineError> {
-        let Some(bitmap) = &spec.bitmap else {
-            return Ok(());
+    /// Where the bitmap is that says what is saved, and its name.
+    fn find_cbw_bitmap<'a>(
+        &self,
+        spec: &'a CbwSpec,
+    ) -> Result<Option<(Arc<NodeBitmaps>, &'a str)>, EngineError> {
+        let Some(CbwBitmap { node, name }) = &spec.bitmap else {
+            return Ok(None);
         };
-        let text = match self.find(&bitmap.node) {
-            None => format!("Node '{}' not found", bitmap.node),
-            Some(_) => format!("Dirty bitmap '{}' not found", bitmap.name),
-        };
-        Err(EngineError::generic(text))
+        let bitmaps = self.bitmaps_of(&BitmapName {
+            node: node.clone(),
+            name: name.clone(),
+        })?;
+        bitmaps.check(name, Need::Show)?;
+        Ok(Some((bitmaps, name)))
     }
 
     /// Opens what shows a disk as it was and, if that is described inline, the filter above the disk.
@@ -139,6 +155,28 @@ impl Graph {
         .await;
         self.settle(file, outcome).await
     }
+}
+
+/// What has changed according to a bitmap, as of now.
+///
+/// # Errors
+/// In QEMU's words.
+fn cbw_map(bitmaps: &NodeBitmaps, name: &str, length_bytes: u64) -> Result<DirtyMap, EngineError> {
+    let map = bitmaps.with(name, Need::Read, |one| one.map().clone());
+    let map = map.and_then(|map| match map.length_bytes() == length_bytes {
+        true => Ok(map),
+        false => Err(EngineError::generic(format!(
+            "Bitmaps are of different sizes (destination size is {length_bytes}, source size is \
+             {}) and can't be merged",
+            map.length_bytes()
+        ))),
+    });
+    map.map_err(|error| {
+        error.prefixed(&format!(
+            "Cannot create block-copy-state: Failed to merge bitmap '{name}' to internal \
+             copy-bitmap: "
+        ))
+    })
 }
 
 /// Fails if this cannot be the smallest unit of copying.

@@ -74,8 +74,16 @@ type Count = Rc<dyn Fn(ByteRange, u64, Fate)>;
 #[derive(Clone, Default)]
 pub struct Progress(Arc<Mutex<Option<Unsaved>>>);
 
-/// What is still to be saved, and why what has been is worth nothing.
-type Unsaved = (DirtyMap, Option<NodeError>);
+/// What a saver knows of its disk.
+#[derive(Clone)]
+struct Unsaved {
+    /// What is still to be saved.
+    map: DirtyMap,
+    /// What has been or will be; `None`: all.
+    kept: Option<DirtyMap>,
+    /// Why what has been is worth nothing.
+    broken: Option<NodeError>,
+}
 
 impl std::fmt::Debug for Progress {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -84,9 +92,25 @@ impl std::fmt::Debug for Progress {
 }
 
 impl Progress {
+    /// Of a saver that has not begun, for a disk of which only what has changed according to `map` is to be saved, in clusters of
+    /// `cluster_bytes`.
+    pub(crate) fn only(map: &DirtyMap, cluster_bytes: u64) -> Self {
+        let mut unsaved = DirtyMap::new(map.length_bytes(), cluster_bytes);
+        unsaved.merge(map);
+        Self(Arc::new(Mutex::new(Some(Unsaved {
+            kept: Some(unsaved.clone()),
+            map: unsaved,
+            broken: None,
+        }))))
+    }
+
     /// Remembers how far a saver has come.
     pub(super) fn remember(&self, saver: &Saver) {
-        let unsaved = (saver.clusters.unsaved(), saver.broken());
+        let unsaved = Unsaved {
+            map: saver.clusters.unsaved(),
+            kept: saver.kept.clone(),
+            broken: saver.broken(),
+        };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(unsaved);
     }
 
@@ -108,6 +132,8 @@ pub struct Surroundings {
 /// What the filter above a disk and whoever uses what is saved know of each other.
 pub struct Saver {
     clusters: Clusters,
+    /// What is saved before it changes; `None`: all.
+    kept: Option<DirtyMap>,
     options: CbwOptions,
     surroundings: Surroundings,
     /// Apart from those of jobs, whose writes may be what waits for a copy.
@@ -146,12 +172,13 @@ impl Saver {
         options: CbwOptions,
         surroundings: Surroundings,
     ) -> Self {
-        let Some((unsaved, broken)) = progress.recall() else {
+        let Some(Unsaved { map, kept, broken }) = progress.recall() else {
             return Self::new(length_bytes, cluster_bytes, options, surroundings);
         };
         Self {
+            kept,
             broken: broken.into(),
-            ..Self::with(Clusters::with(unsaved), options, surroundings)
+            ..Self::with(Clusters::with(map), options, surroundings)
         }
     }
 
@@ -161,6 +188,7 @@ impl Saver {
         let closed = gate.close_again(Way::Write).now_or_never();
         Self {
             clusters,
+            kept: None,
             options,
             surroundings,
             pool: BufferPool::new(CBW_BUFFERS_BYTES),
@@ -214,6 +242,14 @@ impl Saver {
     pub(super) fn sides(&self) -> Result<Rc<Destination>, i32> {
         let destination = self.destination.borrow().clone();
         destination.filter(|_| self.saves()).ok_or(EACCES)
+    }
+
+    /// Whether what was in all of `range` is known and stays so.
+    pub(super) fn keeps(&self, range: ByteRange) -> bool {
+        self.kept.as_ref().is_none_or(|kept| {
+            let run = kept.run_in(range);
+            run.is_some_and(|run| run.contains(&range)) || range.is_empty()
+        })
     }
 
     /// Nothing is saved any more, and writes pass. What is being saved ends by itself: see [`left`](Self::left).

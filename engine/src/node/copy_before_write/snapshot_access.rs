@@ -53,6 +53,9 @@ impl SnapshotAccess {
         if range.end() > self.child.facts().length_bytes {
             return refused(into, refuse(EIO));
         }
+        if !saver.keeps(range) {
+            return refused(into, refuse(EACCES));
+        }
         let turn = saver
             .clusters()
             .turn(saver.clusters().outward(range), Doing::ReadOld);
@@ -83,6 +86,9 @@ impl SnapshotAccess {
         let turn = saver.clusters().turn(clusters, Doing::ReadOld);
         turn.come().await;
         let refuse = |errno| self.error(Operation::Allocation, range, errno);
+        if !saver.keeps(range) {
+            return Err(refuse(EACCES));
+        }
         let sides = saver.sides().map_err(refuse)?;
         let (piece, is_saved) = next_piece(&saver, range);
         let told = chain_status(sides.of(is_saved), None, piece, extents_max).await?;
