@@ -2,15 +2,17 @@
 //! cannot be saved.
 
 use crate::job::error_policy::OnError;
-use crate::request::{BitmapMode, NodeRef, SyncMode};
+use crate::request::{BitmapMode, NewTargetSpec, NodeRef, SyncMode};
 
-/// Arguments of `blockdev-backup`.
+/// Arguments of `blockdev-backup` and `drive-backup`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BackupSpec {
     /// Source node.
     pub device: String,
-    /// Target node.
+    /// Target node. Not looked at where there is a [new target](Self::new_target).
     pub target: String,
+    /// The target is described by its file.
+    pub new_target: Option<NewTargetSpec>,
     /// How much.
     pub sync: SyncMode,
     /// Limit in bytes per second; 0: none.
@@ -33,6 +35,28 @@ pub struct BackupSpec {
     pub perf: BackupPerf,
     /// When what is about to be changed cannot be saved.
     pub cbw: CbwOptions,
+}
+
+impl Default for BackupSpec {
+    /// What is left out on the wire; no nodes are named.
+    fn default() -> Self {
+        Self {
+            device: String::new(),
+            target: String::new(),
+            new_target: None,
+            sync: SyncMode::Full,
+            speed: 0,
+            bitmap: None,
+            bitmap_mode: None,
+            compress: false,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            filter_node_name: None,
+            discard_source: false,
+            perf: BackupPerf::default(),
+            cbw: CbwOptions::default(),
+        }
+    }
 }
 
 /// `x-perf` of `blockdev-backup`.

@@ -151,6 +151,7 @@ fn backup(speed: i64) -> WorkSpec {
         target: "t".to_owned(),
         sync: SyncMode::Full,
         speed,
+        new_target: None,
         bitmap: None,
         bitmap_mode: None,
         compress: false,

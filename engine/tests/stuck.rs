@@ -66,6 +66,7 @@ fn job(id: &str, source: &str, target: &str, sync: SyncMode) -> JobSpec {
             target: target.to_owned(),
             sync,
             speed: 0,
+            new_target: None,
             bitmap: None,
             bitmap_mode: None,
             compress: false,

@@ -22,6 +22,7 @@ mod create_raw;
 mod daemon;
 mod damage;
 mod dirty_bitmaps;
+mod drive_backup;
 mod drive_mirror;
 mod exports;
 mod flows;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::MutexGuard;
 
-use crate::bitmap::{FrozenBitmap, JobEnd, Need};
+use crate::bitmap::{FrozenBitmap, JobEnd};
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::amending::AmendEffect;
@@ -20,15 +20,7 @@ use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
 use crate::node::filter_node::FilterKind;
-use crate::request::{
-    BackupSpec, BitmapMode, CommonOptions, CreateSpec, DetectZeroes, NodeRef, Permission, WorkSpec,
-};
-
-/// Unit of a backup in bytes.
-const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
-
-/// A write waits for no more than this besides what it touches, whatever unit the client wants, in bytes.
-const BACKUP_SPAN_MAX_BYTES: u64 = 16 << 20;
+use crate::request::{CommonOptions, CreateSpec, DetectZeroes, NodeRef, Permission, WorkSpec};
 
 /// The nodes of one job.
 #[derive(Clone, Debug, Default)]
@@ -72,6 +64,7 @@ impl Graph {
                 data_file: None,
             }),
             WorkSpec::Create(CreateSpec::Qcow2(spec)) => self.open_for_qcow2(spec).await,
+            WorkSpec::Backup(spec) => self.open_for_backup(spec).await,
             WorkSpec::Mirror(spec) => self.open_for_mirror(spec).await,
             _ => Ok(Opened::default()),
         }
@@ -89,7 +82,10 @@ impl Graph {
             }
         }
         let names = match work {
-            WorkSpec::Backup(spec) => [Some(&*spec.device), Some(&*spec.target), None],
+            WorkSpec::Backup(spec) => {
+                let target = spec.new_target.is_none().then_some(&*spec.target);
+                [Some(&*spec.device), target, None]
+            }
             WorkSpec::Mirror(spec) => {
                 let target = spec.new_target.is_none().then_some(&*spec.target);
                 [Some(&*spec.device), target, spec.replaces.as_deref()]
@@ -127,7 +123,7 @@ impl Graph {
         opened: Opened,
     ) -> Result<JobNodes, EngineError> {
         match work {
-            WorkSpec::Backup(spec) => self.prepare_backup(spec).await,
+            WorkSpec::Backup(spec) => self.prepare_backup(spec, opened).await,
             WorkSpec::Mirror(spec) => self.prepare_mirror(spec, opened).await,
             WorkSpec::Commit(spec) => self.prepare_commit(spec).await,
             WorkSpec::Stream(spec) => self.prepare_stream(spec).await,
@@ -143,131 +139,6 @@ impl Graph {
             )),
             WorkSpec::Amend(spec) => self.prepare_amend(spec),
         }
-    }
-
-    async fn prepare_backup(&self, spec: &BackupSpec) -> Result<JobNodes, EngineError> {
-        let source = self.look_up(&spec.device)?;
-        let target = self.look_up(&spec.target)?;
-        let bitmap_mode = self.check_backup_bitmap(spec, source)?;
-        if source == target {
-            return Err(EngineError::generic("Source and target cannot be the same"));
-        }
-        if spec.compress && !self.compresses(target).await? {
-            return Err(EngineError::generic(
-                "Compression is not supported for this drive ",
-            ));
-        }
-        // A backup may go on below an overlay.
-        self.records.borrow().check_no_job(source)?;
-        self.records.borrow().check_no_job(target)?;
-        if spec.perf.max_workers < 1 || spec.perf.max_workers > i64::from(i32::MAX) {
-            let text = "max-workers must be between 1 and 2147483647";
-            return Err(EngineError::generic(text));
-        }
-        if spec.perf.max_chunk < 0 {
-            let text = "max-chunk must be zero (which means no limit) or positive";
-            return Err(EngineError::generic(text));
-        }
-        if let (Some(name), Some(mode)) = (&spec.bitmap, bitmap_mode)
-            && mode != BitmapMode::Never
-        {
-            self.bitmaps_on(source)?.check(name, Need::Change)?;
-        }
-        let lengths = (
-            self.facts(source).await?.length_bytes,
-            self.facts(target).await?.length_bytes,
-        );
-        if lengths.0 != lengths.1 {
-            return Err(EngineError::generic(
-                "Source and target image have different sizes",
-            ));
-        }
-        let minimum = spec.perf.min_cluster_size;
-        if i64::try_from(minimum).is_err() {
-            return Err(EngineError::generic(format!(
-                "min-cluster-size too large: {minimum} > {}",
-                i64::MAX
-            )));
-        }
-        if minimum != 0 && !minimum.is_power_of_two() {
-            return Err(EngineError::generic(
-                "Could not create node: Cannot create block-copy-state: min-cluster-size needs to \
-                 be a power of 2",
-            ));
-        }
-        let cluster = BACKUP_CLUSTER_BYTES.max(i64::try_from(minimum).unwrap_or(i64::MAX));
-        if spec.perf.max_chunk != 0 && spec.perf.max_chunk < cluster {
-            return Err(EngineError::generic(format!(
-                "Required max-chunk ({}) is less than backup cluster size ({cluster})",
-                spec.perf.max_chunk
-            )));
-        }
-        let read_only = |id| {
-            self.records
-                .borrow()
-                .node(id)
-                .is_some_and(|node| node.read_only)
-        };
-        if read_only(target) {
-            let text = "Could not create node: Block node is read-only";
-            return Err(EngineError::generic(text));
-        }
-        if spec.discard_source && read_only(source) {
-            let text = "Could not replace node: Block node is read-only";
-            return Err(EngineError::generic(text));
-        }
-        let cluster_bytes = self.backup_cluster_bytes(target, minimum).await?;
-        let replaced = self.records.borrow().check_links_to(source);
-        replaced.map_err(|error| error.prefixed("Could not replace node: "))?;
-        let freeze = || {
-            let named = spec.bitmap.as_ref().zip(bitmap_mode);
-            let freeze = |(name, mode): (&String, _)| self.bitmaps_on(source)?.freeze(name, mode);
-            named.map(freeze).transpose()
-        };
-        let (filter, bitmap) = self
-            .insert_filter(
-                source,
-                Some(target),
-                "copy-before-write",
-                FilterKind::Saves {
-                    cluster_bytes,
-                    options: spec.cbw,
-                    admits_writers: !spec.discard_source,
-                },
-                spec.filter_node_name.as_deref(),
-                freeze,
-            )
-            .await
-            .map_err(|error| error.prefixed("Could not create node: "))?;
-        Ok(JobNodes {
-            source: Some(source),
-            target: Some(target),
-            filter: Some(filter),
-            bitmap: bitmap.map(Arc::new),
-            ..JobNodes::default()
-        })
-    }
-
-    /// What a backup to this target saves together, in bytes, if its client wants at least `minimum`.
-    pub(super) async fn backup_cluster_bytes(
-        &self,
-        target: NodeId,
-        minimum: u64,
-    ) -> Result<u64, EngineError> {
-        let of_target = self.facts(target).await?.cluster_size_bytes;
-        let of_target = of_target.map_or(0, u64::from);
-        let wanted = minimum.min(BACKUP_SPAN_MAX_BYTES);
-        Ok(of_target
-            .max(wanted)
-            .max(BACKUP_CLUSTER_BYTES.unsigned_abs()))
-    }
-
-    /// Whether a node can be written compressed.
-    async fn compresses(&self, id: NodeId) -> Result<bool, EngineError> {
-        let asked = self.threads.run(self.thread_of(id), move |context| {
-            Box::pin(async move { context.node(id).is_some_and(|node| node.compresses()) })
-        });
-        asked.await
     }
 
     async fn prepare_create_raw(

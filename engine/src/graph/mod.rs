@@ -5,6 +5,7 @@
 
 mod add;
 mod amending;
+mod backups;
 mod bitmaps;
 mod blkdebug;
 mod chain_ends;

@@ -1,5 +1,5 @@
-//! Targets that a mirror opens by their files, and makes before unless they are there. Such a target gets what is below it when it
-//! takes the source's place, not before: until then nobody reads it, and what is named may still be on its way there.
+//! Targets that a mirror or a backup opens by their files, and makes before unless they are there. A mirror's gets what is below it
+//! when it takes the source's place, not before: until then nobody reads it, and what is named may still be on its way there.
 
 use crate::data::NodeId;
 use crate::error::{EngineError, JobError};
@@ -8,14 +8,13 @@ use crate::graph::creating::Opened;
 use crate::graph::jobs::JobNodes;
 use crate::graph::names;
 use crate::graph::new_images::{NewImage, check_format, file_node};
-use crate::graph::records::NodeRecord;
 use crate::graph::reopen::pin;
 use crate::image_policy::NamesInImages;
 use crate::limits::CHAIN_LAYERS_MAX;
 use crate::node::build::NodePlan;
 use crate::request::{
-    BackingRef, CommonOptions, Discard, DriverSpec, MirrorSpec, NewTargetSpec, NodeRef, NodeSpec,
-    Qcow2Spec, SyncMode,
+    BackingRef, BackupSpec, CommonOptions, DetectZeroes, Discard, DriverSpec, MirrorSpec,
+    NewTargetSpec, NodeRef, NodeSpec, Qcow2Spec, SyncMode,
 };
 
 /// What comes below a target when it takes the source's place.
@@ -46,14 +45,53 @@ impl Graph {
                 "a node-name must be provided when replacing a named node of the graph",
             ));
         }
-        let below = self.below_new_target(spec, source);
-        let (driver, backing, common) = {
+        let below = self.below_new_target(spec.sync, source);
+        let common = self.as_source(source)?;
+        let check = async || {
+            self.check_mirror_arguments(spec, source)?;
+            self.check_depth_above(below)
+        };
+        self.open_new_target(new, source, below, common, check)
+            .await
+    }
+
+    /// The same for a backup. Nobody ever reads what is below its target.
+    ///
+    /// # Errors
+    /// As above.
+    pub(super) async fn open_for_backup(&self, spec: &BackupSpec) -> Result<Opened, EngineError> {
+        let Some(new) = &spec.new_target else {
+            return Ok(Opened::default());
+        };
+        let source = self.look_up(&spec.device)?;
+        self.records.borrow().check_no_job(source)?;
+        let below = self.below_new_target(spec.sync, source);
+        let common = CommonOptions {
+            discard: Some(Discard::Unmap),
+            detect_zeroes: Some(DetectZeroes::Unmap),
+            ..self.as_source(source)?
+        };
+        let check = async || self.check_backup_arguments(spec, source).map(drop);
+        self.open_new_target(new, source, below, common, check)
+            .await
+    }
+
+    /// Makes and opens a target, once `check` has found nothing wrong with the job otherwise. Its header names what is `below`.
+    async fn open_new_target(
+        &self,
+        new: &NewTargetSpec,
+        source: NodeId,
+        below: Option<NodeId>,
+        common: CommonOptions,
+        check: impl AsyncFnOnce() -> Result<(), EngineError>,
+    ) -> Result<Opened, EngineError> {
+        let (driver, backing) = {
             let records = self.records.borrow();
             let node = records.node(source);
             let node = node.ok_or_else(|| EngineError::generic("The node is gone"))?;
             let backing = below.and_then(|id| records.node(id));
             let backing = backing.map(|node| (node.filename.to_string(), node.driver));
-            (node.driver, backing, as_source(node))
+            (node.driver, backing)
         };
         let format = match (&new.format, new.exists) {
             (Some(format), _) => format,
@@ -67,8 +105,7 @@ impl Graph {
         if let Some(name) = &new.node_name {
             names::check(&self.records.borrow(), name)?;
         }
-        self.check_mirror_arguments(spec, source)?;
-        self.check_depth_above(below)?;
+        check().await?;
         if !new.exists {
             self.make_image(&NewImage {
                 filename: &new.filename,
@@ -86,12 +123,12 @@ impl Graph {
 
     /// What the header of a target that is made names: what the source stands on if only its top layer is copied, the source if
     /// nothing is.
-    fn below_new_target(&self, spec: &MirrorSpec, source: NodeId) -> Option<NodeId> {
+    fn below_new_target(&self, sync: SyncMode, source: NodeId) -> Option<NodeId> {
         let records = self.records.borrow();
-        match spec.sync {
-            SyncMode::Full => None,
+        match sync {
+            SyncMode::Full | SyncMode::Incremental | SyncMode::Bitmap => None,
             SyncMode::None => Some(source),
-            SyncMode::Top | SyncMode::Incremental | SyncMode::Bitmap => records
+            SyncMode::Top => records
                 .next_in_chain(records.unfiltered(source))
                 .map(|below| records.unfiltered(below)),
         }
@@ -117,6 +154,19 @@ impl Graph {
                 new.filename
             ))),
         }
+    }
+
+    /// What a target takes over from its source.
+    fn as_source(&self, source: NodeId) -> Result<CommonOptions, EngineError> {
+        let records = self.records.borrow();
+        let source = records.node(source);
+        let source = source.ok_or_else(|| EngineError::generic("The node is gone"))?;
+        Ok(CommonOptions {
+            discard: source.said.discard.filter(|how| *how == Discard::Unmap),
+            cache_direct: source.cache_direct.then_some(true),
+            cache_no_flush: source.cache_no_flush.then_some(true),
+            ..CommonOptions::default()
+        })
     }
 
     fn check_depth_above(&self, below: Option<NodeId>) -> Result<(), EngineError> {
@@ -203,16 +253,6 @@ impl Graph {
             let node = records.name_of(target);
             tracing::warn!(%error, node, "a node stays writable");
         }
-    }
-}
-
-/// What a target takes over from its source.
-fn as_source(source: &NodeRecord) -> CommonOptions {
-    CommonOptions {
-        discard: source.said.discard.filter(|how| *how == Discard::Unmap),
-        cache_direct: source.cache_direct.then_some(true),
-        cache_no_flush: source.cache_no_flush.then_some(true),
-        ..CommonOptions::default()
     }
 }
 

@@ -99,7 +99,9 @@ impl Backup {
 
     /// Only what so many layers hold is copied.
     fn layers_max(&self) -> Option<usize> {
-        (self.spec.sync == SyncMode::Top).then_some(1)
+        // A target that was made for the job has no earlier content that what is not held would leave to be seen.
+        let is_whole = self.spec.new_target.is_some() && self.source.backing().is_none();
+        (self.spec.sync == SyncMode::Top && !is_whole).then_some(1)
     }
 
     /// What had changed, if only that is copied.
@@ -322,6 +324,7 @@ mod tests {
             target: "t".to_owned(),
             sync: SyncMode::Full,
             speed: 0,
+            new_target: None,
             bitmap: None,
             bitmap_mode: None,
             compress: false,

@@ -148,6 +148,7 @@ pub(crate) fn backup(source: &str, target: &str, speed: i64) -> WorkSpec {
         target: target.to_owned(),
         sync: SyncMode::Full,
         speed,
+        new_target: None,
         bitmap: None,
         bitmap_mode: None,
         compress: false,

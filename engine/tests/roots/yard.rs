@@ -151,6 +151,7 @@ pub(crate) fn backup() -> WorkSpec {
         target: "t".to_owned(),
         sync: SyncMode::Full,
         speed: 0,
+        new_target: None,
         bitmap: None,
         bitmap_mode: None,
         compress: false,

@@ -17,8 +17,8 @@ use crate::commands::{Action, Command, call};
 use crate::error::QmpError;
 use crate::schema::fields::Fields;
 use crate::schema::jobs::{
-    AMEND, BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, COMMIT, CREATE, DRIVE_MIRROR,
-    JOB_INFO, MIRROR, PLAN, PLAN_INFO, SET_SPEED, STREAM,
+    AMEND, BACKUP, BLOCK_JOB_INFO, BY_DEVICE, BY_ID, CANCEL, CHANGE, COMMIT, CREATE, DRIVE_BACKUP,
+    DRIVE_MIRROR, JOB_INFO, MIRROR, PLAN, PLAN_INFO, SET_SPEED, STREAM,
 };
 use crate::schema::{EMPTY, Type};
 
@@ -71,6 +71,7 @@ pub(super) static COMMANDS: &[Command] = &[
         block_job(a, "id", VerbCall::Change { copy_mode })
     }),
     Command::act("blockdev-backup", &BACKUP, backup),
+    Command::act("drive-backup", &DRIVE_BACKUP, drive_backup).with_features(&["deprecated"]),
     Command::act("blockdev-mirror", &MIRROR, mirror),
     Command::act("drive-mirror", &DRIVE_MIRROR, drive_mirror),
     Command::act("block-commit", &COMMIT, commit),
@@ -160,18 +161,36 @@ fn sync_mode(arguments: &Fields) -> SyncMode {
 }
 
 fn backup(mut arguments: Fields) -> Result<Action, QmpError> {
+    let work = BackupSpec {
+        target: arguments.required_text("target"),
+        ..backup_spec(&mut arguments)
+    };
+    let id = arguments.text("job-id");
+    start(&arguments, id, WorkSpec::Backup(work))
+}
+
+fn drive_backup(mut arguments: Fields) -> Result<Action, QmpError> {
+    let work = BackupSpec {
+        new_target: Some(new_target(&mut arguments)),
+        ..backup_spec(&mut arguments)
+    };
+    let id = arguments.text("job-id");
+    start(&arguments, id, WorkSpec::Backup(work))
+}
+
+/// What both commands have in common.
+fn backup_spec(arguments: &mut Fields) -> BackupSpec {
     let perf = arguments.object("x-perf").unwrap_or_default();
     let defaults = BackupPerf::default();
-    let work = WorkSpec::Backup(BackupSpec {
+    BackupSpec {
         device: arguments.required_text("device"),
-        target: arguments.required_text("target"),
-        sync: sync_mode(&arguments),
+        sync: sync_mode(arguments),
         speed: arguments.int("speed").unwrap_or(0),
         bitmap: arguments.text("bitmap"),
         bitmap_mode: arguments.word("bitmap-mode", BITMAP_MODES),
         compress: arguments.flag("compress").unwrap_or(false),
-        on_source_error: on_error(&arguments, "on-source-error"),
-        on_target_error: on_error(&arguments, "on-target-error"),
+        on_source_error: on_error(arguments, "on-source-error"),
+        on_target_error: on_error(arguments, "on-target-error"),
         filter_node_name: arguments.text("filter-node-name"),
         discard_source: arguments.flag("discard-source").unwrap_or(false),
         perf: BackupPerf {
@@ -186,11 +205,20 @@ fn backup(mut arguments: Fields) -> Result<Action, QmpError> {
             on_error: arguments
                 .word("on-cbw-error", ON_CBW_ERRORS)
                 .unwrap_or_default(),
-            timeout_seconds: seconds(&arguments, "x-cbw-timeout"),
+            timeout_seconds: seconds(arguments, "x-cbw-timeout"),
         },
-    });
-    let id = arguments.text("job-id");
-    start(&arguments, id, work)
+        ..BackupSpec::default()
+    }
+}
+
+/// A target by its file.
+fn new_target(arguments: &mut Fields) -> NewTargetSpec {
+    NewTargetSpec {
+        filename: arguments.required_text("target"),
+        node_name: arguments.text("node-name"),
+        format: arguments.text("format"),
+        exists: arguments.word("mode", &[("existing", ())]).is_some(),
+    }
 }
 
 fn mirror(mut arguments: Fields) -> Result<Action, QmpError> {
@@ -205,12 +233,7 @@ fn mirror(mut arguments: Fields) -> Result<Action, QmpError> {
 
 fn drive_mirror(mut arguments: Fields) -> Result<Action, QmpError> {
     let work = MirrorSpec {
-        new_target: Some(NewTargetSpec {
-            filename: arguments.required_text("target"),
-            node_name: arguments.text("node-name"),
-            format: arguments.text("format"),
-            exists: arguments.word("mode", &[("existing", ())]).is_some(),
-        }),
+        new_target: Some(new_target(&mut arguments)),
         unmap: arguments.flag("unmap").unwrap_or(true),
         ..mirror_spec(&mut arguments)
     };

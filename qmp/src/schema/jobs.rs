@@ -79,6 +79,29 @@ pub static BACKUP: Object = Object::of(&[
     optional("x-cbw-timeout", Type::Uint32).unstable(),
     required("target", Type::Text),
 ]);
+/// Arguments of `drive-backup`.
+pub static DRIVE_BACKUP: Object = Object::of(&[
+    optional("job-id", Type::Text),
+    required("device", Type::Text),
+    required("sync", Type::Word(&SYNC_MODE)),
+    optional("speed", Type::Int),
+    optional("bitmap", Type::Text),
+    optional("bitmap-mode", Type::Word(&BITMAP_MODE)),
+    optional("compress", Type::Bool),
+    optional("on-source-error", Type::Word(&ON_ERROR)),
+    optional("on-target-error", Type::Word(&ON_ERROR)),
+    optional("auto-finalize", Type::Bool),
+    optional("auto-dismiss", Type::Bool),
+    optional("filter-node-name", Type::Text),
+    optional("discard-source", Type::Bool),
+    optional("x-perf", Type::Object(&BACKUP_PERF)).unstable(),
+    // As of QEMU 10.1.
+    optional("on-cbw-error", Type::Word(&ON_CBW_ERROR)),
+    optional("x-cbw-timeout", Type::Uint32).unstable(),
+    required("target", Type::Text),
+    optional("format", Type::Text),
+    optional("mode", Type::Word(&NEW_IMAGE_MODE)),
+]);
 /// Arguments of `blockdev-mirror`.
 pub static MIRROR: Object = Object::of(&[
     optional("job-id", Type::Text),

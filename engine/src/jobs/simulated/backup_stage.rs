@@ -341,6 +341,7 @@ impl Stage {
             target: "t".to_owned(),
             sync: setup.sync,
             speed: setup.speed,
+            new_target: None,
             bitmap: None,
             bitmap_mode: None,
             compress: setup.compress,

@@ -94,6 +94,7 @@ impl Copy {
                     target: on,
                     sync: self.sync,
                     speed: 0,
+                    new_target: None,
                     bitmap: None,
                     bitmap_mode: None,
                     compress,

@@ -314,6 +314,7 @@ impl Yard {
                     target: on,
                     sync: SyncMode::Full,
                     speed,
+                    new_target: None,
                     bitmap: None,
                     bitmap_mode: None,
                     compress: false,

@@ -148,6 +148,7 @@ impl CopyKind {
                 target,
                 sync: SyncMode::Full,
                 speed,
+                new_target: None,
                 bitmap: None,
                 bitmap_mode: None,
                 compress: false,
