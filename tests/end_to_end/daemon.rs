@@ -115,6 +115,16 @@ impl Daemon {
         assert!(status.success(), "{status}");
     }
 
+    /// Ends ours over QMP; its folder stays.
+    pub(crate) fn end(self) -> TempDir {
+        let mut client = self.client();
+        client.run("quit", json!({}));
+        client.end();
+        let status = self.process.wait();
+        assert!(status.success(), "{status}");
+        self.folder
+    }
+
     /// What its descriptors stand for, as the kernel names it.
     pub(crate) fn descriptors(&self) -> Vec<String> {
         let folder = format!("/proc/{}/fd", self.pid());

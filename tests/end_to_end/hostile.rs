@@ -32,7 +32,7 @@ const STRICTER: [&str; 4] = [
 const OF_BITMAPS: [&str; 4] = [
     "Can't update bitmap directory",
     "Failed to read bitmap directory",
-    "Could not read bitmap_table table",
+    "Could not read bitmap",
     "doesn't satisfy the constraints",
 ];
 

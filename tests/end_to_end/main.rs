@@ -53,6 +53,7 @@ mod normal;
 mod one_shot;
 mod one_shot_chains;
 mod oracle;
+mod persistent_bitmaps;
 mod place;
 mod python_client;
 mod random_chains;

@@ -98,15 +98,12 @@ fn without_progress(value: Value) -> Value {
             if members.get("status") == Some(&json!("running")) {
                 members.remove("busy");
             }
-            // What a filter tracks for itself has no name; those that an image keeps are not loaded here yet.
+            // What a filter tracks for itself has no name.
             let is_filter = members.get("drv").is_some_and(|driver| {
                 ["copy-before-write", "mirror_top"].contains(&driver.as_str().unwrap_or_default())
             });
             if let Some(Value::Array(bitmaps)) = members.get_mut("dirty-bitmaps") {
-                bitmaps.retain(|bitmap| {
-                    let is_shown = bitmap.get("name").is_some() || !is_filter;
-                    is_shown && bitmap["persistent"] == json!(false)
-                });
+                bitmaps.retain(|bitmap| bitmap.get("name").is_some() || !is_filter);
                 if bitmaps.is_empty() {
                     members.remove("dirty-bitmaps");
                 }

@@ -7,6 +7,7 @@
 //! - `gone JOB` waits until the job is not there, whether or not it ever was;
 //! - `moving JOB` waits until the job has got somewhere, which no event tells;
 //! - `$ COMMAND` runs a shell command in the daemon's folder; what it prints and its exit code are compared;
+//! - `bitmaps` shows the dirty bitmaps of all qcow2 nodes, and those that their images have;
 //! - `locks FILE` looks at which bytes of the file are locked;
 //! - `signal NAME` ends the daemon, in place of the `quit` that every other script ends with;
 //! - `#` begins a comment.
@@ -82,6 +83,10 @@ pub(crate) fn run(script: &str, client: &mut Client, ground: &Ground<'_>) -> Out
             continue;
         } else if let Some(command) = line.strip_prefix("$ ") {
             shell(command, ground.folder)
+        } else if line == "bitmaps" {
+            log.push(Entry::Sent);
+            client.send(b"{\"execute\": \"query-named-block-nodes\"}\n");
+            bitmaps(&normal_reply(reply(client, &mut log)))
         } else if let Some(file) = line.strip_prefix("locks ") {
             json!(locked_bytes(&ground.folder.join(file)))
         } else if let Some(name) = line.strip_prefix("signal ") {
@@ -119,6 +124,22 @@ fn shell(command: &str, folder: &Path) -> Value {
         .expect("the shell runs");
     let printed = String::from_utf8_lossy(&output.stdout);
     json!({"printed": normal_text(&printed), "exit code": output.status.code()})
+}
+
+/// What the bitmaps of all qcow2 nodes are.
+fn bitmaps(nodes: &Value) -> Value {
+    let nodes = nodes["return"].as_array().expect("nodes").iter();
+    let images = nodes.filter(|node| node["drv"] == json!("qcow2"));
+    let shown = images.map(|node| {
+        let of_image = &node["image"]["format-specific"]["data"]["bitmaps"];
+        json!([
+            node["node-name"],
+            node["ro"],
+            node["dirty-bitmaps"],
+            of_image
+        ])
+    });
+    shown.collect()
 }
 
 /// Bytes of a file on which somebody holds an OFD lock, as the kernel lists them.

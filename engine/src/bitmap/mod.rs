@@ -5,6 +5,7 @@
 
 mod frozen;
 mod one;
+mod persistent;
 mod request;
 
 use std::cmp::Reverse;
@@ -19,6 +20,7 @@ use crate::node::dirty_map::DirtyMap;
 pub use frozen::FrozenBitmap;
 pub(crate) use frozen::JobEnd;
 pub(crate) use one::Bitmap;
+pub(crate) use persistent::BitmapInMemory;
 pub use request::{BitmapChange, BitmapName};
 
 /// Longest name of a bitmap in bytes.
@@ -30,6 +32,8 @@ const NAME_BYTES_MAX: usize = 1023;
 pub struct NodeBitmaps {
     /// Whether any of them records: what every write looks at.
     any_records: AtomicBool,
+    /// Those that an image keeps have been loaded.
+    are_loaded: AtomicBool,
     /// Oldest first.
     all: Mutex<Vec<Bitmap>>,
 }

@@ -2,7 +2,7 @@
 
 use blockyard_storage::ByteRange;
 
-use crate::bitmap::Need;
+use crate::bitmap::{BitmapInMemory, Need};
 use crate::error::EngineError;
 use crate::node::dirty_map::DirtyMap;
 use crate::reply::BitmapView;
@@ -11,6 +11,8 @@ use crate::reply::BitmapView;
 #[derive(Clone, Debug)]
 pub(crate) struct Bitmap {
     name: String,
+    /// As it stands in the image that keeps it.
+    name_in_image: Vec<u8>,
     /// Its place among those of its node: newer ones have a higher one.
     place: u64,
     map: DirtyMap,
@@ -42,6 +44,7 @@ impl Bitmap {
     /// A bitmap of a disk on which nothing has changed yet. It records from now on.
     pub(crate) fn new(name: String, length_bytes: u64, granularity_bytes: u64) -> Self {
         Self {
+            name_in_image: name.as_bytes().to_vec(),
             name,
             place: 0,
             map: DirtyMap::exactly(length_bytes, granularity_bytes),
@@ -51,6 +54,58 @@ impl Bitmap {
             is_inconsistent: false,
             users: Users::default(),
         }
+    }
+
+    /// A bitmap as the image has it that keeps it. `is_inconsistent`: nobody has stored it as he should have.
+    pub(crate) fn loaded(
+        name_in_image: Vec<u8>,
+        map: DirtyMap,
+        records: bool,
+        is_inconsistent: bool,
+    ) -> Self {
+        let shown = name_in_image.split(|byte| *byte == 0).next();
+        Self {
+            name: String::from_utf8_lossy(shown.unwrap_or_default()).into_owned(),
+            name_in_image,
+            place: 0,
+            map,
+            records,
+            is_persistent: true,
+            is_read_only: false,
+            is_inconsistent,
+            users: Users::default(),
+        }
+    }
+
+    /// The image keeps it from now on.
+    pub(crate) fn keep(&mut self) {
+        self.is_persistent = true;
+    }
+
+    /// Its name in the image that keeps it, if one does.
+    pub(crate) fn name_in_image(&self) -> Option<&[u8]> {
+        self.is_persistent.then_some(&self.name_in_image)
+    }
+
+    /// Whether the image that keeps it is for reading only; it has been stored before.
+    pub(super) fn set_read_only(&mut self, read_only: bool) {
+        self.is_read_only = read_only && self.is_persistent;
+    }
+
+    /// What the image is to keep of it; `None`: nothing, or what it has already.
+    pub(super) fn to_store(&self) -> Option<BitmapInMemory> {
+        if !self.is_persistent || self.is_read_only || self.is_inconsistent {
+            return None;
+        }
+        let mut map = self.map.clone();
+        if let Some(successor) = &self.users.successor {
+            map.merge(&successor.map);
+        }
+        Some(BitmapInMemory {
+            name_in_image: self.name_in_image.clone(),
+            map,
+            records: self.records,
+        })
     }
 
     /// Its name.

@@ -37,7 +37,7 @@ impl Graph {
                 self.add_bitmap(bitmap, *granularity_bytes, *persistent, *disabled)
                     .await
             }
-            BitmapChange::Remove(bitmap) => self.bitmaps_of(bitmap)?.remove(&bitmap.name).map(drop),
+            BitmapChange::Remove(bitmap) => self.remove_bitmap(bitmap).await,
             BitmapChange::Clear(bitmap) => {
                 let bitmaps = self.bitmaps_of(bitmap)?;
                 bitmaps.with(&bitmap.name, Need::Change, Bitmap::clear)
@@ -88,10 +88,17 @@ impl Graph {
         };
         let bitmaps = self.bitmaps_on(node)?;
         if persistent {
-            return Err(EngineError::generic(format!(
-                "Can't store persistent bitmaps to {}: Operation not supported",
-                bitmap.node
-            )));
+            let name = bitmap.name.clone();
+            let asked = self.threads.run(self.thread_of(node), move |context| {
+                Box::pin(async move {
+                    context
+                        .node(node)?
+                        .bitmap_refusal(&name, u64::from(granularity_bytes))
+                })
+            });
+            if let Some(refusal) = asked.await? {
+                return Err(EngineError::generic(refusal));
+            }
         }
         bitmaps.check_new(&bitmap.name)?;
         let granularity_bytes = u64::from(granularity_bytes);
@@ -107,7 +114,39 @@ impl Graph {
         }
         let mut new = Bitmap::new(bitmap.name.clone(), facts.length_bytes, granularity_bytes);
         new.set_recording(!disabled);
+        if persistent {
+            new.keep();
+        }
         bitmaps.add(new)
+    }
+
+    /// Takes a bitmap away, out of the image first that keeps it.
+    async fn remove_bitmap(&self, bitmap: &BitmapName) -> Result<(), EngineError> {
+        let _held = self.hold_named(&[&bitmap.node]).await;
+        let bitmaps = self.bitmaps_of(bitmap)?;
+        let name_in_image = bitmaps.with(&bitmap.name, Need::Remove, |one| {
+            one.name_in_image().map(<[u8]>::to_vec)
+        })?;
+        if let (Some(name), Some(node)) = (name_in_image, self.find(&bitmap.node)) {
+            // Nobody else begins to use it meanwhile.
+            let _in_use = bitmaps.hold(&bitmap.name)?;
+            let removed = self.threads.run(self.thread_of(node), move |context| {
+                Box::pin(async move {
+                    let lost = || EngineError::generic("Internal error: a node is lost (bug)");
+                    let node = context.node(node).ok_or_else(lost)?;
+                    node.remove_bitmap(name).await?;
+                    Ok::<_, EngineError>(node.kept_bitmaps())
+                })
+            });
+            let kept = removed.await??;
+            let mut records = self.records.borrow_mut();
+            let image = records.node_mut(node).and_then(|node| node.image.as_mut());
+            let info = image.and_then(|image| image.info.as_mut());
+            if let Some(version_3) = info.and_then(|info| info.version_3.as_mut()) {
+                version_3.bitmaps = kept;
+            }
+        }
+        bitmaps.remove(&bitmap.name).map(drop)
     }
 
     fn set_recording(&self, bitmap: &BitmapName, records: bool) -> Result<(), EngineError> {

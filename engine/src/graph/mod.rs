@@ -57,7 +57,7 @@ use blockyard_storage::error::errno_text;
 use tokio::sync::{Mutex, MutexGuard, Notify};
 
 use crate::data::{NodeId, ThreadId, ThreadSet};
-use crate::error::EngineError;
+use crate::error::{EngineError, NodeError};
 use crate::graph::objects::Objects;
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, NodeRecord, Records, Resizing, User};
@@ -225,17 +225,24 @@ impl Graph {
         let flushed = self.threads.run(thread, move |context| {
             Box::pin(async move {
                 let Some(node) = context.remove_node(id) else {
-                    return Ok(());
+                    return Ok(Ok(()));
                 };
                 if !node.facts().read_only {
                     node.flush().await?;
                 }
-                node.close().await
+                let stored = node.store_bitmaps().await;
+                node.close().await?;
+                Ok(stored)
             })
         });
         match flushed.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::error!(%error, node = name, "the last flush failed"),
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => {
+                tracing::error!(%error, node = name, "persistent bitmaps are lost")
+            }
+            Ok(Err::<_, NodeError>(error)) => {
+                tracing::error!(%error, node = name, "the last flush failed");
+            }
             Err(error) => tracing::error!(%error, node = name, "a node could not be closed"),
         }
     }

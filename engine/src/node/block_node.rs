@@ -12,7 +12,7 @@ use std::sync::Arc;
 use blockyard_images::Pace;
 use blockyard_images::qcow2::Options;
 use blockyard_images::qcow2::amend::AmendOptions;
-use blockyard_images::qcow2::info::ImageInfo;
+use blockyard_images::qcow2::info::{BitmapInfo, ImageInfo};
 use blockyard_images::qcow2::snapshot::{NewSnapshot, SnapshotChoice};
 use blockyard_storage::error::{EBADF, EIO, ENOSPC, EOPNOTSUPP};
 use blockyard_storage::{
@@ -376,6 +376,44 @@ pub trait Node {
                 }),
             }
         })
+    }
+
+    /// Why the image of this node cannot keep a new bitmap, in QEMU's words; `None`: it can.
+    fn bitmap_refusal(&self, name: &str, granularity_bytes: u64) -> Option<String> {
+        let _ = (name, granularity_bytes);
+        Some(format!(
+            "Can't store persistent bitmaps to {}: Operation not supported",
+            self.name()
+        ))
+    }
+
+    /// The bitmaps as this node's image has them now.
+    fn kept_bitmaps(&self) -> Vec<BitmapInfo> {
+        Vec::new()
+    }
+
+    /// Puts the bitmaps that this node's image keeps into it, valid and durable. No request may be in flight. Whoever changes the
+    /// node later marks what records changes as out of date first.
+    ///
+    /// # Errors
+    /// In QEMU's words; the image has what it had.
+    ///
+    /// # Cancel safety
+    /// Dropping the future abandons the answer; it is done all the same.
+    fn store_bitmaps(&self) -> LocalFuture<'_, Result<(), EngineError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Takes a bitmap out of this node's image, if it is there; durable afterwards.
+    ///
+    /// # Errors
+    /// In QEMU's words; the image has what it had.
+    ///
+    /// # Cancel safety
+    /// As [`store_bitmaps`](Self::store_bitmaps).
+    fn remove_bitmap(&self, name_in_image: Vec<u8>) -> LocalFuture<'_, Result<(), EngineError>> {
+        let _ = name_in_image;
+        Box::pin(std::future::ready(Ok(())))
     }
 
     /// Writes back what only this node's memory holds, so that the same can be brought up anew on what is below. Waits for a

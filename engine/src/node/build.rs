@@ -148,7 +148,7 @@ pub async fn build(
     plan: &NodePlan,
     bitmaps: Arc<NodeBitmaps>,
 ) -> Result<Built, EngineError> {
-    let Built { node, info } = build_bare(context, name, plan).await?;
+    let Built { node, info } = build_bare(context, name, plan, &bitmaps).await?;
     let spawner = context.spawner().clone();
     let node = Rc::new(RecordingNode::new(node, bitmaps, spawner));
     Ok(Built { node, info })
@@ -158,6 +158,7 @@ async fn build_bare(
     context: &DataContext,
     name: &str,
     plan: &NodePlan,
+    bitmaps: &Arc<NodeBitmaps>,
 ) -> Result<Built, EngineError> {
     let child_of = |child| child_of(context, name, child);
     let name = name.to_owned();
@@ -283,7 +284,8 @@ async fn build_bare(
         } => {
             let files = Qcow2Files::new(child_of(*file)?, data_file.map(child_of).transpose()?);
             let backing = backing.map(child_of).transpose()?;
-            let (node, info) = open(context, name, files, backing, *plan).await?;
+            let bitmaps = Arc::clone(bitmaps);
+            let (node, info) = open(context, name, files, backing, *plan, bitmaps).await?;
             return Ok(Built {
                 node,
                 info: Some(info),

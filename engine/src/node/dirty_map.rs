@@ -15,6 +15,9 @@ const PAGE_BITS: u64 = WORDS * WORD_BITS;
 /// Bits of a map at most; granules are longer where a disk has more. 256 MiB of memory.
 const GRANULES_MAX: u64 = 1 << 31;
 
+/// Memory of a page whose bits are all set, in bytes.
+const PAGE_MEMORY_BYTES: u64 = 64;
+
 /// Bytes of a disk that are carried over from one map to another in one step.
 const MERGED_AT_ONCE_BYTES: u64 = 1 << 40;
 
@@ -188,6 +191,71 @@ impl DirtyMap {
         digest.finalize().into()
     }
 
+    /// Granules have changed as these bits say: from granule `first` on, a multiple of 64, the lowest bit of each byte first. What is
+    /// behind the end of the disk does not count.
+    pub(crate) fn mark_bits(&mut self, first: u64, bytes: &[u8]) {
+        let granules = self.length_bytes.div_ceil(self.granularity_bytes);
+        let was_cut = self.cut_bytes();
+        let mut changed = 0;
+        let mut start = first;
+        let mut rest = bytes;
+        while !rest.is_empty() && start < granules {
+            let (page, in_page) = (start / PAGE_BITS, start % PAGE_BITS);
+            let bytes_of_page = usize::try_from((PAGE_BITS - in_page) / 8).unwrap_or(rest.len());
+            let (piece, behind) = rest.split_at(rest.len().min(bytes_of_page));
+            if piece.iter().any(|byte| *byte != 0) {
+                let left = granules - start;
+                let entry = self.pages.entry(page).or_insert_with(Page::empty);
+                entry.open_up();
+                for (index, word) in (0..).zip(piece.chunks(8)) {
+                    let mut word = word_of(word);
+                    match left.saturating_sub(index * WORD_BITS) {
+                        0 => break,
+                        some if some < WORD_BITS => word &= (1 << some) - 1,
+                        _ => {}
+                    }
+                    let flipped = entry.change(in_page / WORD_BITS + index, word, true);
+                    changed += u64::from(flipped.count_ones());
+                }
+                match u64::from(entry.set) {
+                    0 => drop(self.pages.remove(&page)),
+                    PAGE_BITS => *entry = Page::full(),
+                    _ => {}
+                }
+            }
+            start += piece.len() as u64 * 8;
+            rest = behind;
+        }
+        let is_cut = self.cut_bytes() - was_cut;
+        self.dirty_bytes += (changed * self.granularity_bytes).saturating_sub(is_cut);
+    }
+
+    /// The bits from granule `first` on, a multiple of 64; behind the end of the disk there are none.
+    pub(crate) fn bits_into(&self, first: u64, bytes: &mut [u8]) {
+        for (word, piece) in (first / WORD_BITS..).zip(bytes.chunks_mut(8)) {
+            let page = self.pages.get(&(word / WORDS));
+            let bits = page.map_or(0, |page| page.word(word % WORDS));
+            let bits = bits & self.mask_of_word(word);
+            piece.copy_from_slice(bits.to_le_bytes().get(..piece.len()).unwrap_or(&[]));
+        }
+    }
+
+    /// Which bits of a word stand for granules of the disk.
+    fn mask_of_word(&self, word: u64) -> u64 {
+        let granules = self.length_bytes.div_ceil(self.granularity_bytes);
+        match granules.saturating_sub(word.saturating_mul(WORD_BITS)) {
+            0 => 0,
+            some if some < WORD_BITS => (1 << some) - 1,
+            _ => u64::MAX,
+        }
+    }
+
+    /// Memory that it takes, in bytes.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        let of_page = |page: &Page| PAGE_MEMORY_BYTES + page.words.len() as u64 * 8;
+        self.pages.values().map(of_page).sum()
+    }
+
     fn change(&mut self, granules: ByteRange, dirty: bool) {
         if granules.is_empty() {
             return;
@@ -267,7 +335,8 @@ impl DirtyMap {
         Some(run.intersection(&rest))
     }
 
-    fn first_from(&self, granule: u64) -> Option<u64> {
+    /// The first granule at or behind `granule` that has changed.
+    pub(crate) fn first_from(&self, granule: u64) -> Option<u64> {
         self.first_within(granule, u64::MAX)
     }
 
@@ -307,6 +376,11 @@ impl DirtyMap {
             page.word(bit / WORD_BITS) & (1 << (bit % WORD_BITS)) != 0
         })
     }
+}
+
+fn word_of(bytes: &[u8]) -> u64 {
+    let bytes = bytes.iter().rev();
+    bytes.fold(0, |word, byte| word << 8 | u64::from(*byte))
 }
 
 impl Page {
@@ -488,6 +562,48 @@ mod tests {
             prop_assert_eq!(merged.dirty_bytes(), of_merged);
             prop_assert_eq!(resized.dirty_bytes(), of_resized);
             prop_assert_eq!(resized.length_bytes(), after);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn bits_come_back(
+            length in 1_u64..40_000_000,
+            bits in 0_u32..10,
+            marks in prop::collection::vec((0_u64..40_000_000, 1_u64..9_000_000), 0..8),
+            words_at_once in 1_usize..2000,
+            behind_end: u8,
+        ) {
+            let mut map = DirtyMap::new(length, 1 << bits);
+            for (offset, run) in &marks {
+                map.mark(ByteRange::new(*offset, *run));
+            }
+            let granules = length.div_ceil(1 << bits);
+            let mut again = DirtyMap::new(length, 1 << bits);
+            let mut first = 0;
+            while first < granules {
+                let mut bytes = vec![0xa5; words_at_once * 8];
+                map.bits_into(first, &mut bytes);
+                for (index, byte) in bytes.iter_mut().enumerate() {
+                    let granule = first + index as u64 * 8;
+                    for bit in 0..8 {
+                        let is_dirty = granule + bit < granules && map.is_dirty(granule + bit);
+                        prop_assert_eq!(*byte & 1 << bit != 0, is_dirty);
+                    }
+                    if granule >= granules {
+                        *byte = behind_end;
+                    }
+                }
+                again.mark_bits(first, &bytes);
+                first += bytes.len() as u64 * 8;
+            }
+            prop_assert_eq!(again.dirty_bytes(), map.dirty_bytes());
+            prop_assert_eq!(again.sha256(), map.sha256());
+            let kinds = |map: &DirtyMap| -> Vec<(u64, u32, bool)> {
+                let pages = map.pages.iter();
+                pages.map(|(at, page)| (*at, page.set, page.words.is_empty())).collect()
+            };
+            prop_assert_eq!(kinds(&again), kinds(&map));
         }
     }
 

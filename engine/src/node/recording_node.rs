@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use blockyard_images::Pace;
 use blockyard_images::qcow2::amend::AmendOptions;
+use blockyard_images::qcow2::info::BitmapInfo;
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Preallocation, ZeroMode};
 
 use crate::bitmap::NodeBitmaps;
@@ -93,6 +94,10 @@ impl Node for RecordingNode {
         fn take_reopened() -> Option<Reopened>;
         fn names_backing() -> bool;
         fn compresses() -> bool;
+        fn bitmap_refusal(name: &str, granularity_bytes: u64) -> Option<String>;
+        fn kept_bitmaps() -> Vec<BitmapInfo>;
+        fn store_bitmaps() -> LocalFuture<'_, Result<(), EngineError>>;
+        fn remove_bitmap(name_in_image: Vec<u8>) -> LocalFuture<'_, Result<(), EngineError>>;
         fn close() -> LocalFuture<'_, Result<(), NodeError>>;
         fn reopen<'a>(
             context: &'a DataContext,

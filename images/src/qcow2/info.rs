@@ -1,5 +1,6 @@
 //! What an image says of itself, as plain data for `query-named-block-nodes` and `blockyard info`.
 
+use crate::qcow2::layout::bitmaps::Bitmap;
 use crate::qcow2::layout::fields::until_nul;
 use crate::qcow2::layout::snapshots::Snapshot;
 use crate::qcow2::open::OpenedImage;
@@ -110,12 +111,7 @@ impl ImageInfo {
 impl Version3Info {
     fn of(image: &OpenedImage) -> Self {
         let header = &image.header;
-        let bitmaps = image.bitmaps.iter().map(|bitmap| BitmapInfo {
-            name: text(&bitmap.name),
-            granularity_bytes: 1 << bitmap.granularity_bits.min(63),
-            in_use: bitmap.is_in_use(),
-            auto: bitmap.is_auto(),
-        });
+        let bitmaps = image.bitmaps.iter().map(BitmapInfo::of);
         Self {
             lazy_refcounts: header.lazy_refcounts(),
             corrupt: header.is_corrupt(),
@@ -123,6 +119,18 @@ impl Version3Info {
             data_file: header.extensions.data_file_name.as_deref().map(text),
             data_file_raw: header.has_data_file().then_some(header.is_data_file_raw()),
             bitmaps: bitmaps.collect(),
+        }
+    }
+}
+
+impl BitmapInfo {
+    /// Of a bitmap as its directory describes it.
+    pub fn of(bitmap: &Bitmap) -> Self {
+        Self {
+            name: text(&bitmap.name),
+            granularity_bytes: 1 << bitmap.granularity_bits.min(63),
+            in_use: bitmap.is_in_use(),
+            auto: bitmap.is_auto(),
         }
     }
 }

@@ -58,6 +58,8 @@ impl Qcow2Node {
             ..options.clone()
         };
         let (old_bytes, new_bytes) = (before.header.guest_bytes(), wanted.guest_bytes());
+        self.check_kept(&wanted, old_bytes)
+            .map_err(AmendStop::Refused)?;
         if new_bytes > old_bytes && options.grows_behind(&before.header, old.below_bytes()) {
             let but_the_length = AmendOptions {
                 size_bytes: None,

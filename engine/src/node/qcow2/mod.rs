@@ -12,6 +12,7 @@ mod amending;
 mod compressed;
 mod failures;
 mod filling;
+mod keeping;
 mod length;
 mod mover;
 pub mod opening;
@@ -27,13 +28,16 @@ mod zeroing;
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockyard_images::Pace;
 use blockyard_images::qcow2::Qcow2;
 use blockyard_images::qcow2::amend::AmendOptions;
+use blockyard_images::qcow2::info::BitmapInfo;
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, Preallocation, ZeroMode};
 
+use crate::bitmap::NodeBitmaps;
 use crate::data::{DataContext, Spawner};
 use crate::error::{EngineError, NodeError};
 use crate::node::announcing_node::AnnouncingNode;
@@ -90,6 +94,8 @@ pub struct Qcow2Node {
     amended: Rc<RefCell<Option<Reopened>>>,
     /// Closed while the image is another one for a moment.
     gate: Rc<Gate>,
+    /// What has been changed on it, of which the image may keep some.
+    bitmaps: Arc<NodeBitmaps>,
     spawner: Spawner,
 }
 
@@ -108,6 +114,7 @@ impl Qcow2Node {
             mover: Rc::new(RefCell::new(Rc::new(mover))),
             amended: Rc::default(),
             gate: Rc::default(),
+            bitmaps: Arc::default(),
             spawner: context.spawner().clone(),
         }
     }
@@ -269,7 +276,24 @@ impl Node for Qcow2Node {
 
     fn resize_refusal(&self, length_bytes: u64) -> Option<String> {
         let refused = self.mover().image.check_resize(length_bytes);
-        refused.err().map(|error| error.to_string())
+        let refused = refused.err().map(|error| error.to_string());
+        refused.or_else(|| self.bitmaps.resize_refusal())
+    }
+
+    fn bitmap_refusal(&self, name: &str, granularity_bytes: u64) -> Option<String> {
+        self.refusal_of_new(name, granularity_bytes)
+    }
+
+    fn kept_bitmaps(&self) -> Vec<BitmapInfo> {
+        keeping::kept_by(&self.mover().image)
+    }
+
+    fn store_bitmaps(&self) -> LocalFuture<'_, Result<(), EngineError>> {
+        self.store_kept()
+    }
+
+    fn remove_bitmap(&self, name_in_image: Vec<u8>) -> LocalFuture<'_, Result<(), EngineError>> {
+        self.remove_kept(name_in_image)
     }
 
     fn amend<'a>(

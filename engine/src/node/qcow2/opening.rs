@@ -1,6 +1,7 @@
 //! From an image on nodes to a node.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockyard_images::ImageError;
@@ -12,9 +13,11 @@ use blockyard_images::qcow2::{Options, Qcow2};
 use blockyard_storage::{LocalFuture, Storage};
 use futures_util::future::{Either, select};
 
+use crate::bitmap::NodeBitmaps;
 use crate::data::DataContext;
 use crate::error::EngineError;
 use crate::node::Node;
+use crate::node::qcow2::keeping::{kept_by, take_in};
 use crate::node::qcow2::{Qcow2Files, Qcow2Node, Qcow2Options};
 
 /// How long reading the metadata of an image may take: longer, and a disk is stuck.
@@ -46,7 +49,7 @@ pub async fn header_on(
     in_time(context, Box::pin(reading)).await
 }
 
-/// Opens the image on `files` as a node on the thread of `context`.
+/// Opens the image on `files` as a node on the thread of `context`; what it keeps of bitmaps is put among `bitmaps`.
 ///
 /// # Errors
 /// In QEMU's words; also when a disk does not answer in time.
@@ -56,9 +59,11 @@ pub async fn open(
     files: Qcow2Files,
     backing: Option<Rc<dyn Node>>,
     plan: Qcow2Plan,
+    bitmaps: Arc<NodeBitmaps>,
 ) -> Result<(Rc<Qcow2Node>, ImageInfo), EngineError> {
-    let image = open_image(context, &files, plan).await?;
+    let image = open_image(context, &files, plan, &bitmaps).await?;
     let node = Qcow2Node::new(name, image.image, files, backing, plan.node, context);
+    let node = node.with_bitmaps(bitmaps);
     node.begin_upkeep(context);
     Ok((Rc::new(node), image.info))
 }
@@ -80,6 +85,7 @@ pub(super) async fn open_image(
     context: &DataContext,
     files: &Qcow2Files,
     plan: Qcow2Plan,
+    bitmaps: &NodeBitmaps,
 ) -> Result<ImageOnFiles, EngineError> {
     let file: Rc<dyn Storage> = files.file.clone();
     let data_file = files.data_file.clone();
@@ -90,10 +96,14 @@ pub(super) async fn open_image(
         repair_dirty(&file).await.map_err(refusal)?;
         opened = read(context, &file, plan).await?;
     }
-    let info = ImageInfo::of(&opened);
+    let mut info = ImageInfo::of(&opened);
     let format = opened.header.extensions.backing_format.clone();
     let backing = opened.header.backing_name.clone();
     let image = Qcow2::new(file, data_file, opened, plan.image).map_err(refusal)?;
+    take_in(context, &image, bitmaps).await?;
+    if let Some(version_3) = &mut info.version_3 {
+        version_3.bitmaps = kept_by(&image);
+    }
     Ok(ImageOnFiles {
         image,
         info,

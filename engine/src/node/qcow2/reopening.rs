@@ -7,8 +7,9 @@ use crate::data::DataContext;
 use crate::error::EngineError;
 use crate::node::build::{NodePlan, child_of};
 use crate::node::gate::Way;
+use crate::node::qcow2::keeping::store;
 use crate::node::qcow2::mover::Mover;
-use crate::node::qcow2::opening::{in_time, open_image};
+use crate::node::qcow2::opening::{in_time, open_image, refusal};
 use crate::node::qcow2::{Qcow2Files, Qcow2Node};
 use crate::node::{Reopened, cannot_become};
 
@@ -44,9 +45,13 @@ impl Qcow2Node {
                 format!("The image of node '{name}' was changed and could not be read since");
             return Err(EngineError::generic(text));
         }
+        if plan.image.read_only && !old.read_only() {
+            let stored = store(&old.image, &self.bitmaps).await;
+            stored.map_err(refusal)?;
+        }
         let written = old.close().await;
         written.map_err(|error| EngineError::generic(error.to_string()))?;
-        let image = open_image(context, &files, *plan).await?;
+        let image = open_image(context, &files, *plan, &self.bitmaps).await?;
         let mover = Mover::new(
             name.clone(),
             image.image,

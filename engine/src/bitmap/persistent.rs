@@ -1,0 +1,159 @@
+//! Bitmaps that an image keeps: loaded once when its node is opened, wherever it moves, and stored when it is not written any more.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use blockyard_images::qcow2::bitmaps::{BitSink, BitSource};
+use blockyard_storage::ByteRange;
+
+use crate::bitmap::{Bitmap, Need, NodeBitmaps, next_place};
+use crate::node::dirty_map::DirtyMap;
+
+/// What an image is to keep of a bitmap.
+#[derive(Clone, Debug)]
+pub(crate) struct BitmapInMemory {
+    /// Its name there.
+    pub(crate) name_in_image: Vec<u8>,
+    /// What has changed.
+    pub(crate) map: DirtyMap,
+    /// Whether it records.
+    pub(crate) records: bool,
+}
+
+impl NodeBitmaps {
+    /// Whether those that the image keeps are here already.
+    pub(crate) fn are_loaded(&self) -> bool {
+        self.are_loaded.load(Ordering::Acquire)
+    }
+
+    /// Takes in what the image keeps, in the order of its directory.
+    pub(crate) fn take_in(&self, loaded: Vec<Bitmap>) {
+        let mut all = self.lock();
+        for mut bitmap in loaded {
+            bitmap.set_place(next_place(&all));
+            all.push(bitmap);
+        }
+        self.are_loaded.store(true, Ordering::Release);
+        self.tell(&all);
+    }
+
+    /// Whether the image that keeps some of them is for reading only.
+    pub(crate) fn set_read_only(&self, read_only: bool) {
+        for bitmap in self.lock().iter_mut() {
+            bitmap.set_read_only(read_only);
+        }
+    }
+
+    /// What the image is to keep, newest first.
+    pub(crate) fn to_store(&self) -> Vec<BitmapInMemory> {
+        let all = self.lock();
+        all.iter().rev().filter_map(Bitmap::to_store).collect()
+    }
+
+    /// Lengths of the names of those that an image keeps, or is going to.
+    pub(crate) fn kept_names_bytes(&self) -> Vec<usize> {
+        let all = self.lock();
+        let names = all.iter().filter_map(Bitmap::name_in_image);
+        names.map(<[u8]>::len).collect()
+    }
+
+    /// Why the disk cannot get another length, in QEMU's words: an image keeps a bitmap that cannot be changed with it.
+    pub(crate) fn resize_refusal(&self) -> Option<String> {
+        let all = self.lock();
+        let mut kept = all.iter().filter(|one| one.name_in_image().is_some());
+        let refused = kept.find_map(|one| one.check(Need::Change).err());
+        refused.map(|error| error.to_string())
+    }
+}
+
+impl BitSink for DirtyMap {
+    fn set(&mut self, bits: Range<u64>) {
+        let granularity = self.granularity_bytes();
+        let start = bits.start.saturating_mul(granularity);
+        self.mark(ByteRange::between(
+            start,
+            bits.end.saturating_mul(granularity).max(start),
+        ));
+    }
+
+    fn put(&mut self, first: u64, bytes: &[u8]) {
+        self.mark_bits(first, bytes);
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        DirtyMap::memory_bytes(self)
+    }
+}
+
+impl BitSource for DirtyMap {
+    fn next_set(&self, from: u64) -> Option<u64> {
+        self.first_from(from)
+    }
+
+    fn copy_to(&self, first: u64, bytes: &mut [u8]) {
+        self.bits_into(first, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LENGTH: u64 = 1 << 20;
+
+    fn loaded(name: &[u8], records: bool, is_inconsistent: bool) -> Bitmap {
+        let mut map = DirtyMap::exactly(LENGTH, 4096);
+        map.mark(ByteRange::new(0, 1));
+        Bitmap::loaded(name.to_vec(), map, records, is_inconsistent)
+    }
+
+    fn stored(bitmaps: &NodeBitmaps) -> Vec<(Vec<u8>, u64, bool)> {
+        let all = bitmaps.to_store().into_iter();
+        all.map(|one| (one.name_in_image, one.map.dirty_bytes(), one.records))
+            .collect()
+    }
+
+    #[test]
+    fn an_image_gets_what_it_keeps_and_may_be_changed() {
+        let bitmaps = NodeBitmaps::default();
+        assert!(!bitmaps.are_loaded());
+        // No text, and one that ends before its end.
+        let names: [&[u8]; 3] = [b"on", b"o\xff", b"broken\0more"];
+        bitmaps.take_in(vec![
+            loaded(names[0], true, false),
+            loaded(names[1], false, false),
+            loaded(names[2], true, true),
+        ]);
+        assert!(bitmaps.are_loaded() && bitmaps.record());
+        bitmaps
+            .add(Bitmap::new("mine".to_owned(), LENGTH, 4096))
+            .expect("a new name");
+        bitmaps.mark(ByteRange::new(8192, 4096), LENGTH);
+        let names_shown: Vec<_> = bitmaps.views().into_iter().map(|view| view.name).collect();
+        let shown = ["mine", "broken", "o\u{fffd}", "on"].map(|name| Some(name.to_owned()));
+        assert_eq!(names_shown, shown);
+        assert_eq!(
+            stored(&bitmaps),
+            [
+                (names[1].to_vec(), 4096, false),
+                (names[0].to_vec(), 8192, true)
+            ],
+            "newest first, without what cannot be relied on"
+        );
+        assert_eq!(bitmaps.kept_names_bytes(), names.map(<[u8]>::len));
+        let refusal = bitmaps.resize_refusal().expect("refused");
+        assert_eq!(
+            refusal,
+            "Bitmap 'broken' is inconsistent and cannot be used"
+        );
+        bitmaps.remove("broken").expect("removed");
+        assert_eq!(bitmaps.resize_refusal(), None);
+        bitmaps.set_read_only(true);
+        assert!(stored(&bitmaps).is_empty(), "it has them already");
+        let refusal = bitmaps.resize_refusal().expect("refused");
+        assert_eq!(refusal, "Bitmap 'on' is readonly and cannot be modified");
+        bitmaps.remove("mine").expect("not the image's");
+        bitmaps.set_read_only(false);
+        assert_eq!(stored(&bitmaps).len(), 2);
+    }
+}

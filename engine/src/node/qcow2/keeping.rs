@@ -1,0 +1,154 @@
+//! The bitmaps that an image keeps: loaded when its node is opened, marked as in use while it may be written, stored when it may not
+//! be any more.
+
+use std::sync::Arc;
+
+use blockyard_images::ImageError;
+use blockyard_images::qcow2::Qcow2;
+use blockyard_images::qcow2::bitmaps::{BitmapToStore, LoadLimits, load_bitmap};
+use blockyard_images::qcow2::info::BitmapInfo;
+use blockyard_images::qcow2::layout::header::Header;
+use blockyard_images::qcow2::units::Version;
+use blockyard_storage::LocalFuture;
+
+use crate::bitmap::{Bitmap, NodeBitmaps};
+use crate::data::DataContext;
+use crate::error::EngineError;
+use crate::node::dirty_map::DirtyMap;
+use crate::node::qcow2::Qcow2Node;
+use crate::node::qcow2::opening::{in_time, refusal};
+
+/// Loads what an image keeps, unless `bitmaps` have it already: whoever moves takes them with him. What may be written says that
+/// its bitmaps are in use from now on. A bitmap that cannot be loaded of what is only read is taken for one that nobody has stored:
+/// the disk can be saved all the same.
+///
+/// # Errors
+/// In QEMU's words; also when a disk does not answer in time.
+pub(super) async fn take_in(
+    context: &DataContext,
+    image: &Qcow2,
+    bitmaps: &NodeBitmaps,
+) -> Result<(), EngineError> {
+    if !bitmaps.are_loaded() {
+        in_time(context, Box::pin(load(image, bitmaps))).await?;
+    }
+    let read_only = image.options().read_only;
+    if !read_only {
+        image.mark_bitmaps_in_use().await.map_err(refusal)?;
+    }
+    bitmaps.set_read_only(read_only);
+    Ok(())
+}
+
+async fn load(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), EngineError> {
+    let (header, kept) = (image.header().clone(), image.bitmaps().to_vec());
+    let mut limits = LoadLimits::of(&**image.file());
+    let mut loaded = Vec::new();
+    for bitmap in kept {
+        let mut map = DirtyMap::exactly(header.guest_bytes(), 1 << bitmap.granularity_bits);
+        let mut is_inconsistent = bitmap.is_in_use();
+        if !is_inconsistent {
+            let file = &**image.file();
+            let done = load_bitmap(file, &header, &bitmap, &mut limits, &mut map).await;
+            match done.map_err(refusal) {
+                Ok(()) => {}
+                Err(error) if image.options().read_only => {
+                    tracing::warn!(%error, "a bitmap is taken for inconsistent");
+                    map.clear_all();
+                    is_inconsistent = true;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let records = bitmap.is_auto();
+        loaded.push(Bitmap::loaded(bitmap.name, map, records, is_inconsistent));
+    }
+    bitmaps.take_in(loaded);
+    Ok(())
+}
+
+/// Puts into an image what it is to keep.
+///
+/// # Errors
+/// As [`Qcow2::store_bitmaps`].
+pub(super) async fn store(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), ImageError> {
+    let all = bitmaps.to_store();
+    let to_store: Vec<BitmapToStore<'_>> = all
+        .iter()
+        .map(|bitmap| BitmapToStore {
+            name: &bitmap.name_in_image,
+            granularity_bytes: bitmap.map.granularity_bytes(),
+            auto: bitmap.records,
+            bits: &bitmap.map,
+        })
+        .collect();
+    if to_store.is_empty() {
+        return Ok(());
+    }
+    if image.options().read_only {
+        return Err(ImageError::refused("No write access"));
+    }
+    image.store_bitmaps(&to_store).await
+}
+
+/// The bitmaps of an image, as it has them now.
+pub(super) fn kept_by(image: &Qcow2) -> Vec<BitmapInfo> {
+    image.bitmaps().iter().map(BitmapInfo::of).collect()
+}
+
+impl Qcow2Node {
+    /// Its bitmaps are `bitmaps`.
+    pub(super) fn with_bitmaps(mut self, bitmaps: Arc<NodeBitmaps>) -> Self {
+        self.bitmaps = bitmaps;
+        self
+    }
+
+    pub(super) fn store_kept(&self) -> LocalFuture<'static, Result<(), EngineError>> {
+        let bitmaps = Arc::clone(&self.bitmaps);
+        self.change(move |mover| async move {
+            match mover.lost.get() {
+                // Nobody knows any more what the image is like.
+                true => Ok(()),
+                false => store(&mover.image, &bitmaps).await.map_err(refusal),
+            }
+        })
+    }
+
+    pub(super) fn remove_kept(
+        &self,
+        name_in_image: Vec<u8>,
+    ) -> LocalFuture<'static, Result<(), EngineError>> {
+        self.change(move |mover| async move {
+            let removed = mover.image.remove_bitmap(&name_in_image).await;
+            removed.map(drop).map_err(refusal)
+        })
+    }
+
+    /// Whether an image can become what is wanted of it without losing a bitmap, also one that it has not got yet.
+    ///
+    /// # Errors
+    /// Why not, in QEMU's words.
+    pub(super) fn check_kept(&self, wanted: &Header, old_bytes: u64) -> Result<(), String> {
+        let keeps_any = !self.bitmaps.kept_names_bytes().is_empty();
+        if keeps_any && wanted.geometry.version() == Version::V2 {
+            return Err("Cannot downgrade an image with bitmaps".to_owned());
+        }
+        match self.bitmaps.resize_refusal() {
+            Some(refusal) if wanted.guest_bytes() != old_bytes => Err(refusal),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn refusal_of_new(&self, name: &str, granularity_bytes: u64) -> Option<String> {
+        let mover = self.mover();
+        let others = self.bitmaps.kept_names_bytes();
+        let checked = mover
+            .image
+            .check_new_bitmap(name.as_bytes(), granularity_bytes, others);
+        let error = checked.err()?;
+        let node = &mover.name;
+        Some(format!(
+            "Can't make bitmap '{name}' persistent in '{node}': {error}"
+        ))
+    }
+}
