@@ -3,10 +3,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::clock::{Clock, Moment};
 use crate::data::Spawner;
@@ -136,7 +136,7 @@ async fn connect_again(lane: Weak<Lane>, around: Surroundings) {
         };
         let until = around.clock.now().after(pause);
         around.clock.sleep_until(until).await;
-        let connected = connect(remote, &around).await;
+        let connected = connect(remote).await;
         let Some(lane) = lane.upgrade() else {
             return;
         };
@@ -157,24 +157,19 @@ async fn connect_again(lane: Weak<Lane>, around: Surroundings) {
     }
 }
 
-/// One attempt, where it may block.
-async fn connect(remote: Arc<Remote>, around: &Surroundings) -> Result<NbdConnection, String> {
-    let outcome = Arc::new(Mutex::new(None));
-    let told = Arc::clone(&outcome);
+/// One attempt, on a thread of its own: servers that are gone for long would keep those that wait for the disks.
+async fn connect(remote: Arc<Remote>) -> Result<NbdConnection, String> {
+    let (told, outcome) = oneshot::channel();
     let (target, given_up) = (remote.target().clone(), Arc::clone(remote.closed()));
     // Whoever connects does not keep the node.
     drop(remote);
-    around
-        .files
-        .blocking(Box::new(move || {
-            let now = Instant::now();
-            let connected = connect_until(&target, now, now + ATTEMPT, &given_up);
-            *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(connected);
-        }))
-        .await;
-    let outcome = outcome
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take();
-    outcome.unwrap_or_else(|| Err("the attempt came to nothing".to_owned()))
+    let thread = std::thread::Builder::new().name("nbd-connect".to_owned());
+    let started = thread.spawn(move || {
+        let now = Instant::now();
+        // Nobody hears it once the lane has gone.
+        let _ = told.send(connect_until(&target, now, now + ATTEMPT, &given_up));
+    });
+    started.map_err(|error| format!("Failed to start a thread: {error}"))?;
+    let outcome = outcome.await;
+    outcome.unwrap_or_else(|_| Err("the attempt came to nothing".to_owned()))
 }
