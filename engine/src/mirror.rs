@@ -1,7 +1,7 @@
 //! What a mirror is told, as clients describe it: [`MirrorSpec`], [`CopyMode`], [`NewTargetSpec`].
 
 use crate::job::error_policy::OnError;
-use crate::request::SyncMode;
+use crate::request::{BitmapMode, SyncMode};
 
 /// How a mirror treats writes while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +25,10 @@ pub struct MirrorSpec {
     pub replaces: Option<String>,
     /// How much.
     pub sync: SyncMode,
+    /// Name of a bitmap of the source.
+    pub bitmap: Option<String>,
+    /// What to do to it.
+    pub bitmap_mode: Option<BitmapMode>,
     /// Limit in bytes per second; 0: none.
     pub speed: i64,
     /// Unit of dirty tracking in bytes; `None`: from the target.
@@ -54,6 +58,8 @@ impl Default for MirrorSpec {
             new_target: None,
             replaces: None,
             sync: SyncMode::Full,
+            bitmap: None,
+            bitmap_mode: None,
             speed: 0,
             granularity: None,
             buf_size: None,

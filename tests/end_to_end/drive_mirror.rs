@@ -102,7 +102,6 @@ fn refused_drive_mirrors_say_why() {
         json!({"speed": -1}),
         json!({"speed": 1.5}),
         json!({"filter-node-name": "f"}),
-        json!({"bitmap": "b"}),
         json!({"target-is-zero": true}),
         json!({"unmap": "yes"}),
         json!({"on-target-error": "never"}),

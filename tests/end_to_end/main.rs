@@ -37,6 +37,7 @@ mod locks;
 mod long_chains;
 mod made_chains;
 mod migration;
+mod mirror_bitmaps;
 mod moves;
 mod mutations;
 mod nbd;

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::daemon::Daemon;
 use crate::oracle::{compare, data_file};
-use crate::schema::{NEWER_MEMBERS, OUR_COMMANDS, OUR_MEMBERS};
+use crate::schema::{NEWER_MEMBERS, OUR_COMMANDS, OUR_MEMBERS, OUR_MIRRORS_MEMBERS};
 
 /// Nested objects are followed so far.
 const DEPTH_MAX: usize = 4;
@@ -112,10 +112,13 @@ impl Schema {
         let mut surplus = good.clone();
         surplus["surplus"] = json!(1);
         all.push(surplus);
-        for member in self.members(object, tag) {
+        let members = || self.members(object, tag).into_iter();
+        let is_mirror = members().any(|member| member["name"] == "copy-mode");
+        for member in members() {
             let name = member["name"].as_str().expect("a name");
             // To the oracle they are surplus, whatever they are.
-            if OUR_MEMBERS.contains(&name) || NEWER_MEMBERS.contains(&name) {
+            let is_mirrors = is_mirror && OUR_MIRRORS_MEMBERS.contains(&name);
+            if is_mirrors || OUR_MEMBERS.contains(&name) || NEWER_MEMBERS.contains(&name) {
                 continue;
             }
             if member.get("default").is_none() {

@@ -28,6 +28,9 @@ pub(crate) const OUR_MEMBERS: [&str; 7] = [
 /// Members that newer releases of QEMU have.
 pub(crate) const NEWER_MEMBERS: [&str; 2] = ["on-cbw-error", "target-is-zero"];
 
+/// Members that only mirrors of ours have.
+pub(crate) const OUR_MIRRORS_MEMBERS: [&str; 2] = ["bitmap", "bitmap-mode"];
+
 /// Commands that are ours alone.
 pub(crate) const OUR_COMMANDS: [&str; 2] = ["x-plan", "x-query-chain"];
 
@@ -99,6 +102,8 @@ fn contained(
                 let same = all.iter().find(|other| other["name"] == *name);
                 let is_known = |list: &[&str]| list.iter().any(|known| name == known);
                 let is_ours = is_known(&OUR_MEMBERS) || is_known(&NEWER_MEMBERS);
+                let is_mirror = ["blockdev-mirror", "drive-mirror"].contains(&path);
+                let is_ours = is_ours || is_mirror && is_known(&OUR_MIRRORS_MEMBERS);
                 if (path == AMEND_QCOW2 || is_ours) && same.is_none() {
                     continue;
                 }

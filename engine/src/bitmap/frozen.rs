@@ -25,6 +25,8 @@ pub(crate) enum JobEnd<'a> {
     Success,
     /// Of what it was about, this is missing.
     Part(&'a DirtyMap),
+    /// Nothing of what has changed so far is missing, what has changed since the job began included, and nobody writes.
+    Equal,
     /// It has failed, and nobody knows how far it came.
     Failure,
 }
@@ -36,6 +38,8 @@ enum Fate {
     Replaced,
     /// The same, and what the job has not copied.
     ReplacedButForRest,
+    /// Nothing is in it any more.
+    Emptied,
     /// What has changed since the job began comes to what was in it.
     Kept,
 }
@@ -44,6 +48,7 @@ impl Fate {
     fn of(mode: BitmapMode, end: JobEnd<'_>) -> Self {
         match (mode, end) {
             (BitmapMode::OnSuccess | BitmapMode::Always, JobEnd::Success) => Fate::Replaced,
+            (BitmapMode::OnSuccess | BitmapMode::Always, JobEnd::Equal) => Fate::Emptied,
             (BitmapMode::Always, JobEnd::Part(_)) => Fate::ReplacedButForRest,
             (BitmapMode::Never, _)
             | (BitmapMode::OnSuccess, JobEnd::Part(_))
@@ -114,8 +119,10 @@ impl FrozenBitmap {
         let mut all = self.bitmaps.lock();
         if let Some(bitmap) = all.iter_mut().find(|bitmap| bitmap.name() == self.name) {
             bitmap.thaw(fate != Fate::Kept);
-            if let (Fate::ReplacedButForRest, JobEnd::Part(missing)) = (fate, end) {
-                bitmap.merge(missing);
+            match (fate, end) {
+                (Fate::ReplacedButForRest, JobEnd::Part(missing)) => bitmap.merge(missing),
+                (Fate::Emptied, _) => bitmap.clear(),
+                _ => {}
             }
         }
         // What has been replaced is as new as what came in its place.
@@ -181,6 +188,7 @@ mod tests {
         let ends = [
             (JobEnd::Success, [&[3, 6][..], &[3, 6], &all]),
             (JobEnd::Part(&missing), [&all, &[0, 3, 6], &all]),
+            (JobEnd::Equal, [&[], &[], &all]),
             (JobEnd::Failure, [&all, &all, &all]),
         ];
         let modes = [BitmapMode::OnSuccess, BitmapMode::Always, BitmapMode::Never];

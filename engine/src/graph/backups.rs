@@ -1,8 +1,5 @@
 //! What a backup needs of the graph besides what every job does: its checks, in QEMU's order, and the point in time.
 
-use std::sync::Arc;
-
-use crate::bitmap::Need;
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::Graph;
@@ -43,7 +40,8 @@ impl Graph {
         spec: &BackupSpec,
         source: NodeId,
     ) -> Result<Option<BitmapMode>, EngineError> {
-        let mode = self.check_backup_bitmap(spec, source)?;
+        let name = spec.bitmap.as_deref();
+        let mode = self.check_job_bitmap(source, spec.sync, name, spec.bitmap_mode)?;
         self.check_backup_perf(spec, source, mode)?;
         check_cluster_size(spec)?;
         Ok(mode)
@@ -64,12 +62,7 @@ impl Graph {
             let text = "max-chunk must be zero (which means no limit) or positive";
             return Err(EngineError::generic(text));
         }
-        if let (Some(name), Some(mode)) = (&spec.bitmap, mode)
-            && mode != BitmapMode::Never
-        {
-            self.bitmaps_on(source)?.check(name, Need::Change)?;
-        }
-        Ok(())
+        self.check_change_of_bitmap(source, spec.bitmap.as_deref(), mode)
     }
 
     async fn check_and_save(
@@ -83,7 +76,8 @@ impl Graph {
             (Some(_), None) => return Err(EngineError::generic("A node was not opened (bug)")),
             (None, _) => self.look_up(&spec.target)?,
         };
-        let bitmap_mode = self.check_backup_bitmap(spec, source)?;
+        let name = spec.bitmap.as_deref();
+        let bitmap_mode = self.check_job_bitmap(source, spec.sync, name, spec.bitmap_mode)?;
         if source == target {
             return Err(EngineError::generic("Source and target cannot be the same"));
         }
@@ -124,11 +118,6 @@ impl Graph {
         let cluster_bytes = self.backup_cluster_bytes(target, minimum).await?;
         let replaced = self.records.borrow().check_links_to(source);
         replaced.map_err(|error| error.prefixed("Could not replace node: "))?;
-        let freeze = || {
-            let named = spec.bitmap.as_ref().zip(bitmap_mode);
-            let freeze = |(name, mode): (&String, _)| self.bitmaps_on(source)?.freeze(name, mode);
-            named.map(freeze).transpose()
-        };
         let (filter, bitmap) = self
             .insert_filter(
                 source,
@@ -140,7 +129,7 @@ impl Graph {
                     admits_writers: !spec.discard_source,
                 },
                 spec.filter_node_name.as_deref(),
-                freeze,
+                || self.freeze_for_job(source, name, bitmap_mode),
             )
             .await
             .map_err(|error| error.prefixed("Could not create node: "))?;
@@ -148,7 +137,7 @@ impl Graph {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
-            bitmap: bitmap.map(Arc::new),
+            bitmap,
             opened,
             ..JobNodes::default()
         })

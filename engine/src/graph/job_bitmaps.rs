@@ -1,34 +1,72 @@
 //! Bitmaps of jobs: which arguments fit together, in QEMU's words and order.
 
-use crate::bitmap::Need;
+use std::sync::Arc;
+
+use crate::bitmap::{FrozenBitmap, Need};
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::Graph;
-use crate::request::{BackupSpec, BitmapMode, SyncMode};
+use crate::request::{BitmapMode, SyncMode};
 
 impl Graph {
-    /// Looks at what a backup is told of bitmaps; what becomes of the one that is named.
+    /// Looks at what a job is told of bitmaps; what becomes of the one that is named.
     ///
     /// # Errors
     /// In QEMU's words.
-    pub(super) fn check_backup_bitmap(
+    pub(super) fn check_job_bitmap(
         &self,
-        spec: &BackupSpec,
         source: NodeId,
+        sync: SyncMode,
+        name: Option<&str>,
+        asked: Option<BitmapMode>,
     ) -> Result<Option<BitmapMode>, EngineError> {
         let bitmaps = self.bitmaps_on(source)?;
-        let name = spec.bitmap.as_deref();
         let is_there = name.is_some_and(|name| bitmaps.has(name));
-        let mode = mode_of(spec.sync, name, is_there, spec.bitmap_mode)?;
+        let mode = mode_of(sync, name, is_there, asked)?;
         if let Some(name) = name {
             bitmaps.check(name, Need::Read)?;
         }
-        check_use(spec.sync, mode)?;
-        if name.is_none() && spec.bitmap_mode.is_some() {
+        check_use(sync, mode)?;
+        if name.is_none() && asked.is_some() {
             let text = "Cannot specify bitmap sync mode without a bitmap";
             return Err(EngineError::generic(text));
         }
         Ok(mode)
+    }
+
+    /// That a bitmap can be changed, if it is going to be.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub(super) fn check_change_of_bitmap(
+        &self,
+        source: NodeId,
+        name: Option<&str>,
+        mode: Option<BitmapMode>,
+    ) -> Result<(), EngineError> {
+        match (name, mode) {
+            (Some(name), Some(BitmapMode::OnSuccess | BitmapMode::Always)) => {
+                self.bitmaps_on(source)?.check(name, Need::Change)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Freezes the bitmap of a job, if it has one.
+    ///
+    /// # Errors
+    /// It cannot be used any more.
+    pub(super) fn freeze_for_job(
+        &self,
+        source: NodeId,
+        name: Option<&str>,
+        mode: Option<BitmapMode>,
+    ) -> Result<Option<Arc<FrozenBitmap>>, EngineError> {
+        let Some((name, mode)) = name.zip(mode) else {
+            return Ok(None);
+        };
+        let frozen = self.bitmaps_on(source)?.freeze(name, mode)?;
+        Ok(Some(Arc::new(frozen)))
     }
 }
 
@@ -79,7 +117,7 @@ fn check_use(sync: SyncMode, mode: Option<BitmapMode>) -> Result<(), EngineError
 }
 
 /// What clients call it.
-pub(super) const fn word(sync: SyncMode) -> &'static str {
+const fn word(sync: SyncMode) -> &'static str {
     match sync {
         SyncMode::Full => "full",
         SyncMode::Top => "top",

@@ -9,7 +9,7 @@ use crate::graph::jobs::JobNodes;
 use crate::graph::roots::move_edges;
 use crate::job::context::JobKey;
 use crate::node::filter_node::FilterKind;
-use crate::request::{MirrorSpec, SyncMode};
+use crate::request::{BitmapMode, MirrorSpec, SyncMode};
 
 /// Unit of tracking of a mirror, in bytes, if the client does not say.
 const GRANULARITY_MIN_BYTES: u64 = 4 << 10;
@@ -51,7 +51,7 @@ impl Graph {
         if let Some(replaces) = &spec.replaces {
             self.check_may_replace(replaces, source, spec)?;
         }
-        check_sync(spec)
+        self.check_sync(spec, source).map(drop)
     }
 
     async fn check_and_filter(
@@ -75,7 +75,7 @@ impl Graph {
         if let Some(replaces) = &spec.replaces {
             self.check_may_replace(replaces, source, spec)?;
         }
-        check_sync(spec)?;
+        let bitmap_mode = self.check_sync(spec, source)?;
         if source == target {
             return Err(EngineError::generic("Can't mirror node into itself"));
         }
@@ -85,17 +85,50 @@ impl Graph {
             granularity_bytes: granularity,
             commits: false,
         };
-        let (filter, ()) = self
-            .insert_filter(source, None, "mirror_top", kind, name, || Ok(()))
+        let freeze = || self.freeze_for_job(source, spec.bitmap.as_deref(), bitmap_mode);
+        let (filter, bitmap) = self
+            .insert_filter(source, None, "mirror_top", kind, name, freeze)
             .await?;
         Ok(JobNodes {
             source: Some(source),
             target: Some(target),
             filter: Some(filter),
+            bitmap,
             target_backing: self.target_backing(spec),
             opened,
             ..JobNodes::default()
         })
+    }
+
+    /// What is copied, and what becomes of the bitmap. QEMU knows no bitmaps here: without one, its refusals are left.
+    fn check_sync(
+        &self,
+        spec: &MirrorSpec,
+        source: NodeId,
+    ) -> Result<Option<BitmapMode>, EngineError> {
+        let mode = match spec.sync {
+            SyncMode::Incremental => Some("incremental"),
+            SyncMode::Bitmap => Some("bitmap"),
+            SyncMode::Full | SyncMode::Top | SyncMode::None => None,
+        };
+        let name = spec.bitmap.as_deref();
+        if let (Some(mode), None) = (mode, name) {
+            return Err(EngineError::generic(format!(
+                "Sync mode '{mode}' not supported"
+            )));
+        }
+        let bitmap_mode = self.check_job_bitmap(source, spec.sync, name, spec.bitmap_mode)?;
+        self.check_change_of_bitmap(source, name, bitmap_mode)?;
+        let is_new = spec.new_target.as_ref().is_some_and(|new| !new.exists);
+        if let (Some(mode), true) = (mode, is_new) {
+            return Err(EngineError::generic(format!(
+                "Sync mode '{mode}' needs a target that exists and holds what the source was"
+            )));
+        }
+        match spec.buf_size.is_some_and(|size| size < 0) {
+            true => Err(EngineError::generic("Invalid parameter 'buf-size'")),
+            false => Ok(bitmap_mode),
+        }
     }
 
     /// Unit in which writes above a mirror's source are tracked, in bytes: what the client says, or what the target keeps
@@ -203,21 +236,4 @@ fn check_granularity(spec: &MirrorSpec) -> Result<(), EngineError> {
         return Err(EngineError::generic(text));
     }
     Ok(())
-}
-
-/// Bitmaps are refused, as by QEMU.
-fn check_sync(spec: &MirrorSpec) -> Result<(), EngineError> {
-    if let Some(mode) = match spec.sync {
-        SyncMode::Incremental => Some("incremental"),
-        SyncMode::Bitmap => Some("bitmap"),
-        _ => None,
-    } {
-        return Err(EngineError::generic(format!(
-            "Sync mode '{mode}' not supported"
-        )));
-    }
-    match spec.buf_size.is_some_and(|size| size < 0) {
-        true => Err(EngineError::generic("Invalid parameter 'buf-size'")),
-        false => Ok(()),
-    }
 }

@@ -65,7 +65,10 @@ impl Graph {
         };
         let source = self.look_up(&spec.device)?;
         self.records.borrow().check_no_job(source)?;
-        let below = self.below_new_target(spec.sync, source);
+        let below = match spec.sync {
+            SyncMode::Incremental | SyncMode::Bitmap => None,
+            sync => self.below_new_target(sync, source),
+        };
         let common = CommonOptions {
             discard: Some(Discard::Unmap),
             detect_zeroes: Some(DetectZeroes::Unmap),
@@ -126,9 +129,9 @@ impl Graph {
     fn below_new_target(&self, sync: SyncMode, source: NodeId) -> Option<NodeId> {
         let records = self.records.borrow();
         match sync {
-            SyncMode::Full | SyncMode::Incremental | SyncMode::Bitmap => None,
+            SyncMode::Full => None,
             SyncMode::None => Some(source),
-            SyncMode::Top => records
+            SyncMode::Top | SyncMode::Incremental | SyncMode::Bitmap => records
                 .next_in_chain(records.unfiltered(source))
                 .map(|below| records.unfiltered(below)),
         }

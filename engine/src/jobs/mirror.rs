@@ -9,11 +9,13 @@
 
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockyard_storage::{ByteRange, LocalFuture};
 use futures_util::future::{Either, select};
 
+use crate::bitmap::{FrozenBitmap, JobEnd};
 use crate::error::{JobError, NodeError};
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
@@ -22,9 +24,10 @@ use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
 use crate::jobs::plan::Layers;
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
+use crate::node::dirty_map::DirtyMap;
 use crate::node::mirror_top::{OtherSide, Quiet, Tracker};
 use crate::node::transfer::{Failed, Writing, bring_over};
-use crate::request::{CopyMode, MirrorSpec, SyncMode};
+use crate::request::{BitmapMode, CopyMode, MirrorSpec, SyncMode};
 
 /// Bytes in flight if the client does not say.
 const BUF_SIZE_BYTES: u64 = 16 << 20;
@@ -51,6 +54,8 @@ pub(super) enum Extent {
     All,
     /// What so many layers hold.
     Layers(usize),
+    /// What has changed since the target was equal, as a bitmap says.
+    Changes,
     /// What changes from now on.
     Nothing,
 }
@@ -61,6 +66,11 @@ pub(crate) struct Mirror {
     target: Rc<dyn Node>,
     /// What is known of the writers above the source.
     tracker: Rc<Tracker>,
+    bitmap: Option<Arc<FrozenBitmap>>,
+    /// What differs after a job that has ended early, if the rest is known to be durable.
+    missing: Option<DirtyMap>,
+    /// What is not marked or planned is equal on both sides.
+    knows_what_differs: bool,
     extent: Extent,
     buf_size_bytes: u64,
     /// Zeroed ranges of the target may become holes.
@@ -74,24 +84,29 @@ pub(crate) struct Mirror {
 }
 
 impl Mirror {
-    /// A mirror of `source` on `target`. `tracker` is that of the filter above the source.
+    /// A mirror of `source` on `target`. `tracker` is that of the filter above the source, and `bitmap` was frozen when that came.
     pub(crate) fn new(
         source: Rc<dyn Node>,
         target: Rc<dyn Node>,
         tracker: Rc<Tracker>,
+        bitmap: Option<Arc<FrozenBitmap>>,
         spec: &MirrorSpec,
     ) -> Self {
         let extent = match spec.sync {
             SyncMode::None => Extent::Nothing,
             // A top layer without anything below it is the whole disk.
             SyncMode::Top if source.backing().is_some() => Extent::Layers(1),
-            _ => Extent::All,
+            SyncMode::Incremental | SyncMode::Bitmap => Extent::Changes,
+            SyncMode::Full | SyncMode::Top => Extent::All,
         };
         let asked = spec.buf_size.and_then(|bytes| u64::try_from(bytes).ok());
         Self {
             source,
             target,
             tracker,
+            bitmap,
+            missing: None,
+            knows_what_differs: false,
             extent,
             buf_size_bytes: asked.filter(|bytes| *bytes != 0).unwrap_or(BUF_SIZE_BYTES),
             may_unmap: spec.unmap,
@@ -113,6 +128,9 @@ impl Mirror {
             source: device,
             target: base,
             tracker,
+            bitmap: None,
+            missing: None,
+            knows_what_differs: false,
             extent: Extent::Layers(layers),
             buf_size_bytes: BUF_SIZE_BYTES,
             may_unmap: true,
@@ -137,7 +155,7 @@ impl Mirror {
                 count,
                 unit_bytes: self.top_unit_bytes(),
             },
-            Extent::All | Extent::Nothing => Layers::All,
+            Extent::All | Extent::Changes | Extent::Nothing => Layers::All,
         };
         let options = CopyOptions {
             layers,
@@ -158,8 +176,8 @@ impl Mirror {
             remember_bytes: REMEMBER_BYTES,
         };
         let all = match self.extent {
-            Extent::Nothing => ByteRange::default(),
-            _ => ByteRange::new(0, self.source.facts().length_bytes),
+            Extent::Changes | Extent::Nothing => ByteRange::default(),
+            Extent::All | Extent::Layers(_) => self.everything(),
         };
         let (source, target) = (self.source.clone(), self.target.clone());
         Copier::of(all, source, target, options).with_changes(self.tracker.clone())
@@ -177,7 +195,9 @@ impl Mirror {
     fn fills_whole_units(&self) -> bool {
         match self.extent {
             Extent::Layers(_) => true,
-            Extent::Nothing => self.target.names_backing() && self.target.backing().is_none(),
+            Extent::Changes | Extent::Nothing => {
+                self.target.names_backing() && self.target.backing().is_none()
+            }
             Extent::All => false,
         }
     }
@@ -230,10 +250,22 @@ impl Mirror {
             return Err(Stop::Failed(JobError::text(text)));
         }
         cx.checkpoint().await?;
+        match (self.extent, &self.bitmap) {
+            (Extent::All | Extent::Layers(_), _) => {
+                self.tracker.set_planned(self.everything());
+                cx.progress().set_remaining(source.length_bytes);
+            }
+            (Extent::Changes, Some(bitmap)) => self.tracker.mark_all(bitmap.map()),
+            (Extent::Changes, None) => {
+                let text = "Internal error: a mirror has lost its bitmap (bug)";
+                return Err(Stop::Failed(JobError::text(text)));
+            }
+            (Extent::Nothing, _) => {}
+        }
+        self.knows_what_differs = true;
         self.show_target(cx);
         let mut copier = self.copier();
         if self.extent != Extent::Nothing {
-            cx.progress().set_remaining(source.length_bytes);
             copier.run(cx).await?;
         }
         cx.orders().set_actively_synced(self.actively_synced(cx));
@@ -333,6 +365,31 @@ impl Mirror {
         }
     }
 
+    fn everything(&self) -> ByteRange {
+        ByteRange::new(0, self.source.facts().length_bytes)
+    }
+
+    /// The job has ended early. What has been copied is only forgotten once it is durable, as the next copy leaves it out then.
+    async fn stop_early(&mut self) {
+        let is_wanted = |bitmap: &Arc<FrozenBitmap>| bitmap.mode() == BitmapMode::Always;
+        let is_wanted = self.knows_what_differs && self.bitmap.as_ref().is_some_and(is_wanted);
+        // Writes that are on their way to both sides have been marked beside the bitmap.
+        let unequal = is_wanted.then(|| self.tracker.unequal());
+        self.let_go();
+        self.tracker.other_side_left().await;
+        if let Some(unequal) = unequal
+            && self.target.flush().await.is_ok()
+        {
+            self.missing = Some(unequal);
+        }
+    }
+
+    fn settle(&self, end: JobEnd<'_>) {
+        if let Some(bitmap) = &self.bitmap {
+            bitmap.settle(end);
+        }
+    }
+
     /// Nothing goes to the target any more.
     fn let_go(&mut self) {
         self.tracker.end();
@@ -351,18 +408,23 @@ impl Work for Mirror {
         Box::pin(async move {
             let ended = self.mirror(cx).await;
             if ended.is_err() {
-                self.let_go();
-                self.tracker.other_side_left().await;
+                self.stop_early().await;
             }
             ended
         })
     }
 
     fn apply(&mut self) {
+        // Writers still wait.
+        self.settle(JobEnd::Equal);
         self.let_go();
     }
 
     fn revert(&mut self) {
+        self.settle(match &self.missing {
+            Some(missing) => JobEnd::Part(missing),
+            None => JobEnd::Failure,
+        });
         self.let_go();
     }
 }

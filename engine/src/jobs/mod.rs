@@ -72,6 +72,7 @@ pub fn work(
             node(nodes.source)?,
             node(nodes.target)?,
             tracker(node(nodes.filter)?)?,
+            nodes.bitmap.clone(),
             spec,
         )),
         WorkSpec::Commit(_) if is_active => Box::new(active_commit::ActiveCommit::new(

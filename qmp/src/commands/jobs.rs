@@ -248,6 +248,8 @@ fn mirror_spec(arguments: &mut Fields) -> MirrorSpec {
         device: arguments.required_text("device"),
         replaces: arguments.text("replaces"),
         sync: sync_mode(arguments),
+        bitmap: arguments.text("bitmap"),
+        bitmap_mode: arguments.word("bitmap-mode", BITMAP_MODES),
         speed: arguments.int("speed").unwrap_or(0),
         granularity: granularity.and_then(|bytes| u32::try_from(bytes).ok()),
         buf_size: arguments.int("buf-size"),

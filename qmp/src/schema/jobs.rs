@@ -119,6 +119,8 @@ pub static MIRROR: Object = Object::of(&[
     optional("auto-finalize", Type::Bool),
     optional("auto-dismiss", Type::Bool),
     optional("target-is-zero", Type::Bool),
+    optional("bitmap", Type::Text),
+    optional("bitmap-mode", Type::Word(&BITMAP_MODE)),
 ]);
 /// Arguments of `drive-mirror`.
 pub static DRIVE_MIRROR: Object = Object::of(&[
@@ -139,6 +141,8 @@ pub static DRIVE_MIRROR: Object = Object::of(&[
     optional("copy-mode", Type::Word(&COPY_MODE)),
     optional("auto-finalize", Type::Bool),
     optional("auto-dismiss", Type::Bool),
+    optional("bitmap", Type::Text),
+    optional("bitmap-mode", Type::Word(&BITMAP_MODE)),
 ]);
 /// Arguments of `block-commit`.
 pub static COMMIT: Object = Object::of(&[

@@ -110,6 +110,7 @@ impl Copy {
                 source.clone(),
                 target,
                 Rc::new(Tracker::new(source.facts().length_bytes, 64 << 10)),
+                None,
                 &MirrorSpec {
                     device,
                     target: on,

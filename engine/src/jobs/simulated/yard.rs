@@ -339,7 +339,7 @@ impl Yard {
                     ..MirrorSpec::default()
                 };
                 let tracker = Tracker::new(source.facts().length_bytes, 64 << 10);
-                Box::new(Mirror::new(source, target, Rc::new(tracker), &spec))
+                Box::new(Mirror::new(source, target, Rc::new(tracker), None, &spec))
             }
         }
     }

@@ -144,6 +144,24 @@ impl Tracker {
         more
     }
 
+    /// What has changed according to `map` has to be copied.
+    pub(crate) fn mark_all(&self, map: &DirtyMap) {
+        let more = {
+            let mut dirty = self.dirty.borrow_mut();
+            let before = dirty.dirty_bytes();
+            dirty.merge(map);
+            dirty.dirty_bytes() - before
+        };
+        self.count(more, true);
+    }
+
+    /// What may differ between the two sides, but for what is on its way to both: what has to be copied, and what is planned.
+    pub(crate) fn unequal(&self) -> DirtyMap {
+        let mut unequal = self.dirty.borrow().clone();
+        unequal.mark(self.planned.get());
+        unequal
+    }
+
     /// The granules that lie in `range` as a whole are equal on both sides.
     fn clear(&self, range: ByteRange) {
         let less = self.dirty.borrow_mut().clear(range);
