@@ -10,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 use crate::control;
 use crate::daemon;
 use crate::terminal::copy::arguments::CopyKind;
-use crate::terminal::images::{compare, create, info, map, measure, resize, snapshot};
+use crate::terminal::images::{bitmap, compare, create, info, map, measure, resize, snapshot};
 use crate::terminal::{self, Command, bench, chain, check, copy};
 use crate::tour;
 
@@ -52,6 +52,7 @@ pub fn main() -> ExitCode {
         Command::Map(arguments) => map::run(&arguments).into(),
         Command::Measure(arguments) => measure::run(&arguments).into(),
         Command::Resize(arguments) => resize::run(&arguments).into(),
+        Command::Bitmap(arguments) => bitmap::run(&arguments).into(),
         Command::Snapshot(arguments) => snapshot::run(&arguments).into(),
         Command::Qmp(arguments) => control::qmp::run(&arguments).into(),
         Command::Jobs(arguments) => control::jobs::run(&arguments).into(),

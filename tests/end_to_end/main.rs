@@ -52,6 +52,7 @@ mod new_overlays;
 mod nodes;
 mod normal;
 mod one_shot;
+mod one_shot_bitmaps;
 mod one_shot_chains;
 mod oracle;
 mod persistent_bitmaps;

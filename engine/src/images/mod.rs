@@ -3,6 +3,7 @@
 //! Each kind of work is a file with its description, its result and the function that does it; [`ImageSpec`] and
 //! [`ImageReply`] list them. What they share is in [`watcher`]: progress, cancelling and what is told meanwhile.
 
+pub mod bitmaps;
 pub mod check;
 pub mod compare;
 pub mod create;
@@ -23,6 +24,7 @@ use blockyard_storage::error::{ECANCELED, errno_text};
 use crate::error::EngineError;
 use crate::node::Node;
 
+pub use bitmaps::{BitmapsSpec, DirtyExtent, KeptBitmapView};
 pub use check::{CheckSpec, CheckView, FindingView, RepairChoice, Severity};
 pub use compare::{CompareSpec, CompareView, Difference};
 pub use info::{InfoSpec, InfoView};
@@ -56,6 +58,8 @@ pub enum ImageFormat {
 /// The kinds of work.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ImageWork {
+    /// Looks at the dirty bitmaps that a qcow2 image keeps.
+    Bitmaps(BitmapsSpec),
     /// Checks a qcow2 image, and repairs it if wanted.
     Check(CheckSpec),
     /// Compares the disk with another one.
@@ -81,7 +85,8 @@ impl ImageWork {
             ImageWork::Check(spec) => spec.repair.is_some(),
             ImageWork::Rebase(spec) => !spec.dry_run,
             ImageWork::Resize(_) | ImageWork::Snapshot(_) => true,
-            ImageWork::Compare(_)
+            ImageWork::Bitmaps(_)
+            | ImageWork::Compare(_)
             | ImageWork::Info(_)
             | ImageWork::Map(_)
             | ImageWork::Measure(_) => false,
@@ -101,6 +106,8 @@ impl ImageWork {
 /// What a piece of work came to.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ImageReply {
+    /// Of [`ImageWork::Bitmaps`]: those that were looked at.
+    Bitmaps(Vec<KeptBitmapView>),
     /// Of [`ImageWork::Check`].
     Checked(CheckView),
     /// Of [`ImageWork::Compare`].
@@ -130,6 +137,9 @@ pub(crate) async fn run(
     watcher: ImageWatcher,
 ) -> Result<ImageReply, EngineError> {
     match work {
+        ImageWork::Bitmaps(spec) => bitmaps::run(node, spec, &watcher)
+            .await
+            .map(ImageReply::Bitmaps),
         ImageWork::Check(spec) => check::run(node, spec, &watcher)
             .await
             .map(ImageReply::Checked),

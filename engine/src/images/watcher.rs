@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::sync::mpsc;
 
+use crate::images::bitmaps::DirtyExtent;
 use crate::images::check::FindingView;
 use crate::images::map::MapExtent;
 
@@ -14,6 +15,8 @@ const EVENTS_MAX: usize = 4;
 /// Something that work on an image tells while it goes on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ImageEvent {
+    /// What a dirty bitmap says has changed, the next part of it.
+    Dirty(Vec<DirtyExtent>),
     /// Findings of a check.
     Found(Vec<FindingView>),
     /// Where the next part of a disk is kept.

@@ -13,8 +13,8 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::{ImageView, JobView, LayerView, PlanView, Reply};
 use blockyard_engine::request::{
-    BackingRef, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, JobSpec, NamedBy,
-    NodeRef, NodeSpec, PlanSpec, PlannedJob, Qcow2Spec, Request, VerbFamily, WorkSpec,
+    BackingRef, BitmapChange, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, JobSpec,
+    NamedBy, NodeRef, NodeSpec, PlanSpec, PlannedJob, Qcow2Spec, Request, VerbFamily, WorkSpec,
 };
 use clap::{Args, ValueEnum};
 use tokio::sync::{mpsc, watch};
@@ -272,16 +272,41 @@ impl Embedded {
         file: &ImageFile,
         backing: BackingRef,
     ) -> Result<(), EngineError> {
+        let node = self.qcow2_node(file, backing);
+        self.call(Request::BlockdevAdd(node)).await.map(drop)
+    }
+
+    /// Lets a qcow2 image without backing that was opened for writing be read only from now on; what it keeps is in it then.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn make_qcow2_read_only(&self, file: &ImageFile) -> Result<(), EngineError> {
+        let file = ImageFile {
+            read_only: true,
+            ..file.clone()
+        };
+        let nodes = vec![self.qcow2_node(&file, BackingRef::Nothing)];
+        self.call(Request::BlockdevReopen { nodes }).await.map(drop)
+    }
+
+    /// Changes a dirty bitmap of a node.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn change_bitmap(&self, change: BitmapChange) -> Result<(), EngineError> {
+        self.call(Request::ChangeBitmap(change)).await.map(drop)
+    }
+
+    fn qcow2_node(&self, file: &ImageFile, backing: BackingRef) -> NodeSpec {
         let below = self.file_node(file, None);
-        let node = NodeSpec {
+        NodeSpec {
             node_name: Some(file.name.to_owned()),
             common: below.common,
             driver: DriverSpec::Qcow2(Box::new(Qcow2Spec {
                 backing,
                 ..Qcow2Spec::over(NodeRef::Inline(Box::new(below)))
             })),
-        };
-        self.call(Request::BlockdevAdd(node)).await.map(drop)
+        }
     }
 
     fn file_node(&self, file: &ImageFile, node_name: Option<String>) -> NodeSpec {

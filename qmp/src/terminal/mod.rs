@@ -24,6 +24,7 @@ use crate::terminal::chain::show::ChainArguments;
 use crate::terminal::check::arguments::CheckArguments;
 use crate::terminal::copy::arguments::CopyArguments;
 use crate::terminal::exit::{Exit, after_help, after_help_with};
+use crate::terminal::images::bitmap::BitmapArguments;
 use crate::terminal::images::compare::{self, CompareArguments};
 use crate::terminal::images::create::CreateArguments;
 use crate::terminal::images::info::InfoArguments;
@@ -83,6 +84,13 @@ const SNAPSHOT_EXAMPLES: &str = "  \
   blockyard snapshot -d before-upgrade image.qcow2
   blockyard snapshot --overlay new.qcow2 image.qcow2";
 
+const BITMAP_EXAMPLES: &str = "  \
+  blockyard bitmap add image.qcow2 since-monday
+  blockyard bitmap list image.qcow2
+  blockyard bitmap merge image.qcow2 since-monday since-tuesday
+  blockyard bitmap dump --json image.qcow2 since-monday
+  blockyard bitmap remove image.qcow2 since-monday";
+
 const MAP_EXAMPLES: &str = "  \
   blockyard map disk.raw
   blockyard map -f qcow2 --output json image.qcow2";
@@ -124,8 +132,9 @@ const MIRROR_EXAMPLES: &str = "  \
 
 /// Commands whose exit codes are those of qemu-img: some say more than failure with 2, so that all end with 1 after a wrong
 /// command line.
-const IMAGE_COMMANDS: [&str; 10] = [
-    "chain", "check", "compare", "create", "info", "map", "measure", "rebase", "resize", "snapshot",
+const IMAGE_COMMANDS: [&str; 11] = [
+    "bitmap", "chain", "check", "compare", "create", "info", "map", "measure", "rebase", "resize",
+    "snapshot",
 ];
 
 /// Runs backup, mirror and other block jobs on disk images
@@ -248,6 +257,13 @@ pub enum Command {
     /// from NEW's folder. From then on NEW is to be used. It takes no time, and nothing that exists is overwritten.
     #[command(after_help = image_help(SNAPSHOT_EXAMPLES))]
     Snapshot(SnapshotArguments),
+    /// List, add, change or remove the dirty bitmaps of a qcow2 image
+    ///
+    /// A bitmap says which parts of the disk have changed since it was added or cleared; incremental backups go by it. Whoever uses the
+    /// image keeps those up that record. Messages are those of qemu-img bitmap. The image has the old bitmaps or the new ones whenever
+    /// the power goes. FILE must not be in use by somebody who writes to it.
+    #[command(after_help = image_help(BITMAP_EXAMPLES))]
+    Bitmap(BitmapArguments),
     /// Show where the bytes of a disk are kept
     ///
     /// Prints each run of the disk that is kept in one way, in the form of qemu-img map: with --output json all of them, with

@@ -111,7 +111,8 @@ fn format_specific(image: &ImageInfo) -> Value {
     data
 }
 
-fn flags(bitmap: &BitmapInfo) -> Vec<&'static str> {
+/// The flags of a bitmap, by their names.
+pub(crate) fn flags(bitmap: &BitmapInfo) -> Vec<&'static str> {
     let flags = [("in-use", bitmap.in_use), ("auto", bitmap.auto)];
     let set = flags.iter().filter(|(_, set)| *set);
     set.map(|(name, _)| *name).collect()
@@ -287,7 +288,7 @@ pub(crate) fn exactly(bytes: u64) -> String {
 }
 
 /// Three digits that count, in the unit that leaves less than 1000 before the point, as QEMU shows sizes.
-fn rounded(bytes: u64) -> String {
+pub(crate) fn rounded(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut unit = 0;
     let mut value = bytes as f64;

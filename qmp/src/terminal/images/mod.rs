@@ -1,9 +1,10 @@
-//! The commands that look at or change one image: `info`, `map`, `measure`, `compare`, `create`, `resize`, `snapshot`, with the output and exit
+//! The commands that look at or change one image: `bitmap`, `info`, `map`, `measure`, `compare`, `create`, `resize`, `snapshot`, with the output and exit
 //! codes of qemu-img's commands of these names.
 //!
 //! No format is guessed where it decides how bytes are read or written. Without a format an image is raw, unless it begins
 //! like another kind of image: then it is refused until the user says which it is.
 
+pub(crate) mod bitmap;
 pub(crate) mod compare;
 pub(crate) mod create;
 pub(crate) mod create_options;
