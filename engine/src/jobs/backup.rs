@@ -218,11 +218,12 @@ impl Backup {
 
     /// The copy is durable: what was copied of its source is no longer needed.
     async fn discard_source(&self, cx: &JobContext, copied: &Copied) -> Result<(), Stop> {
-        let mut from = 0;
-        loop {
+        let (mut from, length_bytes) = (0, self.source.facts().length_bytes);
+        // The end of the disk may be in the middle of a cluster, which is not looked at again then.
+        while from < length_bytes {
             let run = copied.borrow().run_from(from, DISCARD_BYTES);
             let Some(run) = run else {
-                return Ok(());
+                break;
             };
             cx.checkpoint().await?;
             if let Err(error) = self.source.discard(run).await {
@@ -230,6 +231,7 @@ impl Backup {
             }
             from = run.end();
         }
+        Ok(())
     }
 
     /// The copy has ended early. What has been copied is only forgotten once it is durable, as the next copy leaves it out then.
@@ -303,8 +305,8 @@ mod tests {
     use crate::node::null_node::{NullNode, NullOptions};
     use crate::request::{BackupPerf, CbwOptions};
 
-    #[test]
-    fn a_source_that_has_become_shorter_is_no_success() {
+    /// How a backup of a disk of one length to one of another ends.
+    fn outcome(source: u64, target: u64, discard_source: bool) -> Option<Result<(), Stop>> {
         let clock = VirtualClock::default();
         let node = |length_bytes| -> Rc<dyn Node> {
             let options = NullOptions {
@@ -331,20 +333,29 @@ mod tests {
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
             filter_node_name: None,
-            discard_source: false,
+            discard_source,
             perf: BackupPerf::default(),
             cbw: CbwOptions::default(),
         };
-        let outcome = |source, target| {
-            let (source, target) = (node(source), node(target));
-            let saver = saver(&source, &target, &clock);
-            let mut work = Backup::new(source, target, saver, None, spec.clone());
-            let running = Running::new(&clock, 0, ErrorPolicies::default());
-            running.drive(&mut work, |_| {}, |_| clock.advance())
-        };
+        let (source, target) = (node(source), node(target));
+        let saver = saver(&source, &target, &clock);
+        let mut work = Backup::new(source, target, saver, None, spec);
+        let running = Running::new(&clock, 0, ErrorPolicies::default());
+        running.drive(&mut work, |_| {}, |_| clock.advance())
+    }
+
+    #[test]
+    fn a_source_that_has_become_shorter_is_no_success() {
         let text = "Source and target image have different sizes";
         let failed = Err(Stop::Failed(JobError::text(text)));
-        assert_eq!(outcome(1 << 20, 2 << 20), Some(failed));
-        assert_eq!(outcome(1 << 20, 1 << 20), Some(Ok(())));
+        assert_eq!(outcome(1 << 20, 2 << 20, false), Some(failed));
+        assert_eq!(outcome(1 << 20, 1 << 20, false), Some(Ok(())));
+    }
+
+    #[test]
+    fn a_source_that_ends_within_a_cluster_is_discarded_once() {
+        for length_bytes in [512, 1 << 20, (1 << 20) + 512, (1 << 20) - 512] {
+            assert_eq!(outcome(length_bytes, length_bytes, true), Some(Ok(())));
+        }
     }
 }

@@ -478,7 +478,11 @@ impl Copier {
 
     /// What is to be saved next, if only that is looked at.
     fn next_unsaved(&self) -> Option<ByteRange> {
-        let rest = ByteRange::between(self.unsaved_from?, u64::MAX);
+        let from = self.unsaved_from?;
+        if from >= self.source.facts().length_bytes {
+            return None;
+        }
+        let rest = ByteRange::between(from, u64::MAX);
         self.saver.as_ref()?.clusters().first_unsaved(rest)
     }
 
