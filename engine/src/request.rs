@@ -129,11 +129,11 @@ pub enum Request {
     Plan(PlanSpec),
     /// Start a job.
     StartJob(JobSpec),
-    /// Start several jobs, all or none.
-    StartJobs {
-        /// The jobs, in order of creation; they start in reverse order.
-        jobs: Vec<JobSpec>,
-        /// They end together or not at all.
+    /// Do all of this or nothing, at one moment of all disks that are named.
+    Transaction {
+        /// What to do, in this order; jobs are created in this order and start in the reverse one.
+        actions: Vec<TransactionAction>,
+        /// The jobs end together or not at all.
         grouped: bool,
     },
     /// A verb on a job.
@@ -175,6 +175,39 @@ pub enum Request {
     Image(ImageSpec),
     /// End all jobs, close all nodes, then end the daemon.
     Quit,
+}
+
+/// One part of a transaction.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TransactionAction {
+    /// Let the transaction fail.
+    Abort,
+    /// Make, change or remove a dirty bitmap.
+    ChangeBitmap(BitmapChange),
+    /// Put an overlay on a node.
+    BlockdevSnapshot {
+        /// Name of the node.
+        node: String,
+        /// Name of the overlay's node, which has nothing below it yet.
+        overlay: String,
+    },
+    /// Make an overlay and put it on a node.
+    NewOverlay(NewOverlaySpec),
+    /// Make an internal snapshot of the image that a node shows.
+    CreateInternalSnapshot {
+        /// Name of the node.
+        device: String,
+        /// Name of the snapshot.
+        name: String,
+    },
+    /// Start a job.
+    StartJob(Box<JobSpec>),
+}
+
+impl From<JobSpec> for TransactionAction {
+    fn from(job: JobSpec) -> Self {
+        Self::StartJob(Box::new(job))
+    }
 }
 
 /// The two families of job commands.

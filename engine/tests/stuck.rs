@@ -138,7 +138,14 @@ async fn orders_for_a_job_whose_group_waits_for_it_are_taken() {
         job("slow", "stuck", "target", SyncMode::Full),
     ];
     let grouped = true;
-    let started = call(&engine, Request::StartJobs { jobs, grouped }).await;
+    let started = call(
+        &engine,
+        Request::Transaction {
+            actions: jobs.into_iter().map(Into::into).collect(),
+            grouped,
+        },
+    )
+    .await;
     started.expect("started");
     let cancel = |id: &str| Request::JobVerb {
         family: VerbFamily::Job,

@@ -67,6 +67,7 @@ mod throttle;
 mod tls_objects;
 mod tools;
 mod tour;
+mod transactions;
 mod verbs;
 mod wire;
 mod without_ring;

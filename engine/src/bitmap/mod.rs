@@ -259,6 +259,59 @@ mod tests {
         assert_eq!(names, [Some("b".to_owned())]);
     }
 
+    /// What is written while a transaction is on its way stays marked, whatever becomes of its actions.
+    #[test]
+    fn what_a_transaction_has_changed_is_taken_back_and_no_mark_is_lost() {
+        let bitmaps = NodeBitmaps::default();
+        bitmaps.add(bitmap("a", 512)).expect("added");
+        let write = |granule: u64| bitmaps.mark(ByteRange::new(granule * 512, 1), LENGTH);
+        let act = |act: fn(&mut Bitmap)| bitmaps.with("a", Need::Show, act).expect("there");
+        let is = |granules: &[u64]| {
+            let all: Vec<u64> = granules.iter().map(|granule| granule * 512).collect();
+            let count = count(&bitmaps, "a");
+            assert_eq!(count, 512 * all.len() as u64);
+            let marked = |at: &u64| {
+                let mut map = DirtyMap::exactly(LENGTH, 512);
+                map.mark(ByteRange::new(*at, 1));
+                bitmaps.with("a", Need::Show, |one| {
+                    map.merge(one.map());
+                    count_of(&map) == count
+                })
+            };
+            assert!(all.iter().all(|at| marked(at).expect("there")));
+        };
+        write(1);
+        act(|one| {
+            one.keep_content();
+            one.clear();
+        });
+        write(2);
+        act(|one| {
+            one.keep_content();
+            let mut other = DirtyMap::exactly(LENGTH, 512);
+            other.mark(ByteRange::new(7 * 512, 1));
+            one.merge(&other);
+        });
+        write(3);
+        is(&[2, 3, 7]);
+        act(Bitmap::restore);
+        is(&[2, 3]);
+        act(Bitmap::restore);
+        is(&[1, 2, 3]);
+        act(|one| {
+            one.keep_content();
+            one.clear();
+            one.forget();
+        });
+        is(&[]);
+    }
+
+    fn count_of(map: &DirtyMap) -> u64 {
+        let mut one = bitmap("count", 512);
+        one.merge(map);
+        one.count_bytes()
+    }
+
     #[test]
     fn names_are_refused_in_the_reference_order() {
         let bitmaps = NodeBitmaps::default();

@@ -21,6 +21,16 @@ pub(crate) struct Bitmap {
     is_read_only: bool,
     is_inconsistent: bool,
     users: Users,
+    /// What has been kept for the case that a transaction comes to nothing, oldest first.
+    kept: Vec<Kept>,
+}
+
+/// What a bitmap was before one action of a transaction changed it.
+#[derive(Clone, Debug)]
+struct Kept {
+    before: DirtyMap,
+    /// What has been marked since, which stays whatever becomes of the transaction.
+    since: DirtyMap,
 }
 
 /// Who uses a bitmap, which nobody else changes meanwhile.
@@ -53,6 +63,7 @@ impl Bitmap {
             is_read_only: false,
             is_inconsistent: false,
             users: Users::default(),
+            kept: Vec::new(),
         }
     }
 
@@ -74,6 +85,7 @@ impl Bitmap {
             is_read_only: false,
             is_inconsistent,
             users: Users::default(),
+            kept: Vec::new(),
         }
     }
 
@@ -148,6 +160,9 @@ impl Bitmap {
 
     pub(super) fn mark(&mut self, range: ByteRange) {
         if self.marks() {
+            for kept in &mut self.kept {
+                kept.since.mark(range);
+            }
             let successor = self.users.successor.as_mut();
             let map = successor.map_or(&mut self.map, |successor| &mut successor.map);
             map.mark(range);
@@ -189,6 +204,26 @@ impl Bitmap {
         successor.map_or(self.place, |successor| successor.place)
     }
 
+    /// Keeps what it says now, until [`forget`](Self::forget) or [`restore`](Self::restore).
+    pub(crate) fn keep_content(&mut self) {
+        let since = DirtyMap::exactly(self.map.length_bytes(), self.map.granularity_bytes());
+        let before = self.map.clone();
+        self.kept.push(Kept { before, since });
+    }
+
+    /// What was kept last is not needed any more.
+    pub(crate) fn forget(&mut self) {
+        self.kept.pop();
+    }
+
+    /// It says what was kept last, and what has been marked since.
+    pub(crate) fn restore(&mut self) {
+        if let Some(Kept { before, since }) = self.kept.pop() {
+            self.map = before;
+            self.map.merge(&since);
+        }
+    }
+
     /// Nothing has changed.
     pub(crate) fn clear(&mut self) {
         self.map.clear_all();
@@ -201,6 +236,10 @@ impl Bitmap {
 
     pub(super) fn resize(&mut self, length_bytes: u64) {
         self.map.resize(length_bytes);
+        for kept in &mut self.kept {
+            kept.before.resize(length_bytes);
+            kept.since.resize(length_bytes);
+        }
         if let Some(successor) = &mut self.users.successor {
             successor.map.resize(length_bytes);
         }

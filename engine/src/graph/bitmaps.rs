@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::bitmap::{Bitmap, Need, NodeBitmaps};
+use crate::bitmap::{Bitmap, HeldBitmap, Need, NodeBitmaps};
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::{Graph, not_found};
@@ -21,12 +21,61 @@ const GRANULARITY_OF_CLUSTERS_MIN_BYTES: u32 = 4 << 10;
 /// Granules of a bitmap at most: 4 GiB of memory if every other one has changed.
 const GRANULES_MAX: u64 = 1 << 35;
 
+/// A change of a bitmap that has been carried out, and can still be taken back.
+#[must_use = "it is settled or taken back"]
+pub enum ChangedBitmap {
+    /// A new one.
+    Added(Arc<NodeBitmaps>, String),
+    /// What one says.
+    Content(Arc<NodeBitmaps>, String),
+    /// Whether one records: what it did before.
+    Switched(Arc<NodeBitmaps>, String, bool),
+    /// One that goes, and is in use until then.
+    Removing(Arc<NodeBitmaps>, HeldBitmap),
+}
+
+impl ChangedBitmap {
+    /// It is final.
+    pub fn settle(self) {
+        let settled = match self {
+            Self::Added(..) | Self::Switched(..) => Ok(()),
+            Self::Content(bitmaps, name) => bitmaps.with(&name, Need::Show, Bitmap::forget),
+            Self::Removing(bitmaps, held) => {
+                let name = held.name().to_owned();
+                drop(held);
+                bitmaps.remove(&name).map(drop)
+            }
+        };
+        if let Err(error) = settled {
+            tracing::error!(%error, "a bitmap has gone or come to be in use during a transaction");
+        }
+    }
+
+    /// It is taken back; what was written meanwhile stays marked.
+    pub fn undo(self) {
+        let undone = match self {
+            Self::Added(bitmaps, name) => bitmaps.remove(&name).map(drop),
+            Self::Content(bitmaps, name) => bitmaps.with(&name, Need::Show, Bitmap::restore),
+            Self::Switched(bitmaps, name, records) => {
+                bitmaps.with(&name, Need::Show, |one| one.set_recording(records))
+            }
+            Self::Removing(_, held) => {
+                drop(held);
+                Ok(())
+            }
+        };
+        if let Err(error) = undone {
+            tracing::error!(%error, "a bitmap has gone or come to be in use during a transaction");
+        }
+    }
+}
+
 impl Graph {
     /// Makes, changes or removes a bitmap.
     ///
     /// # Errors
     /// In QEMU's words and order; nothing has changed then.
-    pub async fn change_bitmap(&self, change: &BitmapChange) -> Result<(), EngineError> {
+    pub async fn change_bitmap(&self, change: &BitmapChange) -> Result<ChangedBitmap, EngineError> {
         match change {
             BitmapChange::Add {
                 bitmap,
@@ -40,7 +89,11 @@ impl Graph {
             BitmapChange::Remove(bitmap) => self.remove_bitmap(bitmap).await,
             BitmapChange::Clear(bitmap) => {
                 let bitmaps = self.bitmaps_of(bitmap)?;
-                bitmaps.with(&bitmap.name, Need::Change, Bitmap::clear)
+                bitmaps.with(&bitmap.name, Need::Change, |one| {
+                    one.keep_content();
+                    one.clear();
+                })?;
+                Ok(ChangedBitmap::Content(bitmaps, bitmap.name.clone()))
             }
             BitmapChange::Enable(bitmap) => self.set_recording(bitmap, true),
             BitmapChange::Disable(bitmap) => self.set_recording(bitmap, false),
@@ -66,7 +119,7 @@ impl Graph {
         granularity_bytes: Option<u32>,
         persistent: bool,
         disabled: bool,
-    ) -> Result<(), EngineError> {
+    ) -> Result<ChangedBitmap, EngineError> {
         if bitmap.name.is_empty() {
             return Err(EngineError::generic("Bitmap name cannot be empty"));
         }
@@ -117,19 +170,19 @@ impl Graph {
         if persistent {
             new.keep();
         }
-        bitmaps.add(new)
+        bitmaps.add(new)?;
+        Ok(ChangedBitmap::Added(bitmaps, bitmap.name.clone()))
     }
 
-    /// Takes a bitmap away, out of the image first that keeps it.
-    async fn remove_bitmap(&self, bitmap: &BitmapName) -> Result<(), EngineError> {
+    /// Takes a bitmap out of the image that keeps it. It is in use by its removal from then on.
+    async fn remove_bitmap(&self, bitmap: &BitmapName) -> Result<ChangedBitmap, EngineError> {
         let _held = self.hold_named(&[&bitmap.node]).await;
         let bitmaps = self.bitmaps_of(bitmap)?;
         let name_in_image = bitmaps.with(&bitmap.name, Need::Remove, |one| {
             one.name_in_image().map(<[u8]>::to_vec)
         })?;
+        let held = bitmaps.hold(&bitmap.name)?;
         if let (Some(name), Some(node)) = (name_in_image, self.find(&bitmap.node)) {
-            // Nobody else begins to use it meanwhile.
-            let _in_use = bitmaps.hold(&bitmap.name)?;
             let removed = self.threads.run(self.thread_of(node), move |context| {
                 Box::pin(async move {
                     let lost = || EngineError::generic("Internal error: a node is lost (bug)");
@@ -146,12 +199,22 @@ impl Graph {
                 version_3.bitmaps = kept;
             }
         }
-        bitmaps.remove(&bitmap.name).map(drop)
+        Ok(ChangedBitmap::Removing(bitmaps, held))
     }
 
-    fn set_recording(&self, bitmap: &BitmapName, records: bool) -> Result<(), EngineError> {
+    fn set_recording(
+        &self,
+        bitmap: &BitmapName,
+        records: bool,
+    ) -> Result<ChangedBitmap, EngineError> {
         let bitmaps = self.bitmaps_of(bitmap)?;
-        bitmaps.with(&bitmap.name, Need::Switch, |one| one.set_recording(records))
+        let recorded = bitmaps.with(&bitmap.name, Need::Switch, |one| {
+            let recorded = one.records();
+            one.set_recording(records);
+            recorded
+        })?;
+        let name = bitmap.name.clone();
+        Ok(ChangedBitmap::Switched(bitmaps, name, recorded))
     }
 
     /// Everything is looked up before anything changes.
@@ -159,7 +222,7 @@ impl Graph {
         &self,
         target: &BitmapName,
         sources: &[BitmapName],
-    ) -> Result<(), EngineError> {
+    ) -> Result<ChangedBitmap, EngineError> {
         let into = self.bitmaps_of(target)?;
         let length_bytes = |one: &mut Bitmap| one.map().length_bytes();
         let target_bytes = into.with(&target.name, Need::Change, length_bytes)?;
@@ -177,8 +240,10 @@ impl Graph {
             maps.push(map);
         }
         into.with(&target.name, Need::Change, |one| {
+            one.keep_content();
             maps.iter().for_each(|map| one.merge(map));
-        })
+        })?;
+        Ok(ChangedBitmap::Content(into, target.name.clone()))
     }
 
     /// The bitmaps of the first node that has one of this name: of `node` and what is below it in its chain.

@@ -66,9 +66,11 @@ use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
 use crate::request::Permission;
 
+pub use bitmaps::ChangedBitmap;
 pub use chain_jobs::ChainPart;
 pub use jobs::JobNodes;
 pub(crate) use names::is_identifier;
+pub use overlaying::PutOverlay;
 pub use reopen::Writable;
 pub use roots::RootPlace;
 

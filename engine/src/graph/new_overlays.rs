@@ -3,18 +3,19 @@
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::new_images::{NewImage, check_format, file_node};
+use crate::graph::overlaying::PutOverlay;
 use crate::graph::{Graph, not_found};
 use crate::request::{
     BackingRef, CommonOptions, DriverSpec, NewOverlaySpec, NodeRef, NodeSpec, Qcow2Spec,
 };
 
 impl Graph {
-    /// Makes an overlay, unless it exists, and puts it on a node. It goes again if nobody used the node, who would use it now;
-    /// its file stays.
+    /// Makes an overlay, unless it exists, and puts it on a node. It goes when that is settled if nobody used the node, who would
+    /// use it now; its file stays.
     ///
     /// # Errors
     /// In QEMU's words and order; what was made in the file may be left.
-    pub async fn put_new_overlay(&self, spec: &NewOverlaySpec) -> Result<(), EngineError> {
+    pub async fn put_new_overlay(&self, spec: &NewOverlaySpec) -> Result<PutOverlay, EngineError> {
         let name = spec.node_name.as_deref().unwrap_or_default();
         let device = spec.device.as_deref().unwrap_or_default();
         let below = self.find(name).ok_or_else(|| not_found(device, name))?;
@@ -31,9 +32,13 @@ impl Graph {
         }
         let overlay = self.open_unowned(overlay_node(spec)?).await?;
         let overlay_name = self.records.borrow().name_of(overlay).to_owned();
-        let put = self.put_overlay(name, &overlay_name).await;
-        self.close_unused(overlay).await;
-        put
+        match self.put_overlay(name, &overlay_name).await {
+            Ok(put) => Ok(put.unowned(overlay)),
+            Err(error) => {
+                self.close_unused(overlay).await;
+                Err(error)
+            }
+        }
     }
 
     /// An empty image that says that it stands on a node.

@@ -17,12 +17,39 @@ use crate::node::build::NodePlan;
 use crate::node::root::RootId;
 use crate::request::Permission;
 
+/// An overlay that has been put on a node.
+#[must_use = "it is settled or taken off"]
+pub struct PutOverlay {
+    below: NodeId,
+    /// The overlay, if nobody has it but who uses it now.
+    unowned: Option<NodeId>,
+    /// Users outside of the graph that have gone to it.
+    roots: Vec<RootId>,
+    /// What leads back.
+    back: Change,
+}
+
+impl PutOverlay {
+    /// With an overlay that was opened for this.
+    pub(super) fn unowned(mut self, overlay: NodeId) -> Self {
+        self.unowned = Some(overlay);
+        self
+    }
+}
+
 impl Graph {
+    /// It is final. What was made for it goes if nobody uses it.
+    pub async fn settle_overlay(&self, put: PutOverlay) {
+        if let Some(overlay) = put.unowned {
+            self.close_unused(overlay).await;
+        }
+    }
+
     /// Puts an overlay on a node.
     ///
     /// # Errors
     /// In QEMU's words and order; nothing has changed then.
-    pub async fn put_overlay(&self, node: &str, overlay: &str) -> Result<(), EngineError> {
+    pub async fn put_overlay(&self, node: &str, overlay: &str) -> Result<PutOverlay, EngineError> {
         let (_held, below, above) = self.hold_for_overlay(node, overlay).await?;
         // What is planned from here on holds only as long as nobody else changes one of them.
         self.pin(below).await?;
@@ -31,8 +58,46 @@ impl Graph {
         outcome
     }
 
+    /// Takes an overlay off again to which nobody has written yet, as its users have been drained since before it was put there.
+    ///
+    /// # Errors
+    /// Its users stay on it; nothing is lost then.
+    pub async fn take_overlay_off(&self, put: PutOverlay) -> Result<(), EngineError> {
+        let name = self.records.borrow().name_of(put.below).to_owned();
+        let outcome = {
+            let _held = self.hold_named(&[&name]).await;
+            self.pin(put.below).await?;
+            let outcome = self.take_pinned_off(put.below, &put.roots, put.back).await;
+            self.release(put.below, &super::reopen::pin(put.below))
+                .await;
+            outcome
+        };
+        if let Some(overlay) = put.unowned {
+            self.close_unused(overlay).await;
+        }
+        outcome
+    }
+
+    async fn take_pinned_off(
+        &self,
+        below: NodeId,
+        roots: &[RootId],
+        back: Change,
+    ) -> Result<(), EngineError> {
+        let ancestors = self.records.borrow().ancestors(below);
+        let drained = self.drain_roots_on(below, &ancestors).await?;
+        self.reopen_nodes(back).await?;
+        self.put_on(roots, below).await?;
+        drop(drained);
+        let mut records = self.records.borrow_mut();
+        for id in ancestors {
+            records.name_again(id);
+        }
+        Ok(())
+    }
+
     /// The same for nodes that an edge of the caller keeps as they are. The graph is held.
-    async fn put_pinned(&self, below: NodeId, above: NodeId) -> Result<(), EngineError> {
+    async fn put_pinned(&self, below: NodeId, above: NodeId) -> Result<PutOverlay, EngineError> {
         let ancestors = {
             let records = self.records.borrow();
             records.check_opened(&records.component(below), None)?;
@@ -41,18 +106,19 @@ impl Graph {
         self.records.borrow().check_unwritten(below, &ancestors)?;
         let drained = self.drain_roots_on(below, &ancestors).await?;
         let (change, roots) = self.overlaid(below, above).await?;
-        let outcome = match self.reopen_nodes(change).await {
-            Ok(()) => self.put_on(&roots, above).await,
-            Err(error) => Err(error),
-        };
+        let back = self.reopen_nodes(change).await?;
+        self.put_on(&roots, above).await?;
         drop(drained);
-        if outcome.is_ok() {
-            let mut records = self.records.borrow_mut();
-            for id in records.component(above) {
-                records.name_again(id);
-            }
+        let mut records = self.records.borrow_mut();
+        for id in records.component(above) {
+            records.name_again(id);
         }
-        outcome
+        Ok(PutOverlay {
+            below,
+            unowned: None,
+            roots,
+            back,
+        })
     }
 
     /// Node and overlay, on one thread, while nobody else changes the graph.

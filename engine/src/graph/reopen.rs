@@ -119,7 +119,7 @@ impl Graph {
             let again = reopened_file(&node, true, node.cache_direct).await?;
             change.nodes.push(with_access(node, true, again));
         }
-        self.reopen_nodes(change).await
+        self.reopen_nodes(change).await.map(drop)
     }
 
     /// Puts something else below an image while the image is in use, which reads the same through it: the end of a job that
@@ -193,13 +193,13 @@ impl Graph {
     }
 
     /// Changes nodes, and what is below them, in the records and on their threads, where the caller keeps them. All or
-    /// nothing.
+    /// nothing. What it comes to leads back.
     ///
     /// # Errors
     /// In QEMU's words.
-    pub(super) async fn reopen_nodes(&self, mut change: Change) -> Result<(), EngineError> {
+    pub(super) async fn reopen_nodes(&self, mut change: Change) -> Result<Change, EngineError> {
         if change.nodes.is_empty() {
-            return Ok(());
+            return Ok(change);
         }
         let changing: Vec<NodeId> = change.nodes.iter().map(|node| node.id).collect();
         let _unlimited = self.suspend_limits(&changing);
@@ -212,7 +212,7 @@ impl Graph {
         let outcome = self.take_steps(&steps).await;
         if outcome.is_err() {
             self.records.borrow_mut().take_back(&mut change);
-            return outcome;
+            return outcome.map(|()| change);
         }
         for step in &steps {
             self.take_in_amended(step.id).await;
@@ -221,7 +221,7 @@ impl Graph {
         if let Err(error) = settled {
             tracing::error!(%error, "image locks are kept that are not needed any more");
         }
-        Ok(())
+        Ok(change)
     }
 
     /// Carries out what becomes of nodes on their threads, and goes back if one step cannot be taken.

@@ -35,7 +35,7 @@ pub struct RootPlace {
 
 /// Roots whose requests wait. They go on when it is dropped.
 #[must_use = "requests go on when it is dropped"]
-pub(super) struct DrainedRoots<'a> {
+pub struct DrainedRoots<'a> {
     graph: &'a Graph,
     roots: Vec<Drained>,
     _unlimited: Vec<Suspended>,
@@ -242,6 +242,24 @@ impl Graph {
                 )))
             }
         }
+    }
+
+    /// The same for whoever uses these nodes, or what stands on them; those that are not there have no users.
+    ///
+    /// # Errors
+    /// As above.
+    ///
+    /// # Cancel safety
+    /// As above.
+    pub async fn drain_named(&self, names: &[&str]) -> Result<Vec<DrainedRoots<'_>>, EngineError> {
+        let mut drained = Vec::new();
+        for name in names {
+            if let Some(node) = self.find(name) {
+                let all = self.records.borrow().ancestors(node);
+                drained.push(self.drain_roots_on(node, &all).await?);
+            }
+        }
+        Ok(drained)
     }
 
     /// Drains one root, unless the answer is dropped before. `None`: its thread is gone.

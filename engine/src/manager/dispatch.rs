@@ -137,14 +137,18 @@ impl Manager {
             }
             Request::BlockdevReopen { nodes } => self.graph.reopen(nodes).await?,
             Request::BlockdevSnapshot { node, overlay } => {
-                self.graph.put_overlay(&node, &overlay).await?;
+                let put = self.graph.put_overlay(&node, &overlay).await?;
+                self.graph.settle_overlay(put).await;
             }
-            Request::NewOverlay(spec) => self.graph.put_new_overlay(&spec).await?,
+            Request::NewOverlay(spec) => {
+                let put = self.graph.put_new_overlay(&spec).await?;
+                self.graph.settle_overlay(put).await;
+            }
             Request::DigestBitmap(bitmap) => {
                 let digest = self.graph.digest_bitmap(&bitmap).await?;
                 return Ok(Reply::BitmapDigest(digest));
             }
-            Request::ChangeBitmap(change) => self.graph.change_bitmap(&change).await?,
+            Request::ChangeBitmap(change) => self.graph.change_bitmap(&change).await?.settle(),
             Request::ChangeChildren {
                 parent,
                 child,
@@ -182,7 +186,7 @@ impl Manager {
                 return Ok(Reply::Plan(Box::new(self.graph.plan(spec).await?)));
             }
             Request::StartJob(spec) => self.start(spec).await?,
-            Request::StartJobs { jobs, grouped } => self.start_all(jobs, grouped).await?,
+            Request::Transaction { actions, grouped } => self.transact(actions, grouped).await?,
             Request::JobVerb { family, id, verb } => self.verb(family, &id, verb).await?,
             Request::QueryJobs => {
                 let jobs = self.jobs.borrow();

@@ -19,6 +19,7 @@ mod lifecycle;
 mod publisher;
 mod record;
 mod start;
+mod transaction;
 mod verbs;
 
 use std::cell::{Cell, RefCell};

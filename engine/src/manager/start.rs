@@ -20,8 +20,8 @@ use crate::reply::IoStatus;
 use crate::request::{CopyMode, CreateSpec, JobSpec, WorkSpec};
 
 /// A job that exists and can start.
-struct Admitted {
-    key: JobKey,
+pub(super) struct Admitted {
+    pub(super) key: JobKey,
     thread: ThreadId,
     work: WorkSpec,
     nodes: JobNodes,
@@ -40,42 +40,17 @@ impl Manager {
         Ok(())
     }
 
-    /// Starts all jobs or none. They are created in order and start in reverse order; `grouped` jobs also end together
-    /// or not at all.
-    ///
-    /// # Errors
-    /// That of the first job that cannot be started; those before it come to nothing, newest first.
-    pub(super) async fn start_all(
-        self: &Rc<Self>,
-        specs: Vec<JobSpec>,
-        grouped: bool,
-    ) -> Result<(), EngineError> {
-        let common = self.new_group();
-        let mut admitted = Vec::new();
-        for spec in specs {
-            let group = if grouped { common } else { self.new_group() };
-            match self.admit(spec, group).await {
-                Ok(job) => admitted.push(job),
-                Err(error) => {
-                    for job in admitted.into_iter().rev() {
-                        self.cancel(job.key, true).await;
-                    }
-                    return Err(error);
-                }
-            }
-        }
-        for job in admitted.into_iter().rev() {
-            self.launch(job);
-        }
-        Ok(())
-    }
-
-    fn new_group(&self) -> GroupKey {
+    /// A group that no job belongs to yet.
+    pub(super) fn new_group(&self) -> GroupKey {
         GroupKey(self.jobs.borrow_mut().next_key())
     }
 
     /// Everything that can fail before a job runs. What a client may only hear from the job itself becomes its failure.
-    async fn admit(&self, spec: JobSpec, group: GroupKey) -> Result<Admitted, EngineError> {
+    pub(super) async fn admit(
+        &self,
+        spec: JobSpec,
+        group: GroupKey,
+    ) -> Result<Admitted, EngineError> {
         let told_by_job = tells_of_nodes(&spec.work);
         let (held, nodes, missing) = match self.prepare_nodes(&spec.work).await {
             Ok((held, nodes)) => (Some(held), nodes, None),
@@ -219,7 +194,7 @@ impl Manager {
     }
 
     /// Starts the work on its thread. From here on everything is the lifecycle's.
-    fn launch(self: &Rc<Self>, job: Admitted) {
+    pub(super) fn launch(self: &Rc<Self>, job: Admitted) {
         let Admitted {
             key,
             thread,

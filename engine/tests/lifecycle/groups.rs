@@ -27,8 +27,8 @@ async fn group(auto_finalize: bool) -> Yard {
         job("A", backup("s", "t", 0), auto_finalize),
         job("B", backup("u", "v", 65536), true),
     ];
-    yard.call(Request::StartJobs {
-        jobs,
+    yard.call(Request::Transaction {
+        actions: jobs.into_iter().map(Into::into).collect(),
         grouped: true,
     })
     .await
@@ -115,7 +115,12 @@ async fn a_member_that_fails_ends_its_group() {
         job("B", backup("u", "v", 65536), true),
     ];
     let grouped = true;
-    let started = yard.call(Request::StartJobs { jobs, grouped }).await;
+    let started = yard
+        .call(Request::Transaction {
+            actions: jobs.into_iter().map(Into::into).collect(),
+            grouped,
+        })
+        .await;
     started.expect("started");
     yard.expect(&["A created", "B created", "B running", "A running"]);
     yard.expect(&[
@@ -139,8 +144,8 @@ async fn a_group_that_cannot_start_as_a_whole_comes_to_nothing() {
         job("B", backup("s", "zz", 0), true),
     ];
     let error = yard
-        .call(Request::StartJobs {
-            jobs,
+        .call(Request::Transaction {
+            actions: jobs.into_iter().map(Into::into).collect(),
             grouped: true,
         })
         .await

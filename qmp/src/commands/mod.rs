@@ -9,6 +9,7 @@ mod nodes;
 mod objects;
 mod protocol;
 mod qcow2;
+mod transaction;
 
 use blockyard_engine::request::Request;
 use serde_json::Value;
@@ -93,6 +94,7 @@ fn table() -> impl Iterator<Item = &'static Command> {
         bitmaps::COMMANDS,
         objects::COMMANDS,
         exports::COMMANDS,
+        transaction::COMMANDS,
     ];
     tables.into_iter().flatten()
 }

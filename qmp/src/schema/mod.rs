@@ -14,6 +14,7 @@ pub mod jobs;
 pub mod nodes;
 pub mod objects;
 pub mod protocol;
+pub mod transaction;
 
 /// A type of values.
 #[derive(Clone, Copy, Debug)]
