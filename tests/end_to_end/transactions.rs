@@ -111,7 +111,7 @@ fn what_is_no_transaction_is_refused_in_the_same_words() {
         internal("a", "s"),
         backup("j", "a", "zz"),
     ] {
-        script += &transaction(&[one.clone()], "grouped");
+        script += &transaction(std::slice::from_ref(&one), "grouped");
         script += &transaction(&[bitmap("add", "b", "first"), one], "individual");
         script += SHOWN;
         script += &transaction(&[bitmap("remove", "b", "first")], "individual");
