@@ -5,6 +5,7 @@ mod abuse;
 mod amend;
 mod backup_bitmaps;
 mod bench;
+mod bitmaps_to_and_fro;
 mod blkdebug;
 mod chain_errors;
 mod chain_jobs;

@@ -29,8 +29,9 @@ impl NodeBitmaps {
     /// Takes in what the image keeps, in the order of its directory.
     pub(crate) fn take_in(&self, loaded: Vec<Bitmap>) {
         let mut all = self.lock();
-        for mut bitmap in loaded {
-            bitmap.set_place(next_place(&all));
+        let places = next_place(&all)..;
+        for (mut bitmap, place) in loaded.into_iter().zip(places) {
+            bitmap.set_place(place);
             all.push(bitmap);
         }
         self.are_loaded.store(true, Ordering::Release);

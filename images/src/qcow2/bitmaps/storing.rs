@@ -1,5 +1,6 @@
 //! Storing: the directory is always written anew, beside the old one.
 
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use blockyard_storage::{Buffer, ByteRange, Operation};
@@ -84,9 +85,12 @@ impl Qcow2 {
         }
         let mut placed = Placed::default();
         let mut next = self.bitmaps().to_vec();
+        let names = next.iter().map(|old| old.name.clone());
+        let places: HashMap<Vec<u8>, usize> = names.zip(0..).collect();
         for bitmap in bitmaps {
             let written = self.write_bitmap(bitmap, &mut placed).await?;
-            match next.iter_mut().find(|old| old.name == bitmap.name) {
+            let place = places.get(bitmap.name);
+            match place.and_then(|place| next.get_mut(*place)) {
                 Some(old) => *old = written,
                 None => next.push(written),
             }
@@ -238,10 +242,9 @@ impl Qcow2 {
         };
         // The counts of what is new, and all that was written to the disk before.
         self.commit_counts().await?;
-        let gone: Vec<Bitmap> = old
-            .into_iter()
-            .filter(|old| next.iter().all(|kept| kept.table != old.table))
-            .collect();
+        let kept: HashSet<HostOffset> = next.iter().map(|kept| kept.table).collect();
+        let mut gone = old;
+        gone.retain(|old| !kept.contains(&old.table));
         let state = Rc::clone(&self.state);
         let switched = self
             .serial
