@@ -61,6 +61,11 @@ impl Qcow2 {
             return Err(ImageError::refused(text));
         }
         let guest_bytes = self.length_bytes();
+        if guest_bytes == 0 {
+            // A table without entries is none. QEMU takes such a bitmap and loses it in the end.
+            let text = "An image whose disk has no length cannot keep bitmaps";
+            return Err(ImageError::refused(text));
+        }
         let per_entry = (self.geometry().cluster_bytes() * 8).saturating_mul(granularity_bytes);
         let too_long = guest_bytes / granularity_bytes > BITMAP_BYTES_MAX << 3
             || guest_bytes > per_entry.saturating_mul(u64::from(BITMAP_TABLE_ENTRIES_MAX));

@@ -106,10 +106,6 @@ impl Qcow2 {
     ) -> Result<Bitmap, ImageError> {
         let guest_bytes = self.length_bytes();
         let bits = guest_bytes.div_ceil(bitmap.granularity_bytes);
-        if bits == 0 {
-            let text = "An image whose disk has no length cannot keep bitmaps";
-            return Err(ImageError::refused(text));
-        }
         let table = self.write_bits(bitmap.bits, bits, placed).await?;
         // It has been checked.
         let table_entries = u32::try_from(table.len()).unwrap_or(u32::MAX);

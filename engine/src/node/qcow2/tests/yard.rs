@@ -302,7 +302,11 @@ impl Yard {
 
     /// The power goes: nothing that was under way goes on.
     pub(crate) fn cut_power(&self) {
-        self.left.borrow_mut().clear();
+        // What is dropped may leave what it was waiting for.
+        while !self.left.borrow().is_empty() {
+            let left = std::mem::take(&mut *self.left.borrow_mut());
+            drop(left);
+        }
         self.world.cut_power();
     }
 
