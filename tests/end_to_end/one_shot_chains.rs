@@ -551,6 +551,67 @@ fn a_move_that_the_file_system_cannot_hold_is_refused_before_it_begins() {
     drop(tiny);
 }
 
+/// Its bound is all that may differ; only where that may not fit is it found out what does.
+#[test]
+fn a_rebase_that_the_file_system_cannot_hold_is_refused_before_it_begins() {
+    if !have_oracle() || !can_mount() {
+        return;
+    }
+    let place = Place::new();
+    let Some(tiny) = Tiny::mount(place.path("tiny")) else {
+        return;
+    };
+    let folder = place.folder.path();
+    for (name, writes) in [
+        ("old", &["write -P 1 0 8M"][..]),
+        ("far", &["write -P 2 0 8M"]),
+        ("near", &["write -P 1 0 8M", "write -P 2 1M 64k"]),
+    ] {
+        let create = ["create", "-q", "-f", "qcow2", name, "8M"];
+        run(folder, "qemu-img", &create);
+        for write in writes {
+            run(folder, "qemu-io", &["-f", "qcow2", "-c", write, name]);
+        }
+    }
+    let on = [
+        "create", "-q", "-f", "qcow2", "-b", "../old", "-F", "qcow2", "tiny/top", "8M",
+    ];
+    run(folder, "qemu-img", &on);
+    keep(folder, "tiny/top", "kept");
+    let before = place.read("tiny/top");
+    let onto_far = ["rebase", "-b", "../far", "-F", "qcow2"];
+    let far = |more: &[&'static str]| [&onto_far[..], more, &["tiny/top"]].concat();
+    place.fail(&far(&[]), "--force begins all the same");
+    assert!(place.read("tiny/top") == before);
+    let dry = json_of(&place, &far(&["--dry-run", "--json"]));
+    assert_eq!(dry["bytes-to-copy"], 8 * MIB);
+    assert_eq!(dry["fits"], false);
+    assert!(number(&dry["bytes-needed"]) > 8 * MIB);
+    assert!(number(&dry["bytes-free"]) < 4 * MIB);
+    place.fail(&far(&["--force"]), "No space left on device");
+    assert_eq!(backing(folder, "tiny/top").0, "../old");
+    let compared = ["compare", "-f", "qcow2", "-F", "raw", "tiny/top", "kept"];
+    run(folder, "qemu-img", &compared);
+    assert_at_most_leaks(folder, "tiny/top");
+    // Something fits although all of it would not.
+    fs::remove_file(place.path("tiny/top")).expect("removed");
+    run(folder, "qemu-img", &on);
+    let onto_near = ["rebase", "-b", "../near", "-F", "qcow2"];
+    let near = |more: &[&'static str]| [&onto_near[..], more, &["tiny/top"]].concat();
+    let dry = json_of(&place, &near(&["--dry-run", "--json"]));
+    assert_eq!(
+        (&dry["bytes-to-copy"], &dry["fits"]),
+        (&json!(64 << 10), &json!(true))
+    );
+    let room_before = room(folder, "tiny/top");
+    place.succeed(&near(&[]));
+    let taken = room(folder, "tiny/top").saturating_sub(room_before);
+    assert!(taken <= number(&dry["bytes-needed"]), "{taken}: {dry}");
+    assert_eq!(backing(folder, "tiny/top").0, "../near");
+    assert_shows(folder, "tiny/top", "kept", "on what is nearly the same");
+    drop(tiny);
+}
+
 #[test]
 fn a_plan_is_made_over_qmp_with_the_checks_of_the_job() {
     if !have_oracle() {

@@ -5,7 +5,9 @@ use crate::error::EngineError;
 use crate::graph::Graph;
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, User};
-use crate::images::{self, ImageReply, ImageSpec};
+use crate::images::plan::{Moved, TargetForm};
+use crate::images::rebase::{self, Pass};
+use crate::images::{self, ImageReply, ImageSpec, ImageWatcher, ImageWork, RebaseSpec, RebaseView};
 use crate::request::Permission;
 
 impl Graph {
@@ -74,6 +76,12 @@ impl Graph {
             let text = "The nodes are on several data threads";
             return Err(EngineError::generic(text));
         }
+        if let ImageWork::Rebase(rebase) = &spec.work
+            && rebase.keeps_content
+            && let Some(view) = self.look_before_rebase(&ids, rebase, &spec.watcher).await?
+        {
+            return Ok(ImageReply::Rebased(view));
+        }
         self.threads
             .run(thread, move |context| {
                 Box::pin(async move {
@@ -87,6 +95,65 @@ impl Graph {
                 })
             })
             .await?
+    }
+}
+
+impl Graph {
+    /// What a rebase comes to, if that is all that was asked for, or if there is too little room for it.
+    async fn look_before_rebase(
+        &self,
+        ids: &[NodeId],
+        spec: &RebaseSpec,
+        watcher: &ImageWatcher,
+    ) -> Result<Option<RebaseView>, EngineError> {
+        if spec.force && !spec.dry_run {
+            return Ok(None);
+        }
+        let Some(image) = ids.first().map(|id| self.records.borrow().unfiltered(*id)) else {
+            return Ok(None);
+        };
+        let (form, ground) = self.ground(image).await;
+        if !spec.dry_run {
+            let bound = self.plan_rebase(ids, form, Pass::Bound, watcher).await?;
+            if ground.fits(&bound) != Some(false) {
+                return Ok(None);
+            }
+        }
+        let moved = self.plan_rebase(ids, form, Pass::Count, watcher).await?;
+        let fits = ground.fits(&moved);
+        let room = moved.room;
+        let is_asked_for = spec.dry_run || fits == Some(false);
+        Ok(is_asked_for.then_some(RebaseView {
+            copied_bytes: moved.copy_bytes,
+            zeroed_bytes: moved.zero_bytes,
+            is_done: false,
+            room_bytes: room.data_bytes.saturating_add(room.metadata_bytes),
+            free_bytes: ground.free_bytes(),
+            fits,
+        }))
+    }
+
+    async fn plan_rebase(
+        &self,
+        ids: &[NodeId],
+        form: TargetForm,
+        pass: Pass,
+        watcher: &ImageWatcher,
+    ) -> Result<Moved, EngineError> {
+        let lost = || EngineError::generic("Internal error: a node is lost (bug)");
+        let (image, backing) = (ids.first().copied(), ids.get(1).copied());
+        let (image, watcher) = (image.ok_or_else(lost)?, watcher.clone());
+        let planned = self.threads.run(self.thread_of(image), move |context| {
+            Box::pin(async move {
+                let backing = match backing {
+                    Some(id) => Some(context.node(id).ok_or_else(lost)?),
+                    None => None,
+                };
+                let image = context.node(image).ok_or_else(lost)?;
+                rebase::plan(image, backing, form, pass, &watcher).await
+            })
+        });
+        planned.await?
     }
 }
 

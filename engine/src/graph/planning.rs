@@ -38,6 +38,25 @@ struct FileRoom {
     free_bytes: Option<u64>,
 }
 
+/// The files that an image takes room of, its own and that of the guest's data.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ground {
+    of_image: Option<FileRoom>,
+    of_data: Option<FileRoom>,
+}
+
+impl Ground {
+    /// What the file system has for the data, in bytes.
+    pub(super) fn free_bytes(&self) -> Option<u64> {
+        self.of_data?.free_bytes
+    }
+
+    /// Whether there is enough room; `None`: it is not known of a file that takes some.
+    pub(super) fn fits(&self, moved: &Moved) -> Option<bool> {
+        fits(moved, self.of_image, self.of_data)
+    }
+}
+
 impl Graph {
     /// Finds out what a job would come to. Whoever uses its nodes goes on; what is changed meanwhile may be counted or not.
     ///
@@ -85,30 +104,13 @@ impl Graph {
 
     async fn plan_taken(&self, moves: &Moves, spec: PlanSpec) -> Result<PlanView, EngineError> {
         let (source, target) = (moves.source, moves.target);
-        let (mut form, image, data) = {
-            let records = self.records.borrow();
-            let shown = records.unfiltered(target);
-            let form = records.form(shown);
-            let data = records.data_file(shown).unwrap_or(shown);
-            (form, shown, data)
-        };
-        let grown_to_bytes = {
+        let image = self.records.borrow().unfiltered(target);
+        let (mut form, ground) = self.ground(image).await;
+        form.grown_to_bytes = {
             let (from, to) = (self.facts(source).await?, self.facts(target).await?);
             (to.length_bytes < from.length_bytes).then_some(from.length_bytes)
         };
-        let of_image = self.file_room(image).await;
-        let of_data = match data == image {
-            true => of_image,
-            false => self.file_room(data).await,
-        };
-        form.grown_to_bytes = grown_to_bytes;
-        form.file_bytes = of_image.map_or(0, |room| room.length_bytes);
-        form.unallocated_bytes = match self.takes_room(data) {
-            true => of_data.and_then(|room| room.unallocated_bytes),
-            false => Some(0),
-        };
         let moved = self.moved(moves, form, spec).await?;
-        let fits = fits(&moved, of_image, of_data);
         let layers = {
             let records = self.records.borrow();
             let inner = moves.part.inner.iter();
@@ -128,9 +130,29 @@ impl Graph {
             data_bytes: moved.room.data_bytes,
             metadata_bytes: moved.room.metadata_bytes,
             bitmaps_bytes: 0,
-            free_bytes: of_data.and_then(|room| room.free_bytes),
-            fits,
+            free_bytes: ground.free_bytes(),
+            fits: ground.fits(&moved),
         })
+    }
+
+    /// What is known of an image that is going to be written to, and of the files that it takes room of.
+    pub(super) async fn ground(&self, image: NodeId) -> (TargetForm, Ground) {
+        let (mut form, data) = {
+            let records = self.records.borrow();
+            let data = records.data_file(image).unwrap_or(image);
+            (records.form(image), data)
+        };
+        let of_image = self.file_room(image).await;
+        let of_data = match data == image {
+            true => of_image,
+            false => self.file_room(data).await,
+        };
+        form.file_bytes = of_image.map_or(0, |room| room.length_bytes);
+        form.unallocated_bytes = match self.takes_room(data) {
+            true => of_data.and_then(|room| room.unallocated_bytes),
+            false => Some(0),
+        };
+        (form, Ground { of_image, of_data })
     }
 
     async fn moved(
@@ -190,7 +212,7 @@ impl Graph {
 
 impl Records {
     /// What is known of an image that is going to be written to.
-    fn form(&self, id: NodeId) -> TargetForm {
+    pub(super) fn form(&self, id: NodeId) -> TargetForm {
         let info = self
             .node(id)
             .and_then(|node| node.image.as_ref()?.info.as_ref());

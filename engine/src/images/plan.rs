@@ -95,8 +95,8 @@ pub(crate) async fn run(
     Ok(moved)
 }
 
-/// Counts what the target takes.
-struct Room<'a> {
+/// Counts what the target takes for what is written to it in ascending order.
+pub(crate) struct Room<'a> {
     target: &'a Rc<dyn Node>,
     form: TargetForm,
     qcow2: Option<Qcow2MoreRoom>,
@@ -106,7 +106,8 @@ struct Room<'a> {
 }
 
 impl<'a> Room<'a> {
-    fn new(target: &'a Rc<dyn Node>, form: TargetForm) -> Self {
+    /// Nothing is written yet.
+    pub(crate) fn new(target: &'a Rc<dyn Node>, form: TargetForm) -> Self {
         Self {
             target,
             form,
@@ -116,7 +117,8 @@ impl<'a> Room<'a> {
         }
     }
 
-    async fn written(&mut self, range: ByteRange) {
+    /// Data is written there.
+    pub(crate) async fn written(&mut self, range: ByteRange) {
         let mut rest = range;
         while !rest.is_empty() {
             let place = self.place(rest).await;
@@ -130,7 +132,8 @@ impl<'a> Room<'a> {
         }
     }
 
-    async fn zeroed(&mut self, range: ByteRange) {
+    /// Zeroes are written there.
+    pub(crate) async fn zeroed(&mut self, range: ByteRange) {
         let Some(geometry) = self.form.geometry else {
             // Where there is nothing, nothing is written; what is there becomes a hole or is written over.
             return;
@@ -209,7 +212,8 @@ impl<'a> Room<'a> {
         }
     }
 
-    fn finish(&self) -> MoreRoom {
+    /// All of it, at most.
+    pub(crate) fn finish(&self) -> MoreRoom {
         let grown_bytes = match self.form.geometry {
             Some(_) => 0,
             None => self

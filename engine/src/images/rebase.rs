@@ -1,8 +1,10 @@
 //! An image is put on another backing file: what it shows stays, because it first gets what would show differently.
 //!
 //! ```text
-//!   what the image holds nothing of: both chains compared -> differences written -> sync -> header; sync
+//!   room for all that may differ? -> what the image holds nothing of: both chains compared -> differences written -> sync
+//!     -> header; sync
 //! ```
+//! Only where there may be too little room both chains are compared twice, first to count what differs.
 //! Until the header is written the image reads as before through the old chain, and with its first sector as before through the
 //! new one.
 
@@ -14,10 +16,11 @@ use blockyard_images::qcow2::amend::AmendOptions;
 use blockyard_storage::error::errno_text;
 use blockyard_storage::{Buffer, ByteRange};
 use futures_util::future::try_join;
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::stream::{FuturesOrdered, StreamExt};
 
 use crate::error::{EngineError, NodeError};
 use crate::images::cancelled;
+use crate::images::plan::{Moved, Room, TargetForm};
 use crate::images::watcher::ImageWatcher;
 use crate::limits::{COPY_CHUNK_BYTES, SECTOR_BYTES, STATUS_EXTENTS_MAX};
 use crate::node::chain::{Content, chain_status};
@@ -40,6 +43,8 @@ pub struct RebaseSpec {
     pub keeps_content: bool,
     /// Whether to find out only what would be written.
     pub dry_run: bool,
+    /// Whether to begin although its file system has too little room for what may be needed.
+    pub force: bool,
 }
 
 /// What the image got.
@@ -49,6 +54,25 @@ pub struct RebaseView {
     pub copied_bytes: u64,
     /// Bytes that were made zeroes.
     pub zeroed_bytes: u64,
+    /// Whether it is on its new backing file now.
+    pub is_done: bool,
+    /// Bytes that the image takes for it at most: data and tables. 0 unless that was to be found out, or is too much.
+    pub room_bytes: u64,
+    /// Bytes that the file system has free for its data, if known.
+    pub free_bytes: Option<u64>,
+    /// Whether that is enough; `None`: nobody knows.
+    pub fits: Option<bool>,
+}
+
+/// How far a rebase goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// To what may differ, which takes no reading.
+    Bound,
+    /// To what differs.
+    Count,
+    /// To the end.
+    Write,
 }
 
 /// Puts the image on `node` on another backing file. Nobody else uses it. It is durable when this returns; after an error the
@@ -64,21 +88,8 @@ pub(super) async fn run(
 ) -> Result<RebaseView, EngineError> {
     let mut view = RebaseView::default();
     if spec.keeps_content {
-        let unit_bytes = node
-            .facts()
-            .cluster_size_bytes
-            .map_or(SECTOR_BYTES, u64::from);
-        let rebase = Rebase {
-            old: node.backing(),
-            image: node.clone(),
-            new,
-            unit_bytes: unit_bytes.max(SECTOR_BYTES),
-            dry_run: spec.dry_run,
-        };
-        view = rebase.run(watcher).await?;
-    }
-    if spec.dry_run {
-        return Ok(view);
+        let rebase = Rebase::new(node.clone(), new, Pass::Write);
+        view = rebase.run(None, watcher).await?;
     }
     node.flush()
         .await
@@ -106,7 +117,29 @@ pub(super) async fn run(
             "Could not change the backing file to '{name}': {reason}"
         ))
     })?;
+    view.is_done = true;
     Ok(view)
+}
+
+/// Finds out what [`run`] would write, and what room that takes at most; [`Pass::Bound`]: no more than that.
+///
+/// # Errors
+/// As of [`run`].
+pub(crate) async fn plan(
+    node: Rc<dyn Node>,
+    new: Option<Rc<dyn Node>>,
+    form: TargetForm,
+    pass: Pass,
+    watcher: &ImageWatcher,
+) -> Result<Moved, EngineError> {
+    let mut room = Room::new(&node, form);
+    let rebase = Rebase::new(node.clone(), new, pass);
+    let view = rebase.run(Some(&mut room), watcher).await?;
+    Ok(Moved {
+        copy_bytes: view.copied_bytes,
+        zero_bytes: view.zeroed_bytes,
+        room: room.finish(),
+    })
 }
 
 struct Rebase {
@@ -115,16 +148,32 @@ struct Rebase {
     new: Option<Rc<dyn Node>>,
     /// What the image takes in as a whole, in bytes.
     unit_bytes: u64,
-    dry_run: bool,
+    pass: Pass,
 }
 
-type Piece<'a> = Pin<Box<dyn Future<Output = Result<RebaseView, EngineError>> + 'a>>;
+type Piece<'a> = Pin<Box<dyn Future<Output = Result<Vec<Run>, EngineError>> + 'a>>;
 
 impl Rebase {
-    async fn run(&self, watcher: &ImageWatcher) -> Result<RebaseView, EngineError> {
+    fn new(image: Rc<dyn Node>, new: Option<Rc<dyn Node>>, pass: Pass) -> Self {
+        let cluster_bytes = image.facts().cluster_size_bytes.map(u64::from);
+        Self {
+            old: image.backing(),
+            image,
+            new,
+            unit_bytes: cluster_bytes.unwrap_or(SECTOR_BYTES).max(SECTOR_BYTES),
+            pass,
+        }
+    }
+
+    async fn run(
+        &self,
+        mut room: Option<&mut Room<'_>>,
+        watcher: &ImageWatcher,
+    ) -> Result<RebaseView, EngineError> {
         let length_bytes = self.image.facts().length_bytes;
         let mut view = RebaseView::default();
-        let mut in_flight = FuturesUnordered::<Piece<'_>>::new();
+        // In the order of the disk, in which room is counted.
+        let mut in_flight = FuturesOrdered::<Piece<'_>>::new();
         let mut rest = ByteRange::new(0, length_bytes);
         while !rest.is_empty() {
             let held = self.image.status(rest, STATUS_EXTENTS_MAX).await;
@@ -149,9 +198,9 @@ impl Rebase {
                     while in_flight.len() >= PIECES_MAX
                         && let Some(done) = in_flight.next().await
                     {
-                        view.add(done?);
+                        view.add(done?, room.as_deref_mut()).await;
                     }
-                    in_flight.push(Box::pin(self.carry_over(front)));
+                    in_flight.push_back(Box::pin(self.carry_over(front)));
                 }
             }
             if known_to <= rest.offset() {
@@ -160,7 +209,7 @@ impl Rebase {
             rest = ByteRange::between(known_to, rest.end());
         }
         while let Some(done) = in_flight.next().await {
-            view.add(done?);
+            view.add(done?, room.as_deref_mut()).await;
         }
         Ok(view)
     }
@@ -199,30 +248,29 @@ impl Rebase {
         Ok((ByteRange::between(gap.offset(), to.min(gap.end())), true))
     }
 
-    /// Lets the image hold what differs in one piece.
-    async fn carry_over(&self, piece: ByteRange) -> Result<RebaseView, EngineError> {
+    /// Lets the image hold what differs in one piece. What that is, in ascending order.
+    async fn carry_over(&self, piece: ByteRange) -> Result<Vec<Run>, EngineError> {
+        if self.pass == Pass::Bound {
+            let (range, zero) = (piece, false);
+            return Ok(vec![Run { range, zero }]);
+        }
         let both = try_join(read(&self.old, piece), read(&self.new, piece));
         let (old, new) = both
             .await
             .map_err(|error| failed("read a backing file", &error))?;
-        let mut view = RebaseView::default();
-        let mut runs = differences(
+        let runs = differences(
             old.as_slice(),
             new.as_slice(),
             piece.offset(),
             self.unit_bytes,
         );
+        if self.pass != Pass::Write {
+            return Ok(runs);
+        }
         // Zeroes first: what is data may need the rest of a unit as it is.
-        runs.sort_by_key(|run| !run.zero);
-        for run in runs {
+        let (zeroes, data): (Vec<&Run>, Vec<&Run>) = runs.iter().partition(|run| run.zero);
+        for run in zeroes.into_iter().chain(data) {
             let bytes = run.range.length();
-            match run.zero {
-                true => view.zeroed_bytes += bytes,
-                false => view.copied_bytes += bytes,
-            }
-            if self.dry_run {
-                continue;
-            }
             let from = run.range.offset() - piece.offset();
             let done = match run.zero {
                 true => self.image.fill(run.range, Fill::Zeroes, None).await,
@@ -233,7 +281,7 @@ impl Rebase {
             };
             done.map_err(|error| failed("write to the image", &error))?;
         }
-        Ok(view)
+        Ok(runs)
     }
 
     async fn write(&self, range: ByteRange, bytes: &[u8]) -> Result<(), NodeError> {
@@ -244,9 +292,19 @@ impl Rebase {
 }
 
 impl RebaseView {
-    fn add(&mut self, other: Self) {
-        self.copied_bytes = self.copied_bytes.saturating_add(other.copied_bytes);
-        self.zeroed_bytes = self.zeroed_bytes.saturating_add(other.zeroed_bytes);
+    async fn add(&mut self, runs: Vec<Run>, mut room: Option<&mut Room<'_>>) {
+        for Run { range, zero } in runs {
+            let sum = match zero {
+                true => &mut self.zeroed_bytes,
+                false => &mut self.copied_bytes,
+            };
+            *sum = sum.saturating_add(range.length());
+            match (&mut room, zero) {
+                (Some(room), true) => room.zeroed(range).await,
+                (Some(room), false) => room.written(range).await,
+                (None, _) => {}
+            }
+        }
     }
 }
 

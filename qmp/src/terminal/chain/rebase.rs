@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use blockyard_engine::images::{ImageReply, ImageWork, RebaseSpec, RebaseView};
 use blockyard_engine::request::NamedBy;
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::size;
 use crate::terminal::check::arguments::Format;
@@ -44,6 +44,9 @@ pub struct RebaseArguments {
     /// Say how much would be written, and change nothing. Takes the same time, as both backing files are compared
     #[arg(long)]
     dry_run: bool,
+    /// Begin although the file system has too little room for what may be needed
+    #[arg(long)]
+    force: bool,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -81,12 +84,17 @@ pub(crate) fn run(arguments: &RebaseArguments) -> Exit {
     let (rebased, display) =
         rebased.unwrap_or_else(|(text, display)| (Err((text, false)), display));
     match rebased {
+        Ok(view) if !view.is_done && !arguments.dry_run => {
+            display.error(&format!(
+                "{} may take {} bytes more, and its file system has {} free; --force begins all the same",
+                shown(&arguments.file),
+                view.room_bytes,
+                view.free_bytes.unwrap_or(0)
+            ));
+            Exit::Failed
+        }
         Ok(view) if arguments.json => {
-            display.result(&indented(&json!({
-                "dry-run": arguments.dry_run,
-                "bytes-to-copy": view.copied_bytes,
-                "bytes-to-zero": view.zeroed_bytes,
-            })));
+            display.result(&indented(&report(arguments, view)));
             Exit::Success
         }
         Ok(view) => {
@@ -128,6 +136,7 @@ fn spec(arguments: &RebaseArguments) -> Result<RebaseSpec, String> {
         backing_format: arguments.backing_format.clone(),
         keeps_content: !arguments.header_only,
         dry_run: arguments.dry_run,
+        force: arguments.force,
     })
 }
 
@@ -186,6 +195,20 @@ async fn open_backing(embedded: &Embedded, path: &Path, spec: &RebaseSpec) -> Re
     opened.map(drop).map_err(could_not)
 }
 
+fn report(arguments: &RebaseArguments, view: RebaseView) -> Value {
+    let mut report = json!({
+        "dry-run": arguments.dry_run,
+        "bytes-to-copy": view.copied_bytes,
+        "bytes-to-zero": view.zeroed_bytes,
+    });
+    if arguments.dry_run && !arguments.header_only {
+        report["bytes-needed"] = json!(view.room_bytes);
+        report["bytes-free"] = json!(view.free_bytes);
+        report["fits"] = json!(view.fits);
+    }
+    report
+}
+
 fn human(arguments: &RebaseArguments, name: &str, view: RebaseView) -> String {
     let moved = match (arguments.header_only, view.copied_bytes, view.zeroed_bytes) {
         (true, ..) => "nothing was compared".to_owned(),
@@ -202,7 +225,20 @@ fn human(arguments: &RebaseArguments, name: &str, view: RebaseView) -> String {
     };
     let file = shown(&arguments.file);
     match arguments.dry_run {
-        true => format!("{file} would be put on {on}: {moved}"),
+        true => {
+            let mut room = match (arguments.header_only, view.room_bytes) {
+                (true, _) => String::new(),
+                (false, 0) => "; takes no more room".to_owned(),
+                (false, bytes) => format!("; takes up to {} more", size::shown(bytes)),
+            };
+            if let Some(free) = view.free_bytes.filter(|_| view.room_bytes > 0) {
+                room += &format!(", {} free", size::shown(free));
+            }
+            if view.fits == Some(false) {
+                room += ": not enough";
+            }
+            format!("{file} would be put on {on}: {moved}{room}")
+        }
         false => format!("{file} is on {on} now: {moved}"),
     }
 }
