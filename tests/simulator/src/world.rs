@@ -154,6 +154,11 @@ impl World {
         self.0.borrow_mut().faults.push(fault);
     }
 
+    /// Nothing goes wrong any more.
+    pub fn heal(&self) {
+        self.0.borrow_mut().faults.clear();
+    }
+
     /// Operations that faults made fail so far.
     pub fn failures(&self) -> u64 {
         self.0.borrow().failures

@@ -216,6 +216,18 @@ impl Chain {
 
     /// Nodes for these layers, newly opened.
     pub(super) fn open(&self, levels: &[usize]) -> Nodes {
+        let (top, all) = self.open_any(levels);
+        let top = top.expect("the top is an image");
+        Nodes { top, all }
+    }
+
+    /// The layers from this one on, newly opened; `None`: there are none.
+    pub(super) fn open_from(&self, level: usize) -> Option<Rc<dyn Node>> {
+        let levels: Vec<usize> = (level..self.count()).collect();
+        self.open_any(&levels).1.into_iter().next()
+    }
+
+    fn open_any(&self, levels: &[usize]) -> (Option<Rc<Qcow2Node>>, Vec<Rc<dyn Node>>) {
         let mut all: Vec<Rc<dyn Node>> = Vec::new();
         let mut top = None;
         for level in levels.iter().rev() {
@@ -234,8 +246,7 @@ impl Chain {
                 }
             }
         }
-        let top = top.expect("the top is an image");
-        Nodes { top, all }
+        (top, all)
     }
 
     /// Lets something happen on one of the disks; `false`: nothing can.
@@ -376,11 +387,16 @@ impl Chain {
 
     /// Everything that is seen through the top.
     pub(super) fn read_all(&self, nodes: &Nodes) -> Vec<u8> {
+        self.drive(self.reading(nodes))
+    }
+
+    /// The same, driven by somebody else.
+    pub(super) async fn reading(&self, nodes: &Nodes) -> Vec<u8> {
         let all = ByteRange::new(0, self.model.bytes.len() as u64);
         let mut bytes = Vec::new();
         for piece in all.pieces(1 << 18) {
             let into = Buffer::zeroed(piece.length() as usize);
-            let read = self.drive(nodes.top.read(piece.offset(), into));
+            let read = nodes.top.read(piece.offset(), into).await;
             read.outcome.expect("readable");
             bytes.extend_from_slice(read.buffer.as_slice());
         }
@@ -389,7 +405,11 @@ impl Chain {
 
     /// What is seen through these nodes is what the model says.
     pub(super) fn assert_shows(&self, nodes: &Nodes, what: &str) {
-        let bytes = self.read_all(nodes);
+        self.assert_is_seen(&self.read_all(nodes), what);
+    }
+
+    /// These bytes are what the model says.
+    pub(super) fn assert_is_seen(&self, bytes: &[u8], what: &str) {
         if let Some(place) = (0..bytes.len()).find(|at| bytes[*at] != self.model.bytes[*at]) {
             let setups: Vec<_> = self.yards.iter().map(|yard| &yard.setup).collect();
             panic!("{what}: byte {place}, {:?}, {setups:#?}", self.kind);

@@ -16,5 +16,6 @@ mod fleecing;
 mod images;
 mod orders;
 mod power;
+mod rebase;
 mod writers;
 mod yard;
