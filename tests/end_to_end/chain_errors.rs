@@ -1,5 +1,6 @@
 //! Commit and stream that are stopped by an error, and go on once its reason is gone.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -10,6 +11,7 @@ use crate::daemon::Daemon;
 use crate::images::{overlay, run};
 use crate::oracle::{compare, hole_file};
 use crate::place::{Tiny, can_mount};
+use crate::tools;
 
 /// A line of a script.
 fn line(command: &str, arguments: &Value) -> String {
@@ -173,5 +175,62 @@ fn a_full_file_system_stops_commit_and_stream_until_it_has_room() {
             "qemu-io",
             &["-f", "qcow2", "-r", "-c", "read -P 5 0 8M", top],
         );
+    }
+}
+
+/// What QEMU's job finds out when it runs is said before there is one.
+#[test]
+fn a_base_of_version_2_that_cannot_grow_is_refused_at_once() {
+    if !tools::have("qemu-img", "qemu-utils") {
+        return;
+    }
+    for (has_snapshot, below_bytes, why) in [
+        (true, None, "Can't resize a v2 image which has snapshots"),
+        (false, Some("4M"), "what is below it and longer would show"),
+    ] {
+        let daemon = Daemon::start();
+        let folder = daemon.folder.path();
+        let create = ["create", "-q", "-f", "qcow2"];
+        let version_2 = [&create[..], &["-o", "compat=0.10"]].concat();
+        let mut on_below = Vec::new();
+        if let Some(bytes) = below_bytes {
+            let below = ["below.img", bytes];
+            run(folder, "qemu-img", &[&create[..], &below].concat());
+            on_below = vec!["-b", "below.img", "-F", "qcow2"];
+        }
+        let base = [&version_2[..], &on_below, &["base.img", "1M"]].concat();
+        run(folder, "qemu-img", &base);
+        if has_snapshot {
+            run(folder, "qemu-img", &["snapshot", "-c", "s", "base.img"]);
+        }
+        for (name, below) in [("mid.img", "base.img"), ("top.img", "mid.img")] {
+            let image = ["-b", below, "-F", "qcow2", name, "2M"];
+            run(folder, "qemu-img", &[&create[..], &image].concat());
+        }
+        let before = fs::read(folder.join("base.img")).expect("read");
+        let mut client = daemon.client();
+        client.run("blockdev-add", on("base", "base.img"));
+        for (name, below) in [("mid", "base"), ("top", "mid")] {
+            let node = with(on(name, &format!("{name}.img")), json!({"backing": below}));
+            client.run("blockdev-add", node);
+        }
+        for (arguments, source) in [
+            (
+                json!({"device": "top", "top-node": "mid", "base-node": "base"}),
+                "mid",
+            ),
+            (json!({"device": "top", "base-node": "base"}), "top"),
+        ] {
+            let job = with(json!({"job-id": "j"}), arguments.clone());
+            let plan = with(json!({"job": "commit"}), arguments);
+            for (command, arguments) in [("x-plan", plan), ("block-commit", job)] {
+                let reply = client.command(command, arguments);
+                let text = reply["error"]["desc"].as_str().unwrap_or_default();
+                let expected = format!("Node 'base' cannot be made as long as '{source}': {why}");
+                assert!(text.starts_with(&expected), "{command}: {reply}");
+            }
+        }
+        assert_eq!(client.run("query-jobs", json!({})), json!([]));
+        assert!(fs::read(folder.join("base.img")).expect("read") == before);
     }
 }

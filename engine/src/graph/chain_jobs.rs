@@ -1,6 +1,8 @@
 //! Jobs that move data within one chain, commit and stream: which nodes take part, in QEMU's order of checks, and who is kept
 //! off them meanwhile. How the chain is linked at their end is [`chain_ends`](super::chain_ends)' business.
 
+use blockyard_images::qcow2::units::{Geometry, Version};
+
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::host_files::in_background;
@@ -140,6 +142,9 @@ impl Graph {
                 self.records.borrow().name_of(top)
             )));
         }
+        if base_bytes < top_bytes {
+            self.check_can_grow(base, top, base_bytes).await?;
+        }
         Ok(JobNodes {
             source: Some(top),
             target: Some(base),
@@ -157,6 +162,41 @@ impl Graph {
             }),
             ..JobNodes::default()
         })
+    }
+
+    /// A base that is shorter than what is committed becomes as long, which images of version 2 cannot in some cases.
+    async fn check_can_grow(
+        &self,
+        base: NodeId,
+        top: NodeId,
+        base_bytes: u64,
+    ) -> Result<(), EngineError> {
+        let (form, below) = {
+            let records = self.records.borrow();
+            let image = records.unfiltered(base);
+            (records.form(image), records.backing(image))
+        };
+        let is_version_2 = |geometry: Geometry| geometry.version() == Version::V2;
+        if !form.geometry.is_some_and(is_version_2) {
+            return Ok(());
+        }
+        let below_bytes = match below {
+            Some(below) => self.facts(below).await?.length_bytes,
+            None => 0,
+        };
+        let why = match form.has_snapshots {
+            true => "Can't resize a v2 image which has snapshots",
+            false if below_bytes > base_bytes => {
+                "what is below it and longer would show, as a v2 image has no zeroes to hide it"
+            }
+            false => return Ok(()),
+        };
+        let records = self.records.borrow();
+        Err(EngineError::generic(format!(
+            "Node '{}' cannot be made as long as '{}': {why}",
+            records.name_of(base),
+            records.name_of(top)
+        )))
     }
 
     /// The nodes of a stream, and the filter above its device.
