@@ -60,6 +60,11 @@ impl Daemon {
         Self::launch(command, folder, options, true)
     }
 
+    /// Starts QEMU's in a folder that is there already.
+    pub(crate) fn start_oracle_in(folder: TempDir) -> Self {
+        Self::launch(Command::new("qemu-storage-daemon"), folder, &[], true)
+    }
+
     fn launch(mut command: Command, folder: TempDir, options: &[&str], is_oracle: bool) -> Self {
         command
             .args(options)
@@ -117,7 +122,12 @@ impl Daemon {
 
     /// Ends ours over QMP; its folder stays.
     pub(crate) fn end(self) -> TempDir {
-        let mut client = self.client();
+        let client = self.client();
+        self.quit_by(client)
+    }
+
+    /// Ends it by a client that is the last one; it must end well. Its folder stays.
+    pub(crate) fn quit_by(self, mut client: Client) -> TempDir {
         client.run("quit", json!({}));
         client.end();
         let status = self.process.wait();

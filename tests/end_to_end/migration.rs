@@ -9,9 +9,9 @@ use serde_json::json;
 
 use crate::daemon::{Daemon, Process};
 use crate::images::SIZE;
-use crate::nbd_writers::Writer;
 use crate::oracle::{data_file, hole_file};
 use crate::tools;
+use crate::writer::Writer;
 
 const HERE: &str = "10.117.0.1";
 const THERE: &str = "10.117.0.2";
@@ -128,7 +128,7 @@ fn a_disk_moves_to_another_host_under_its_writer() {
             &remote,
         ],
     );
-    let writer = Writer::start(source.path("disk.sock"), "disk", 77);
+    let writer = Writer::start(source.path("disk.sock"), "disk", 0..SIZE, 77);
     let mut client = source.client();
     writer.goes_on(20);
     let job = json!({"job-id": "move", "device": "disk", "target": "there", "sync": "full",

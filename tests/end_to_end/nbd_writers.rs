@@ -1,119 +1,20 @@
 //! Writers through exports while jobs run below them: every reply holds, whatever becomes of the graph, and the copies are what
 //! they have to be.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::daemon::Daemon;
 use crate::images::{image, overlay, run};
-use crate::nbd::{FLUSH, FUA, Nbd, TRIM, ZERO, export, start_server};
+use crate::nbd::{export, start_server};
 use crate::oracle::hole_file;
 use crate::tools;
+use crate::writer::Writer;
 
 /// Length of the disks, as those of the images.
 const LENGTH: u64 = crate::images::SIZE;
-
-/// A client that writes at random, and knows what it has to read.
-pub(crate) struct Writer {
-    stop: Arc<AtomicBool>,
-    written: Arc<AtomicU64>,
-    thread: JoinHandle<Vec<u8>>,
-}
-
-impl Writer {
-    pub(crate) fn start(socket: PathBuf, name: &'static str, seed: u64) -> Self {
-        let (stop, written) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::<AtomicU64>::default(),
-        );
-        let (stopped, count) = (Arc::clone(&stop), Arc::clone(&written));
-        let thread = std::thread::spawn(move || {
-            let mut nbd = Nbd::open(&socket, name);
-            let length = u32::try_from(nbd.length).expect("small");
-            let mut model = nbd.read(0, length);
-            let mut random = Random(seed | 1);
-            while !stopped.load(Ordering::Relaxed) {
-                step(&mut nbd, &mut model, &mut random);
-                count.fetch_add(1, Ordering::Relaxed);
-            }
-            assert!(nbd.read(0, length) == model, "the disk is another");
-            model
-        });
-        Self {
-            stop,
-            written,
-            thread,
-        }
-    }
-
-    /// Waits until it has made more requests.
-    pub(crate) fn goes_on(&self, requests: u64) {
-        let until = self.written.load(Ordering::Relaxed) + requests;
-        while self.written.load(Ordering::Relaxed) < until {
-            assert!(!self.thread.is_finished(), "the writer has failed");
-            std::thread::yield_now();
-        }
-    }
-
-    /// Ends it. What the disk holds now.
-    pub(crate) fn end(self) -> Vec<u8> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("every byte as it was written")
-    }
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
-
-/// One request, and what it means.
-fn step(nbd: &mut Nbd, model: &mut [u8], random: &mut Random) {
-    let unit = [1, 512, 4096, 65536][usize::try_from(random.below(4)).expect("small")];
-    let length = (1 + random.below(16)) * unit;
-    let length = length.min(LENGTH / 4);
-    let offset = random.below((LENGTH - length) / unit + 1) * unit;
-    let place = usize::try_from(offset).expect("small");
-    let range = place..place + usize::try_from(length).expect("small");
-    let short = u32::try_from(length).expect("small");
-    match random.below(12) {
-        0 => {
-            nbd.change(ZERO, (offset, short));
-            model[range].fill(0);
-        }
-        1 => {
-            // What it reads as afterwards is not said.
-            nbd.change(TRIM, (offset, short));
-            let now = nbd.read(offset, short);
-            model[range].copy_from_slice(&now);
-        }
-        2 => nbd.change(FLUSH, (0, 0)),
-        3..=5 => assert!(nbd.read(offset, short) == model[range], "read {offset}"),
-        kind => {
-            let mut data = vec![0; range.len()];
-            for byte in &mut data {
-                *byte = (random.0 >> 20) as u8;
-                random.0 = random
-                    .0
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
-            }
-            nbd.write(offset, &data, if kind == 6 { FUA } else { 0 });
-            model[range].copy_from_slice(&data);
-        }
-    }
-}
 
 fn qcow2(name: &str, backing: Value) -> Value {
     json!({"driver": "qcow2", "node-name": name, "backing": backing, "discard": "unmap",
@@ -172,7 +73,7 @@ impl Yard {
     }
 
     fn writer(&self, seed: u64) -> Writer {
-        Writer::start(self.daemon.path("nbd.sock"), "top", seed)
+        Writer::start(self.daemon.path("nbd.sock"), "top", 0..LENGTH, seed)
     }
 
     /// On which node the export is.

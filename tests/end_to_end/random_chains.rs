@@ -17,7 +17,7 @@ use crate::oracle::compare;
 use crate::tools;
 
 /// Unit of lengths of disks.
-const STEP: u64 = 64 << 10;
+pub(crate) const STEP: u64 = 64 << 10;
 
 /// Numbers that a seed stands for.
 pub(crate) struct Dice(u64);
@@ -34,19 +34,20 @@ impl Dice {
         (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 20) % bound
     }
 
-    fn one_in(&mut self, times: u64) -> bool {
+    pub(crate) fn one_in(&mut self, times: u64) -> bool {
         self.below(times) == 0
     }
 }
 
 /// What a layer is made of.
-struct Layer {
-    size: u64,
+pub(crate) struct Layer {
+    /// Length of its disk in bytes.
+    pub(crate) size: u64,
     raw: bool,
 }
 
 /// Makes layers `0`, `1`, ... of a chain. Where `rising`, none is shorter than one below it.
-fn make(folder: &Path, seed: u64, depth: usize, rising: bool) -> Vec<Layer> {
+pub(crate) fn make(folder: &Path, seed: u64, depth: usize, rising: bool) -> Vec<Layer> {
     let mut dice = Dice::new(seed);
     let mut layers: Vec<Layer> = Vec::new();
     for place in 0..depth {
@@ -165,7 +166,7 @@ fn write(folder: &Path, dice: &mut Dice, place: usize, size: u64, raw: bool) {
     );
 }
 
-fn format_of(layers: &[Layer], place: usize) -> &'static str {
+pub(crate) fn format_of(layers: &[Layer], place: usize) -> &'static str {
     match layers.get(place) {
         Some(layer) if layer.raw => "raw",
         _ => "qcow2",
@@ -173,7 +174,7 @@ fn format_of(layers: &[Layer], place: usize) -> &'static str {
 }
 
 /// A node for each layer, in one another where `nested`, else one by one.
-fn nodes(layers: &[Layer], nested: bool) -> Vec<Value> {
+pub(crate) fn nodes(layers: &[Layer], nested: bool) -> Vec<Value> {
     let mut all = Vec::new();
     let mut below: Option<Value> = None;
     for place in 0..layers.len() {
@@ -197,16 +198,16 @@ fn nodes(layers: &[Layer], nested: bool) -> Vec<Value> {
 }
 
 /// A job, and the layers that read afterwards as they did before.
-struct Job {
-    command: &'static str,
-    arguments: Value,
-    same: Vec<usize>,
+pub(crate) struct Job {
+    pub(crate) command: &'static str,
+    pub(crate) arguments: Value,
+    pub(crate) same: Vec<usize>,
     /// What this layer shows afterwards another one showed before.
-    became: Option<(usize, usize)>,
+    pub(crate) became: Option<(usize, usize)>,
 }
 
 /// A commit below the top or a stream, wherever it fits.
-fn job(dice: &mut Dice, layers: &[Layer]) -> Job {
+pub(crate) fn job(dice: &mut Dice, layers: &[Layer]) -> Job {
     let depth = layers.len();
     let any =
         |dice: &mut Dice, from: usize, to: usize| from + dice.below((to - from) as u64) as usize;
@@ -238,7 +239,7 @@ fn job(dice: &mut Dice, layers: &[Layer]) -> Job {
 }
 
 /// Commands that judge what is left.
-fn verdicts(layers: &[Layer], job: &Job) -> Vec<String> {
+pub(crate) fn verdicts(layers: &[Layer], job: &Job) -> Vec<String> {
     let mut verdicts = Vec::new();
     let shown = job.same.iter().map(|place| (*place, *place));
     for (place, was) in shown.chain(job.became) {
@@ -303,7 +304,7 @@ fn random_jobs_leave_the_same_chains_on_both_daemons() {
 }
 
 /// Runs a command in a shell; it must succeed. The kernel may keep the image locks of a process for a moment after its end.
-fn must(folder: &Path, command: &str, seed: u64) {
+pub(crate) fn must(folder: &Path, command: &str, seed: u64) {
     let started = Instant::now();
     loop {
         let mut shell = Command::new("sh");
