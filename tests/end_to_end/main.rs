@@ -74,3 +74,4 @@ mod verbs;
 mod wire;
 mod without_ring;
 mod writer;
+mod writer_seeds;

@@ -222,19 +222,3 @@ fn an_overlay_comes_between_and_is_committed_again() {
     let model = writer.end();
     yard.end("top.qcow2", &model);
 }
-
-/// Until backups have their filter for it, they refuse what is written to; the writer does not notice.
-#[test]
-fn a_backup_and_a_writer_do_not_harm_each_other() {
-    let Some(mut yard) = Yard::new() else { return };
-    let writer = yard.writer(123);
-    writer.goes_on(10);
-    let job = json!({"job-id": "j", "device": "top", "target": "copy", "sync": "full"});
-    let started = yard.client.command("blockdev-backup", job);
-    if started.get("return").is_some() {
-        yard.client.wait_for("j", "null");
-    }
-    writer.goes_on(30);
-    let model = writer.end();
-    yard.end("top.qcow2", &model);
-}
