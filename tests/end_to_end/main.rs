@@ -69,6 +69,7 @@ mod throttle;
 mod tls_objects;
 mod tools;
 mod tour;
+mod transaction_actions;
 mod transactions;
 mod verbs;
 mod wire;
