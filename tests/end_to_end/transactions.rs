@@ -155,6 +155,20 @@ fn snapshots_are_made_together_or_not_at_all() {
     compare(&script, |_| ());
 }
 
+/// The node is for reading only once the overlay is there: the bitmap goes all the same, from the image as well.
+#[test]
+fn a_bitmap_goes_although_its_node_becomes_read_only() {
+    let mut script = NODES.to_owned();
+    let keep = json!({"node": "q", "name": "keep", "persistent": true});
+    script += &transaction(&[action("block-dirty-bitmap-add", keep)], "individual");
+    let gone = [bitmap("remove", "q", "keep"), snapshot("q", "o")];
+    script += &transaction(&[&gone[..], &[ABORT.to_owned()]].concat(), "individual");
+    script += SHOWN;
+    script += &transaction(&gone, "individual");
+    script += SHOWN;
+    compare(&script, |_| ());
+}
+
 /// A name that is left would be refused when it is given again.
 #[test]
 fn internal_snapshots_are_made_together_or_not_at_all() {
@@ -277,6 +291,80 @@ fn jobs_that_only_we_take_start_together_or_not_at_all() {
     client.wait_for("m", "null");
     let nodes = client.run("query-named-block-nodes", json!({}));
     assert!(nodes.to_string().contains("since"), "{nodes}");
+    drop(client);
+    daemon.quit();
+}
+
+/// Another client may not meet with what may yet be taken back.
+#[test]
+fn nobody_comes_between_the_actions() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let create = ["create", "-q", "-f", "qcow2", "i.qcow2", "1M"];
+    crate::images::run(daemon.folder.path(), "qemu-img", &create);
+    let limits = json!({"qom-type": "throttle-group", "id": "g", "limits": {"iops-write": 8}});
+    client.run("object-add", limits);
+    let file = json!({"driver": "file", "filename": "i.qcow2"});
+    let slow = json!({"driver": "throttle", "throttle-group": "g", "file": file});
+    let image = json!({"driver": "qcow2", "node-name": "i", "file": slow});
+    client.run("blockdev-add", image);
+    let null = json!({"driver": "null-co", "node-name": "n", "size": 65536});
+    client.run("blockdev-add", null);
+    let bitmap = json!({"node": "n", "name": "m"});
+    let actions = json!([
+        {"type": "block-dirty-bitmap-add", "data": bitmap},
+        {"type": "blockdev-snapshot-internal-sync", "data": {"device": "i", "name": "s"}},
+        {"type": "abort", "data": {}},
+    ]);
+    let request = json!({"execute": "transaction", "arguments": {"actions": actions}});
+    client.send(format!("{request}\n").as_bytes());
+    let mut other = daemon.client();
+    loop {
+        let nodes = other.run("query-named-block-nodes", json!({}));
+        if nodes.to_string().contains("\"m\"") {
+            break;
+        }
+    }
+    let refused = other.refusal("block-dirty-bitmap-remove", bitmap);
+    assert_eq!(refused, "Dirty bitmap 'm' not found");
+    let reply = client.reply();
+    let text = "Transaction aborted using Abort action";
+    assert_eq!(reply["error"]["desc"], text, "{reply}");
+    drop((client, other));
+    daemon.quit();
+}
+
+/// What is on its way when a bitmap comes is marked in it: its client may read the disk before it has landed.
+#[test]
+fn a_write_is_marked_in_a_bitmap_that_comes_before_its_end() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    hole_file(&daemon.path("f"), 1 << 20);
+    let limits = json!({"qom-type": "throttle-group", "id": "g", "limits": {"bps-write": 1}});
+    client.run("object-add", limits);
+    let file = json!({"driver": "file", "filename": "f"});
+    let slow = json!({"driver": "throttle", "throttle-group": "g", "file": file});
+    let node = json!({"driver": "raw", "node-name": "r", "file": slow});
+    client.run("blockdev-add", node);
+    start_server(&daemon, &mut client, 10);
+    export(&mut client, "r");
+    let mut writer = Nbd::open(&daemon.path("nbd.sock"), "r");
+    // The first one passes at once, the second one waits.
+    let data = [7; 65536];
+    writer.send(crate::nbd::WRITE, 0, (0, 65536), &data);
+    writer.send(crate::nbd::WRITE, 0, (1 << 19, 65536), &data);
+    writer.reply();
+    for _ in 0..20 {
+        client.run("query-version", json!({}));
+    }
+    client.run("block-dirty-bitmap-add", json!({"node": "r", "name": "b"}));
+    let unlimited = json!({"path": "g", "property": "limits", "value": {"bps-write": 0}});
+    client.run("qom-set", unlimited);
+    writer.reply();
+    let nodes = client.run("query-named-block-nodes", json!({}));
+    let all = nodes.as_array().expect("nodes").iter();
+    let bitmap = all.filter_map(|node| node["dirty-bitmaps"].get(0)).next();
+    assert_eq!(bitmap.expect("a bitmap")["count"], 65536);
     drop(client);
     daemon.quit();
 }

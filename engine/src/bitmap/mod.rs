@@ -91,18 +91,14 @@ impl NodeBitmaps {
         Ok(())
     }
 
-    /// Lets one go.
+    /// Takes one away whatever state it is in: its removal was looked at before.
     ///
     /// # Errors
-    /// In QEMU's words: it is not there, or in use.
-    pub(crate) fn remove(&self, name: &str) -> Result<Bitmap, EngineError> {
+    /// In QEMU's words: it is not there.
+    pub(crate) fn take_out(&self, name: &str) -> Result<Bitmap, EngineError> {
         let mut all = self.lock();
         let place = all.iter().position(|bitmap| bitmap.name() == name);
-        let place = place.ok_or_else(|| not_found(name))?;
-        if let Some(bitmap) = all.get(place) {
-            bitmap.check(Need::Remove)?;
-        }
-        let removed = all.remove(place);
+        let removed = all.remove(place.ok_or_else(|| not_found(name))?);
         self.tell(&all);
         Ok(removed)
     }
@@ -159,7 +155,7 @@ impl NodeBitmaps {
     }
 
     fn tell(&self, all: &[Bitmap]) {
-        let any = all.iter().any(Bitmap::marks);
+        let any = all.iter().any(Bitmap::listens);
         self.any_records.store(any, Ordering::Release);
     }
 
@@ -254,7 +250,7 @@ mod tests {
         );
         bitmaps.with("b", Need::Switch, off).expect("switched");
         assert!(!bitmaps.record(), "nobody records");
-        bitmaps.remove("a").expect("removed");
+        bitmaps.take_out("a").expect("removed");
         let names: Vec<_> = bitmaps.views().into_iter().map(|view| view.name).collect();
         assert_eq!(names, [Some("b".to_owned())]);
     }
@@ -324,7 +320,7 @@ mod tests {
         bitmaps.add(bitmap(&long[1..], 512)).expect("added");
         let text = format!("Bitmap already exists: {}", &long[1..]);
         assert_eq!(refused(&long[1..]), text);
-        let gone = bitmaps.remove("a").expect_err("not there").to_string();
+        let gone = bitmaps.take_out("a").expect_err("not there").to_string();
         assert_eq!(gone, "Dirty bitmap 'a' not found");
     }
 

@@ -21,6 +21,8 @@ pub(crate) struct Bitmap {
     is_read_only: bool,
     is_inconsistent: bool,
     users: Users,
+    /// It is removed, unless that comes to nothing: an image does not keep it any more.
+    is_going: bool,
     /// What has been kept for the case that a transaction comes to nothing, oldest first.
     kept: Vec<Kept>,
 }
@@ -31,6 +33,8 @@ struct Kept {
     before: DirtyMap,
     /// What has been marked since, which stays whatever becomes of the transaction.
     since: DirtyMap,
+    /// It recorded then: if it does not any more, it may again.
+    recorded: bool,
 }
 
 /// Who uses a bitmap, which nobody else changes meanwhile.
@@ -63,6 +67,7 @@ impl Bitmap {
             is_read_only: false,
             is_inconsistent: false,
             users: Users::default(),
+            is_going: false,
             kept: Vec::new(),
         }
     }
@@ -85,6 +90,7 @@ impl Bitmap {
             is_read_only: false,
             is_inconsistent,
             users: Users::default(),
+            is_going: false,
             kept: Vec::new(),
         }
     }
@@ -106,12 +112,18 @@ impl Bitmap {
 
     /// What the image is to keep of it; `None`: nothing, or what it has already.
     pub(super) fn to_store(&self) -> Option<BitmapInMemory> {
-        if !self.is_persistent || self.is_read_only || self.is_inconsistent {
+        let is_kept = self.is_persistent && !self.is_going;
+        if !is_kept || self.is_read_only || self.is_inconsistent {
             return None;
         }
         let mut map = self.map.clone();
         if let Some(successor) = &self.users.successor {
             map.merge(&successor.map);
+        }
+        // A transaction that has not ended may yet come to nothing.
+        for kept in &self.kept {
+            map.merge(&kept.before);
+            map.merge(&kept.since);
         }
         Some(BitmapInMemory {
             name_in_image: self.name_in_image.clone(),
@@ -153,16 +165,22 @@ impl Bitmap {
         self.users.readers = self.users.readers.saturating_sub(1);
     }
 
-    /// Whether writes have to be marked in it.
-    pub(super) fn marks(&self) -> bool {
+    /// Whether it has to be told of writes.
+    pub(super) fn listens(&self) -> bool {
+        self.marks() || self.kept.iter().any(|kept| kept.recorded)
+    }
+
+    fn marks(&self) -> bool {
         self.records && !self.is_inconsistent
     }
 
     pub(super) fn mark(&mut self, range: ByteRange) {
-        if self.marks() {
-            for kept in &mut self.kept {
+        for kept in &mut self.kept {
+            if self.records || kept.recorded {
                 kept.since.mark(range);
             }
+        }
+        if self.marks() {
             let successor = self.users.successor.as_mut();
             let map = successor.map_or(&mut self.map, |successor| &mut successor.map);
             map.mark(range);
@@ -204,11 +222,20 @@ impl Bitmap {
         successor.map_or(self.place, |successor| successor.place)
     }
 
-    /// Keeps what it says now, until [`forget`](Self::forget) or [`restore`](Self::restore).
+    /// Whether somebody removes it.
+    pub(crate) fn set_going(&mut self, is_going: bool) {
+        self.is_going = is_going;
+    }
+
+    /// Keeps what it says and whether it records now, until [`forget`](Self::forget) or [`restore`](Self::restore).
     pub(crate) fn keep_content(&mut self) {
         let since = DirtyMap::exactly(self.map.length_bytes(), self.map.granularity_bytes());
         let before = self.map.clone();
-        self.kept.push(Kept { before, since });
+        self.kept.push(Kept {
+            before,
+            since,
+            recorded: self.records,
+        });
     }
 
     /// What was kept last is not needed any more.
@@ -216,11 +243,12 @@ impl Bitmap {
         self.kept.pop();
     }
 
-    /// It says what was kept last, and what has been marked since.
+    /// It says and does what was kept last; what has been marked since stays marked.
     pub(crate) fn restore(&mut self) {
-        if let Some(Kept { before, since }) = self.kept.pop() {
-            self.map = before;
-            self.map.merge(&since);
+        if let Some(kept) = self.kept.pop() {
+            self.map = kept.before;
+            self.map.merge(&kept.since);
+            self.records = kept.recorded;
         }
     }
 

@@ -147,13 +147,13 @@ mod tests {
             refusal,
             "Bitmap 'broken' is inconsistent and cannot be used"
         );
-        bitmaps.remove("broken").expect("removed");
+        bitmaps.take_out("broken").expect("removed");
         assert_eq!(bitmaps.resize_refusal(), None);
         bitmaps.set_read_only(true);
         assert!(stored(&bitmaps).is_empty(), "it has them already");
         let refusal = bitmaps.resize_refusal().expect("refused");
         assert_eq!(refusal, "Bitmap 'on' is readonly and cannot be modified");
-        bitmaps.remove("mine").expect("not the image's");
+        bitmaps.take_out("mine").expect("not the image's");
         bitmaps.set_read_only(false);
         assert_eq!(stored(&bitmaps).len(), 2);
     }

@@ -26,10 +26,8 @@ const GRANULES_MAX: u64 = 1 << 35;
 pub enum ChangedBitmap {
     /// A new one.
     Added(Arc<NodeBitmaps>, String),
-    /// What one says.
+    /// What one says, or whether it records.
     Content(Arc<NodeBitmaps>, String),
-    /// Whether one records: what it did before.
-    Switched(Arc<NodeBitmaps>, String, bool),
     /// One that goes, and is in use until then.
     Removing(Arc<NodeBitmaps>, HeldBitmap),
 }
@@ -38,34 +36,30 @@ impl ChangedBitmap {
     /// It is final.
     pub fn settle(self) {
         let settled = match self {
-            Self::Added(..) | Self::Switched(..) => Ok(()),
+            Self::Added(..) => Ok(()),
             Self::Content(bitmaps, name) => bitmaps.with(&name, Need::Show, Bitmap::forget),
             Self::Removing(bitmaps, held) => {
                 let name = held.name().to_owned();
                 drop(held);
-                bitmaps.remove(&name).map(drop)
+                bitmaps.take_out(&name).map(drop)
             }
         };
         if let Err(error) = settled {
-            tracing::error!(%error, "a bitmap has gone or come to be in use during a transaction");
+            tracing::error!(%error, "a bitmap has gone during a transaction");
         }
     }
 
     /// It is taken back; what was written meanwhile stays marked.
     pub fn undo(self) {
         let undone = match self {
-            Self::Added(bitmaps, name) => bitmaps.remove(&name).map(drop),
+            Self::Added(bitmaps, name) => bitmaps.take_out(&name).map(drop),
             Self::Content(bitmaps, name) => bitmaps.with(&name, Need::Show, Bitmap::restore),
-            Self::Switched(bitmaps, name, records) => {
-                bitmaps.with(&name, Need::Show, |one| one.set_recording(records))
-            }
-            Self::Removing(_, held) => {
-                drop(held);
-                Ok(())
+            Self::Removing(bitmaps, held) => {
+                bitmaps.with(held.name(), Need::Show, |one| one.set_going(false))
             }
         };
         if let Err(error) = undone {
-            tracing::error!(%error, "a bitmap has gone or come to be in use during a transaction");
+            tracing::error!(%error, "a bitmap has gone during a transaction");
         }
     }
 }
@@ -199,6 +193,7 @@ impl Graph {
                 version_3.bitmaps = kept;
             }
         }
+        bitmaps.with(&bitmap.name, Need::Show, |one| one.set_going(true))?;
         Ok(ChangedBitmap::Removing(bitmaps, held))
     }
 
@@ -208,13 +203,11 @@ impl Graph {
         records: bool,
     ) -> Result<ChangedBitmap, EngineError> {
         let bitmaps = self.bitmaps_of(bitmap)?;
-        let recorded = bitmaps.with(&bitmap.name, Need::Switch, |one| {
-            let recorded = one.records();
+        bitmaps.with(&bitmap.name, Need::Switch, |one| {
+            one.keep_content();
             one.set_recording(records);
-            recorded
         })?;
-        let name = bitmap.name.clone();
-        Ok(ChangedBitmap::Switched(bitmaps, name, recorded))
+        Ok(ChangedBitmap::Content(bitmaps, bitmap.name.clone()))
     }
 
     /// Everything is looked up before anything changes.

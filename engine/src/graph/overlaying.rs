@@ -21,6 +21,7 @@ use crate::request::Permission;
 #[must_use = "it is settled or taken off"]
 pub struct PutOverlay {
     below: NodeId,
+    above: NodeId,
     /// The overlay, if nobody has it but who uses it now.
     unowned: Option<NodeId>,
     /// Users outside of the graph that have gone to it.
@@ -67,9 +68,11 @@ impl Graph {
         let outcome = {
             let _held = self.hold_named(&[&name]).await;
             self.pin(put.below).await?;
-            let outcome = self.take_pinned_off(put.below, &put.roots, put.back).await;
-            self.release(put.below, &super::reopen::pin(put.below))
+            let (below, above) = (put.below, put.above);
+            let outcome = self
+                .take_pinned_off((below, above), &put.roots, put.back)
                 .await;
+            self.release(below, &super::reopen::pin(below)).await;
             outcome
         };
         if let Some(overlay) = put.unowned {
@@ -80,12 +83,17 @@ impl Graph {
 
     async fn take_pinned_off(
         &self,
-        below: NodeId,
+        (below, above): (NodeId, NodeId),
         roots: &[RootId],
         back: Change,
     ) -> Result<(), EngineError> {
         let ancestors = self.records.borrow().ancestors(below);
         let drained = self.drain_roots_on(below, &ancestors).await?;
+        let is_new = |root: &RootId| !roots.contains(root);
+        if self.records.borrow().roots_on(&[above]).iter().any(is_new) {
+            let text = "Somebody has come to use the overlay: it stays";
+            return Err(EngineError::generic(text));
+        }
         self.reopen_nodes(back).await?;
         self.put_on(roots, below).await?;
         drop(drained);
@@ -115,6 +123,7 @@ impl Graph {
         }
         Ok(PutOverlay {
             below,
+            above,
             unowned: None,
             roots,
             back,

@@ -13,7 +13,10 @@ use crate::manager::Manager;
 use crate::manager::publisher::Listener;
 use crate::node::root::RootId;
 use crate::reply::Reply;
-use crate::request::Request;
+use crate::request::{ExportRequest, Request};
+
+/// How long the end of the daemon waits for a transaction that is carried out.
+const TRANSACTIONS_END_WAIT: Duration = Duration::from_secs(30);
 
 /// How long the end of the daemon waits for clients of exports.
 const EXPORTS_END_WAIT: Duration = Duration::from_secs(30);
@@ -114,6 +117,10 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
 
 impl Manager {
     async fn handle(self: Rc<Self>, request: Request) -> Result<Reply, EngineError> {
+        let _between_transactions = match comes_between(&request) {
+            true => Some(self.transacting.read().await),
+            false => None,
+        };
         match request {
             Request::BlockdevAdd(spec) => self.graph.add(spec).await?,
             Request::BlockdevDel { node_name } => self.graph.delete(&node_name).await?,
@@ -222,6 +229,11 @@ impl Manager {
     /// Closes all exports, quiets all jobs, ends them newest first, and closes every node.
     async fn end_everything(&self) {
         self.graph.end_limits();
+        // Bitmaps are not stored as they are in the middle of one.
+        let transactions = tokio::time::timeout(TRANSACTIONS_END_WAIT, self.transaction.lock());
+        if transactions.await.is_err() {
+            tracing::error!("a transaction did not end in time");
+        }
         if tokio::time::timeout(EXPORTS_END_WAIT, self.exports.end())
             .await
             .is_err()
@@ -281,4 +293,23 @@ impl Manager {
             }
         }
     }
+}
+
+/// Whether a command would meet with what a transaction has done and may take back.
+const fn comes_between(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::BlockdevDel { .. }
+            | Request::BlockResize { .. }
+            | Request::ChangeBackingFile { .. }
+            | Request::BlockdevReopen { .. }
+            | Request::BlockdevSnapshot { .. }
+            | Request::NewOverlay(_)
+            | Request::ChangeBitmap(_)
+            | Request::SetIothread { .. }
+            | Request::StartJob(_)
+            | Request::CreateInternalSnapshot { .. }
+            | Request::DeleteInternalSnapshot { .. }
+            | Request::Export(ExportRequest::Add(_) | ExportRequest::AddLegacy(_))
+    )
 }

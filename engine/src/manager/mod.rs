@@ -26,7 +26,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use blockyard_storage::buffer::BufferPool;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Mutex, Notify, RwLock, mpsc};
 
 use crate::data::ThreadSet;
 use crate::event::EventKind;
@@ -50,6 +50,10 @@ pub(crate) struct Manager {
     changed: Notify,
     /// The daemon is ending: nothing new is begun.
     ending: Cell<bool>,
+    /// Had alone by a transaction, and shared by commands that must not come between its actions.
+    transacting: RwLock<()>,
+    /// Held by the transaction that is carried out.
+    transaction: Mutex<()>,
 }
 
 impl Manager {
@@ -74,6 +78,8 @@ impl Manager {
             reports,
             changed: Notify::new(),
             ending: Cell::new(false),
+            transacting: RwLock::new(()),
+            transaction: Mutex::new(()),
         }
     }
 

@@ -1,10 +1,12 @@
 //! Transactions: several commands that all come about, or none of them, at one moment of every disk that they name.
 //!
 //! Users outside of the graph are drained from before the first action until the last one is final, so that what is written
-//! before is in every snapshot, backup and bitmap, and what is written afterwards in none of them. Each action is carried out in
+//! before is in every snapshot, backup and bitmap, and what is written afterwards in none of them. No command that would meet with
+//! what may yet be taken back comes in between. Each action is carried out in
 //! turn and keeps what takes it back; the first one that fails has all before it taken back, newest first.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use crate::error::EngineError;
 use crate::graph::{ChangedBitmap, PutOverlay};
@@ -12,6 +14,9 @@ use crate::manager::Manager;
 use crate::manager::record::GroupKey;
 use crate::manager::start::Admitted;
 use crate::request::{BitmapChange, TransactionAction, WorkSpec};
+
+/// How long commands that are on their way may keep a transaction, and with it those behind it, waiting.
+const ALONE_WAIT: Duration = Duration::from_secs(30);
 
 /// An action that has been carried out and is not final yet.
 enum Prepared {
@@ -33,6 +38,17 @@ impl Manager {
         actions: Vec<TransactionAction>,
         grouped: bool,
     ) -> Result<(), EngineError> {
+        let alone = tokio::time::timeout(ALONE_WAIT, self.transacting.write());
+        let Ok(_alone) = alone.await else {
+            return Err(EngineError::generic(format!(
+                "Other commands do not end within {} s",
+                ALONE_WAIT.as_secs()
+            )));
+        };
+        let _carried_out = self.transaction.lock().await;
+        if self.ending.get() {
+            return Err(EngineError::generic("The daemon is ending"));
+        }
         let names: Vec<&str> = actions.iter().filter_map(node_of).collect();
         let drained = self.graph.drain_named(&names).await?;
         let common = self.new_group();

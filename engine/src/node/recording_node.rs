@@ -1,5 +1,5 @@
 //! [`RecordingNode`]: what stands in front of every node: all requests pass, and what they change is marked in the node's dirty
-//! bitmaps. Where none of them records, a request costs one look at a flag.
+//! bitmaps. Which of them record is looked at when a change has ended.
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -49,7 +49,10 @@ impl RecordingNode {
         let (node, bitmaps) = (Rc::clone(&self.node), Arc::clone(&self.bitmaps));
         Box::pin(self.spawner.to_the_end(Box::pin(async move {
             let changed = change(Rc::clone(&node)).await;
-            bitmaps.mark(range, node.facts().length_bytes);
+            // As of now: one that has come meanwhile records what ends now.
+            if bitmaps.record() {
+                bitmaps.mark(range, node.facts().length_bytes);
+            }
             changed
         })))
     }
@@ -111,17 +114,11 @@ impl Node for RecordingNode {
     }
 
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
-        if !self.bitmaps.record() {
-            return self.node.write(offset, from);
-        }
         let range = ByteRange::new(offset, from.len() as u64);
         self.marked(range, async move |node| node.write(offset, from).await)
     }
 
     fn write_growing(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
-        if !self.bitmaps.record() {
-            return self.node.write_growing(offset, from);
-        }
         let range = ByteRange::new(offset, from.len() as u64);
         self.marked(range, async move |node| {
             node.write_growing(offset, from).await
@@ -129,9 +126,6 @@ impl Node for RecordingNode {
     }
 
     fn write_compressed(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {
-        if !self.bitmaps.record() {
-            return self.node.write_compressed(offset, from);
-        }
         let range = ByteRange::new(offset, from.len() as u64);
         self.marked(range, async move |node| {
             node.write_compressed(offset, from).await
@@ -139,9 +133,6 @@ impl Node for RecordingNode {
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), NodeError>> {
-        if !self.bitmaps.record() {
-            return self.node.zero(range, mode);
-        }
         self.marked(range, async move |node| node.zero(range, mode).await)
     }
 
@@ -150,9 +141,6 @@ impl Node for RecordingNode {
         range: ByteRange,
         mode: ZeroMode,
     ) -> LocalFuture<'_, Result<(), NodeError>> {
-        if !self.bitmaps.record() {
-            return self.node.zero_growing(range, mode);
-        }
         self.marked(range, async move |node| {
             node.zero_growing(range, mode).await
         })
@@ -160,7 +148,7 @@ impl Node for RecordingNode {
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
         // Where discards do nothing, nothing changes.
-        if !self.bitmaps.record() || !self.node.facts().unmaps {
+        if !self.node.facts().unmaps {
             return self.node.discard(range);
         }
         self.marked(range, async move |node| node.discard(range).await)
@@ -172,9 +160,6 @@ impl Node for RecordingNode {
         from: u64,
         to: ByteRange,
     ) -> LocalFuture<'_, Result<(), NodeError>> {
-        if !self.bitmaps.record() {
-            return self.node.share(source, from, to);
-        }
         self.marked(to, async move |node| node.share(source, from, to).await)
     }
 
@@ -183,9 +168,6 @@ impl Node for RecordingNode {
         range: ByteRange,
         how: Preallocation,
     ) -> LocalFuture<'_, Result<(), NodeError>> {
-        if !self.bitmaps.record() {
-            return self.node.preallocate(range, how);
-        }
         self.marked(range, async move |node| node.preallocate(range, how).await)
     }
 

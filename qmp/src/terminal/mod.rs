@@ -260,8 +260,8 @@ pub enum Command {
     /// List, add, change or remove the dirty bitmaps of a qcow2 image
     ///
     /// A bitmap says which parts of the disk have changed since it was added or cleared; incremental backups go by it. Whoever uses the
-    /// image keeps those up that record. Messages are those of qemu-img bitmap. The image has the old bitmaps or the new ones whenever
-    /// the power goes. FILE must not be in use by somebody who writes to it.
+    /// image keeps those up that record. Messages are those of qemu-img bitmap. If it is interrupted, all bitmaps of the image may be
+    /// inconsistent, as with qemu-img, and good for nothing but to be removed. FILE must not be in use by somebody who writes to it.
     #[command(after_help = image_help(BITMAP_EXAMPLES))]
     Bitmap(BitmapArguments),
     /// Show where the bytes of a disk are kept

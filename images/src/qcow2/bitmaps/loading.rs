@@ -16,6 +16,12 @@ const PIECE_BYTES: u64 = 1 << 20;
 /// they have no cluster.
 const MEMORY_BYTES: u64 = 32 << 20;
 
+/// What may have come to be in memory, in bytes, before that is looked at.
+const UNSEEN_BYTES: u64 = 8 << 20;
+
+/// The most that bits of one entry without a cluster can take, in bytes.
+const SET_BYTES: u64 = 16 << 10;
+
 /// What the bitmaps of one image may cost to load. Tables and bits of a sound image are apart from each other, so all of them
 /// together are not longer than its file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,12 +81,15 @@ pub async fn load_bitmap(
         })
     };
     let mut index = 0;
+    // Looking at the memory takes a while: not after each of millions of entries.
+    let mut unseen_bytes = 0;
     while index < entries {
         let first = index.saturating_mul(bits_per_cluster).min(bits);
         match entry(index)? {
             BitmapCluster::Clear => index += 1,
             BitmapCluster::Set => {
                 sink.set(first..first.saturating_add(bits_per_cluster).min(bits));
+                unseen_bytes += SET_BYTES;
                 index += 1;
             }
             BitmapCluster::Stored(at) => {
@@ -96,9 +105,14 @@ pub async fn load_bitmap(
                 let needed = (bits - first).div_ceil(8).min(count * cluster_bytes);
                 let read = loading.read(Part::Bits, at.0, needed, limits).await?;
                 sink.put(first, read.as_slice());
+                unseen_bytes += 2 * needed;
                 index += count;
             }
         }
+        if unseen_bytes < UNSEEN_BYTES && index < entries {
+            continue;
+        }
+        unseen_bytes = 0;
         if sink.memory_bytes() > limits.memory_bytes_left {
             let detail = format!("more than {} bytes of memory", limits.memory_bytes_left);
             return Err(loading.refused(Part::Bits, ENOMEM, detail));
