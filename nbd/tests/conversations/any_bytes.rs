@@ -142,8 +142,10 @@ pub(crate) fn take_requests(mode: Mode, mut bytes: &[u8]) {
                 let inside = end.is_some_and(|end| end <= session.facts.length_bytes);
                 assert!(inside || request.command == Command::Disconnect);
                 let mut extents = StatusExtents::new(mode, &request, query.length_bytes);
+                // The query may be of a whole disk of exabytes, and equal extents become one.
+                let length_bytes = (query.length_bytes / 512).max(4096);
                 while extents.add(Extent {
-                    length_bytes: 4096,
+                    length_bytes,
                     status: 3,
                 }) {}
                 if mode > Mode::Simple && !extents.extents().is_empty() {
