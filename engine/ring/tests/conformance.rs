@@ -11,8 +11,11 @@ use blockyard_ring::{BackendChoice, BackendKind, HostFile, OpenMode, Reactor, Re
 use blockyard_storage::buffer::BufferPool;
 use blockyard_storage::{Storage, conformance};
 
+#[path = "support/forbid_ring.rs"]
+mod forbid_ring;
 mod support;
-use support::{block_on, forbid_io_uring};
+use forbid_ring::forbid_io_uring;
+use support::block_on;
 
 fn reactor(backend: BackendChoice) -> Reactor {
     let pool = BufferPool::new(8 << 20);

@@ -12,8 +12,11 @@ use blockyard_storage::Buffer;
 use blockyard_storage::buffer::BufferPool;
 use futures_util::future::{join, join_all};
 
+#[path = "support/forbid_ring.rs"]
+mod forbid_ring;
 mod support;
-use support::{block_on, forbid_io_uring};
+use forbid_ring::forbid_io_uring;
+use support::block_on;
 
 fn on_each_backend(test: impl Fn(&Reactor)) {
     for backend in [BackendChoice::Auto, BackendChoice::Threads] {
