@@ -58,6 +58,7 @@ mod one_shot_chains;
 mod oracle;
 mod persistent_bitmaps;
 mod place;
+mod pull_backups;
 mod python_client;
 mod random_chain_writers;
 mod random_chains;

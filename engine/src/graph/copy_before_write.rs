@@ -11,7 +11,7 @@ use crate::graph::options::{Inherits, Resolved};
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{FILE_ROLE, NodeRecord, TARGET_ROLE};
 use crate::node::build::NodePlan;
-use crate::node::copy_before_write::{CbwNodeOptions, Progress};
+use crate::node::copy_before_write::{CbwNodeOptions, Progress, SnapshotAccessOptions};
 use crate::node::dirty_map::DirtyMap;
 use crate::request::{BitmapName, CbwBitmap, CbwSpec, NodeRef, Permission};
 
@@ -144,7 +144,13 @@ impl Graph {
             let child = self.child_now(&file, site.batch)?;
             let record = NodeRecord {
                 filename: self.filename(child),
-                plan: NodePlan::SnapshotAccess { child },
+                plan: NodePlan::SnapshotAccess {
+                    child,
+                    options: SnapshotAccessOptions {
+                        read_only: resolved.read_only,
+                        discard: resolved.discard,
+                    },
+                },
                 thread: self.thread_of(child),
                 ..reserved.record("snapshot-access", resolved, site)?
             };

@@ -173,7 +173,8 @@ impl Graph {
     }
 
     /// Puts a job's filter above its source; the source's users move to it, roots while none of their requests is in flight. A
-    /// filter that saves old data has the target below it too. What is to happen at the same point in time is done `at_once` with it.
+    /// filter that saves old data has the target below it too, which may stand on the source: it goes on to. What is to happen at
+    /// the same point in time is done `at_once` with it.
     pub(super) async fn insert_filter<T>(
         &self,
         source: NodeId,
@@ -235,9 +236,15 @@ impl Graph {
                 "mirror_top" | "commit_top" => BACKING_ROLE,
                 _ => FILE_ROLE,
             };
+            let below_filter = records.parents_first(target);
             let linked = records.change_edges(|edges| {
                 for edge in edges.iter_mut().filter(|edge| edge.child == source) {
-                    if matches!(edge.user, User::Node(_) | User::Root(_)) {
+                    let moves = match edge.user {
+                        User::Node(user) => !below_filter.contains(&user),
+                        User::Root(_) => true,
+                        _ => false,
+                    };
+                    if moves {
                         edge.child = id;
                     }
                 }

@@ -295,7 +295,7 @@ fn retarget(plan: &mut NodePlan, from: NodeId, to: NodeId) -> bool {
         | NodePlan::Blkdebug { child, .. }
         | NodePlan::CopyOnRead { child, .. }
         | NodePlan::Throttle { child, .. }
-        | NodePlan::SnapshotAccess { child }
+        | NodePlan::SnapshotAccess { child, .. }
         | NodePlan::Filter { child, .. } => turn(child),
         NodePlan::CopyBeforeWrite { child, target, .. } => {
             turn(child);

@@ -282,7 +282,7 @@ fn room(records: &Records, id: NodeId, known: &HashMap<NodeId, Known>) -> Option
         NodePlan::Null(_) => Some(0),
         // A protocol of its own, which cannot tell.
         NodePlan::Blkdebug { .. } | NodePlan::Nbd { .. } | NodePlan::Opening => None,
-        NodePlan::CopyBeforeWrite { child, .. } | NodePlan::SnapshotAccess { child } => {
+        NodePlan::CopyBeforeWrite { child, .. } | NodePlan::SnapshotAccess { child, .. } => {
             room(records, *child, known)
         }
         NodePlan::Raw { child, .. }

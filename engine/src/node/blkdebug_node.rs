@@ -509,6 +509,10 @@ impl Node for BlkdebugNode {
         })
     }
 
+    fn shown(&self) -> Option<Rc<dyn Node>> {
+        Some(Rc::clone(&self.child))
+    }
+
     fn backing(&self) -> Option<Rc<dyn Node>> {
         self.child.backing()
     }

@@ -25,6 +25,7 @@ use crate::node::build::NodePlan;
 use crate::node::copy_before_write::Saver;
 use crate::node::fault_rules::DebugEvent;
 use crate::node::mirror_top::Tracker;
+use crate::node::turns::Turn;
 
 /// Facts about a node as of now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -348,7 +349,7 @@ pub trait Node {
         None
     }
 
-    /// Whether what this layer does not hold may be read from a backing file one day, although none is attached now: its
+    /// Whether what this layer does not hold is read from a backing file, or may be one day, although none is attached now: its
     /// zeroes are only there to stay where they are [allocated](StatusExtent::allocated).
     fn names_backing(&self) -> bool {
         false
@@ -443,6 +444,23 @@ pub trait Node {
         let _ = (context, plan);
         let text = format!("Node '{}' cannot be opened in another way", self.name());
         Box::pin(std::future::ready(Err(EngineError::generic(text))))
+    }
+
+    /// The node whose bytes this one, a filter, shows.
+    fn shown(&self) -> Option<Rc<dyn Node>> {
+        None
+    }
+
+    /// Whoever reads a part of this node, or asks what is there, and whoever changes it take turns from now on, in the order in
+    /// which they came: until that is given up as often as it was asked for.
+    fn order_reads(&self, ordered: bool) {
+        let _ = ordered;
+    }
+
+    /// The turn of somebody who is about to look at `range` in several steps, where such turns are taken.
+    fn turn_to_look(&self, range: ByteRange) -> Option<Turn> {
+        let _ = range;
+        None
     }
 
     /// What the filter of a mirror knows of the writes that pass it.

@@ -12,7 +12,8 @@ use crate::error::EngineError;
 use crate::node::Node;
 use crate::node::blkdebug_node::{BlkdebugNode, BlkdebugOptions, SharedFaults};
 use crate::node::copy_before_write::{
-    CbwNodeOptions, CopyBeforeWrite, Destination, Progress, Saver, SnapshotAccess, Surroundings,
+    CbwNodeOptions, CopyBeforeWrite, Destination, Progress, Saver, SnapshotAccess,
+    SnapshotAccessOptions, Surroundings,
 };
 use crate::node::copy_on_read_node::{CopyOnReadNode, CopyOnReadOptions};
 use crate::node::file_node::{FileNode, FileOptions};
@@ -107,6 +108,8 @@ pub enum NodePlan {
     SnapshotAccess {
         /// The filter, on the same thread.
         child: NodeId,
+        /// What the client chose.
+        options: SnapshotAccessOptions,
     },
     /// A qcow2 image.
     Qcow2 {
@@ -243,7 +246,9 @@ async fn build_bare(
             let filter = CopyBeforeWrite::new(name, source, Rc::new(saver));
             Rc::new(filter.with_options(*options, progress.clone()))
         }
-        NodePlan::SnapshotAccess { child } => Rc::new(SnapshotAccess::new(name, child_of(*child)?)),
+        NodePlan::SnapshotAccess { child, options } => {
+            Rc::new(SnapshotAccess::new(name, child_of(*child)?, *options))
+        }
         NodePlan::Filter {
             child,
             kind: FilterKind::Tracks {

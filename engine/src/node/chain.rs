@@ -9,6 +9,7 @@ use std::rc::Rc;
 use blockyard_storage::ByteRange;
 
 use crate::error::NodeError;
+use crate::node::turns::Turn;
 use crate::node::{Node, StatusExtent};
 
 /// What a run of bytes is, seen from the top.
@@ -34,7 +35,7 @@ pub struct ChainExtent {
 }
 
 /// What kind of content `range` of `top` has in its first `layers_max` layers (`None`: in all of them, and then nothing is
-/// unallocated). Ascending from the first byte of `range`, neighbours of one kind and layer merged; covers at least that
+/// unallocated). Where [turns](Node::turn_to_look) are taken nobody changes it meanwhile. Ascending from the first byte of `range`, neighbours of one kind and layer merged; covers at least that
 /// byte and may stop early after `extents_max` extents.
 ///
 /// # Errors
@@ -45,6 +46,7 @@ pub async fn chain_status(
     range: ByteRange,
     extents_max: usize,
 ) -> Result<Vec<ChainExtent>, NodeError> {
+    let _turns = turns(top, range).await;
     let mut layers = vec![Layer::of(top.clone())];
     while layers_max.is_none_or(|layers_max| layers.len() < layers_max)
         && let Some(below) = layers.last().and_then(|layer| layer.node.backing())
@@ -78,6 +80,21 @@ pub async fn chain_status(
         }
     }
     Ok(found)
+}
+
+/// The turns of somebody who looks at all layers. Each has come before the next one is taken, as those of others have who go
+/// downwards.
+async fn turns(top: &Rc<dyn Node>, range: ByteRange) -> Vec<Turn> {
+    let mut turns = Vec::new();
+    let mut next = Some(Rc::clone(top));
+    while let Some(node) = next {
+        if let Some(turn) = node.turn_to_look(range) {
+            turn.come().await;
+            turns.push(turn);
+        }
+        next = node.shown().or_else(|| node.backing());
+    }
+    turns
 }
 
 /// What is asked of each layer.

@@ -147,7 +147,7 @@ async fn fill(child: &Rc<dyn Node>, range: ByteRange) -> Result<(), NodeError> {
 impl Node for CopyOnReadNode {
     forward_to_child! {
         status place has_clusters fill flush resize resize_refusal exact_length_bytes
-        backing names_backing image_marks compresses listens hear
+        shown backing names_backing image_marks compresses listens hear
     }
 
     fn name(&self) -> String {

@@ -331,7 +331,11 @@ impl DirtyMap {
         let last = (range.end() - 1) / self.granularity_bytes;
         let first = self.first_within(range.offset() / self.granularity_bytes, last)?;
         let rest = ByteRange::between(first * self.granularity_bytes, range.end());
-        let run = self.run_from(rest.offset(), rest.length())?;
+        // The last granule of a disk may be a part of one.
+        let longest = rest
+            .length()
+            .checked_next_multiple_of(self.granularity_bytes);
+        let run = self.run_from(rest.offset(), longest.unwrap_or(u64::MAX))?;
         Some(run.intersection(&rest))
     }
 
@@ -605,6 +609,15 @@ mod tests {
             };
             prop_assert_eq!(kinds(&again), kinds(&map));
         }
+    }
+
+    #[test]
+    fn a_run_goes_on_to_the_end_of_a_disk_that_cuts_a_granule() {
+        let mut map = DirtyMap::exactly(10_000, 4096);
+        map.mark(ByteRange::new(0, 10_000));
+        let to_the_end = ByteRange::between(5000, 10_000);
+        let run = map.run_in(to_the_end);
+        assert_eq!(run, Some(ByteRange::between(4096, 10_000)));
     }
 
     #[test]

@@ -135,6 +135,10 @@ impl Node for FilterNode {
         Box::pin(async move { self.child().discard(range).await })
     }
 
+    fn shown(&self) -> Option<Rc<dyn Node>> {
+        Some(self.child())
+    }
+
     fn backing(&self) -> Option<Rc<dyn Node>> {
         self.child().backing()
     }

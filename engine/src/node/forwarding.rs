@@ -72,6 +72,11 @@ macro_rules! forwarded {
             self.child().backing()
         }
     };
+    (shown) => {
+        fn shown(&self) -> Option<Rc<dyn Node>> {
+            Some(self.child())
+        }
+    };
     (names_backing) => {
         fn names_backing(&self) -> bool {
             self.child().names_backing()

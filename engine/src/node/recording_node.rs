@@ -1,6 +1,8 @@
 //! [`RecordingNode`]: what stands in front of every node: all requests pass, and what they change is marked in the node's dirty
-//! bitmaps. Which of them record is looked at when a change has ended.
+//! bitmaps. Which of them record is looked at when a change has ended. Where somebody has asked for it, those who look at a part of
+//! the node and those who change it take turns.
 
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use crate::node::build::NodePlan;
 use crate::node::copy_before_write::Saver;
 use crate::node::fault_rules::DebugEvent;
 use crate::node::mirror_top::Tracker;
+use crate::node::turns::{Doing, Turn, Turns};
 use crate::node::{
     AmendStop, Fill, ImageMarks, Node, NodeFacts, NodeTransfer, Place, Reopened, SnapshotChange,
     StatusExtent,
@@ -27,6 +30,9 @@ pub struct RecordingNode {
     node: Rc<dyn Node>,
     bitmaps: Arc<NodeBitmaps>,
     spawner: Spawner,
+    turns: Rc<Turns>,
+    /// How often somebody has asked for turns.
+    ordered: Cell<usize>,
 }
 
 impl RecordingNode {
@@ -36,7 +42,13 @@ impl RecordingNode {
             node,
             bitmaps,
             spawner,
+            turns: Rc::default(),
+            ordered: Cell::new(0),
         }
+    }
+
+    fn turn(&self, range: ByteRange, doing: Doing) -> Option<Turn> {
+        (self.ordered.get() > 0).then(|| self.turns.take(range, doing))
     }
 
     /// `change` of `range`, marked when it has ended: also when it has failed, as a part of it may have been done, and when nobody
@@ -47,7 +59,11 @@ impl RecordingNode {
         change: impl AsyncFnOnce(Rc<dyn Node>) -> T + 'static,
     ) -> LocalFuture<'a, T> {
         let (node, bitmaps) = (Rc::clone(&self.node), Arc::clone(&self.bitmaps));
+        let turn = self.turn(range, Doing::Copy);
         Box::pin(self.spawner.to_the_end(Box::pin(async move {
+            if let Some(turn) = &turn {
+                turn.come().await;
+            }
             let changed = change(Rc::clone(&node)).await;
             // As of now: one that has come meanwhile records what ends now.
             if bitmaps.record() {
@@ -80,7 +96,6 @@ impl Node for RecordingNode {
             finds_holes: bool
         ) -> LocalFuture<'_, Result<Place, NodeError>>;
         fn has_clusters(at_least: u64) -> LocalFuture<'_, Result<bool, NodeError>>;
-        fn read(offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer>;
         fn grows() -> bool;
         fn fill(
             range: ByteRange,
@@ -106,11 +121,35 @@ impl Node for RecordingNode {
             context: &'a DataContext,
             plan: &'a NodePlan
         ) -> LocalFuture<'a, Result<(), EngineError>>;
+        fn shown() -> Option<Rc<dyn Node>>;
         fn tracker() -> Option<Rc<Tracker>>;
         fn saver() -> Option<Rc<Saver>>;
         fn listens() -> bool;
         fn hear(event: DebugEvent);
         fn host_extent(range: ByteRange) -> Option<(Arc<OwnedFd>, u64)>;
+    }
+
+    fn read(&self, offset: u64, into: Buffer) -> LocalFuture<'_, NodeTransfer> {
+        let range = ByteRange::new(offset, into.len() as u64);
+        let Some(turn) = self.turn_to_look(range) else {
+            return self.node.read(offset, into);
+        };
+        Box::pin(async move {
+            turn.come().await;
+            self.node.read(offset, into).await
+        })
+    }
+
+    fn order_reads(&self, ordered: bool) {
+        let count = self.ordered.get();
+        self.ordered.set(match ordered {
+            true => count + 1,
+            false => count.saturating_sub(1),
+        });
+    }
+
+    fn turn_to_look(&self, range: ByteRange) -> Option<Turn> {
+        self.turn(range, Doing::ReadOld)
     }
 
     fn write(&self, offset: u64, from: Buffer) -> LocalFuture<'_, NodeTransfer> {

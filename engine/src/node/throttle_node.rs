@@ -175,7 +175,7 @@ impl View {
 impl Node for ThrottleNode {
     forward_to_child! {
         status place has_clusters flush resize resize_refusal exact_length_bytes grows
-        backing names_backing image_marks compresses listens hear
+        shown backing names_backing image_marks compresses listens hear
     }
 
     fn name(&self) -> String {

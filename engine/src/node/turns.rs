@@ -21,6 +21,8 @@ pub(crate) enum Doing {
     ReadOld,
     /// Is about to change what has been copied before.
     Overwrite,
+    /// Gives up what has been copied, or was to be.
+    GiveUp,
 }
 
 impl Doing {
@@ -28,7 +30,8 @@ impl Doing {
     /// copies before that do not matter.
     fn excludes(self, other: Doing) -> bool {
         match (self, other) {
-            (Doing::WriteBoth, _) | (_, Doing::WriteBoth) | (Doing::Copy, Doing::Copy) => true,
+            (Doing::WriteBoth | Doing::GiveUp, _) | (_, Doing::WriteBoth | Doing::GiveUp) => true,
+            (Doing::Copy, Doing::Copy) => true,
             // Before it has been copied nobody can tell where it is to be read.
             (Doing::ReadOld, Doing::Copy | Doing::Overwrite) => true,
             (Doing::Copy | Doing::Overwrite, Doing::ReadOld) => true,
@@ -54,7 +57,7 @@ struct Entry {
 
 /// A place in the order, kept until it is dropped.
 #[must_use = "others do not wait any more"]
-pub(crate) struct Turn {
+pub struct Turn {
     turns: Rc<Turns>,
     id: u64,
 }

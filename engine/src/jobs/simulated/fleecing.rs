@@ -1,9 +1,9 @@
 //! A disk shown as it was, beside writers and without a job: every read sees what was there when the filter came, or fails because
-//! that is not known any more.
+//! that is not known any more. It is shown by a node for that, or by the target itself, which stands on the disk then.
 
-use std::cell::Cell;
-use std::pin::pin;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use blockyard_simulator::{Fault, each_seed, run};
 use blockyard_storage::error::{EACCES, EIO, EOPNOTSUPP};
@@ -11,21 +11,31 @@ use blockyard_storage::{Buffer, ByteRange, Operation};
 use futures_util::future::{join, join_all};
 
 use super::backup_stage::{Disks, Setup, Stage};
+use crate::data::Spawner;
 use crate::node::Node;
 use crate::node::chain::{Content, chain_status};
 use crate::node::copy_before_write::{
     CbwNodeOptions, CopyBeforeWrite, Destination, Progress, Saver, SnapshotAccess,
+    SnapshotAccessOptions,
 };
+use crate::node::qcow2::tests::yard::{DataFile, Setup as ImageSetup, Yard as ImageYard};
+use crate::node::recording_node::RecordingNode;
 use crate::node::transfer::Writing;
 use crate::request::{CbwOptions, DetectZeroes, Discard, OnCbwError};
 
+const UNMAPS: SnapshotAccessOptions = SnapshotAccessOptions {
+    read_only: false,
+    discard: Discard::Unmap,
+};
+
 fn begin(stage: &Stage, saver: &Saver) {
+    let unit_bytes = stage.target.facts().cluster_size_bytes;
     let destination = Destination {
         source: stage.source.clone(),
         target: stage.target.clone(),
         layers_max: None,
         how: Writing {
-            unit_bytes: 1,
+            unit_bytes: unit_bytes.map_or(1, u64::from),
             compress: false,
             may_unmap: false,
         },
@@ -35,11 +45,25 @@ fn begin(stage: &Stage, saver: &Saver) {
 
 fn shown(stage: &Stage) -> Rc<dyn Node> {
     let filter = CopyBeforeWrite::new("cbw".to_owned(), stage.source.clone(), stage.saver.clone());
-    Rc::new(SnapshotAccess::new("shown".to_owned(), Rc::new(filter)))
+    Rc::new(SnapshotAccess::new(
+        "shown".to_owned(),
+        Rc::new(filter),
+        UNMAPS,
+    ))
 }
 
-/// Reads here and there. How often it was refused, because nobody knows what was there.
-async fn read_this_and_that(stage: &Stage, shown: &Rc<dyn Node>, refused: &Cell<usize>) {
+/// What readers have met with.
+#[derive(Default)]
+struct Met {
+    /// How often one was refused because nobody knows what was there.
+    refused: Cell<usize>,
+    /// What readers have given up.
+    given_up: RefCell<Vec<ByteRange>>,
+}
+
+/// Reads here and there, and gives some of it up if the stage's seed wants that.
+async fn read_this_and_that(stage: &Stage, shown: &Rc<dyn Node>, met: &Met) {
+    let gives_up = shown.name() == "shown" && stage.setup.seed.is_multiple_of(3);
     let length = stage.original.len() as u64;
     for _ in 0..stage.setup.operations {
         let start = stage.dice.below(length);
@@ -63,41 +87,88 @@ async fn read_this_and_that(stage: &Stage, shown: &Rc<dyn Node>, refused: &Cell<
             "all of the buffer"
         );
         match read.outcome {
-            Ok(()) => assert!(
-                read.buffer.as_slice() == &stage.original[place],
-                "{range} is not what it was, {:?}",
-                stage.setup
-            ),
+            Ok(()) => {
+                assert!(
+                    read.buffer.as_slice() == &stage.original[place],
+                    "{range} is not what it was, {:?}",
+                    stage.setup
+                );
+                if gives_up && stage.dice.one_in(4) {
+                    met.given_up.borrow_mut().push(range);
+                    let discarded = shown.discard(range).await;
+                    assert!(discarded.is_ok() || stage.setup.only_target_fails);
+                }
+            }
             Err(error) if error.errno() == EACCES => {
-                assert!(stage.saver.broken().is_some());
-                refused.set(refused.get() + 1);
+                let given_up = met.given_up.borrow();
+                let is_given_up = given_up.iter().any(|given| given.overlaps(&range));
+                assert!(is_given_up || stage.saver.broken().is_some());
+                met.refused.set(met.refused.get() + 1);
             }
             Err(error) => assert_eq!(error.errno(), EIO),
         }
     }
 }
 
-fn fleece(disks: &Disks, setup: Setup) -> usize {
+fn fleece(disks: &Disks, setup: Setup) -> Met {
     let stage = disks.stage(setup);
     begin(&stage, &stage.saver);
     let shown = shown(&stage);
-    let refused = Cell::new(0);
+    beside_writers(&stage, &shown, || disks.world.step())
+}
+
+fn beside_writers(stage: &Stage, shown: &Rc<dyn Node>, step: impl Fn() -> bool) -> Met {
+    let met = Met::default();
     let writers = join_all((0..stage.setup.writers).map(|me| stage.write_this_and_that(me)));
-    let readers = join_all((0..3).map(|_| read_this_and_that(&stage, &shown, &refused)));
-    let all = pin!(join(writers, readers));
-    let ended = run(all, || disks.world.step() || stage.clock.advance());
+    let readers = join_all((0..3).map(|_| read_this_and_that(stage, shown, &met)));
+    let ended = run(join(writers, readers), || step() || stage.clock.advance());
     assert!(ended.is_some(), "somebody hangs: {:?}", stage.setup);
-    let source = run(stage.contents(&stage.source), || disks.world.step());
+    let source = run(stage.contents(&stage.source), &step);
     stage.assert_known(0, &source.expect("read"), "in the end");
-    refused.get()
+    met
 }
 
 #[test]
 fn what_was_there_is_seen_beside_writers() {
     each_seed("blockyard-engine", "what_was_there_is_seen", 600, |seed| {
         let disks = Disks::random(seed);
-        assert_eq!(fleece(&disks, Setup::random(seed)), 0);
+        let met = fleece(&disks, Setup::random(seed));
+        assert!(met.refused.get() == 0 || !met.given_up.borrow().is_empty());
     });
+}
+
+/// An image on the very disk that is saved into it shows the disk as it was, as far as it has been saved and as far as it has not.
+#[test]
+fn a_target_that_stands_on_the_disk_shows_what_it_was() {
+    each_seed(
+        "blockyard-engine",
+        "a_target_that_stands_on_the_disk",
+        600,
+        |seed| {
+            let disks = Disks::random(seed);
+            let scratch = ImageYard::new(ImageSetup {
+                alignment: 1,
+                backing_bytes: None,
+                data_file: DataFile::Inside,
+                size_bytes: disks.source.bytes().len() as u64,
+                ..ImageSetup::random(seed)
+            });
+            let source = disks.node(&disks.source, "source");
+            let file = scratch.file("file", &scratch.image, false);
+            let image = scratch.open_over(file, Some(source.clone()));
+            let target = RecordingNode::new(image, Arc::default(), Spawner::new(drop));
+            let target: Rc<dyn Node> = Rc::new(target);
+            let setup = Setup::random(seed);
+            let stage = Stage::new(setup, disks.source.bytes(), source, target.clone());
+            begin(&stage, &stage.saver);
+            let met = beside_writers(&stage, &target, || {
+                let worlds = [&disks.world, &scratch.world];
+                let first = usize::from(disks.world.steps().is_multiple_of(2));
+                worlds[first].step() || worlds[1 - first].step()
+            });
+            assert_eq!(met.refused.get(), 0);
+        },
+    );
 }
 
 #[test]
@@ -121,7 +192,7 @@ fn nothing_wrong_is_seen_when_saving_fails() {
             only_target_fails: true,
             ..Setup::random(seed)
         };
-        refused.set(refused.get() + fleece(&disks, setup));
+        refused.set(refused.get() + fleece(&disks, setup).refused.get());
     });
     assert!(refused.get() > 100, "{} refused", refused.get());
 }
@@ -166,7 +237,7 @@ fn a_filter_that_comes_again_goes_on_where_it_was() {
     let filter = Rc::new(filter.with_options(options, progress));
     write(filter.clone(), 0, 2);
     write(filter.clone(), length - 512, 3);
-    let shown: Rc<dyn Node> = Rc::new(SnapshotAccess::new("shown".to_owned(), filter));
+    let shown: Rc<dyn Node> = Rc::new(SnapshotAccess::new("shown".to_owned(), filter, UNMAPS));
     let seen = run(stage.contents(&shown), || disks.world.step()).expect("read");
     assert!(seen == stage.original);
 }
@@ -175,7 +246,7 @@ fn a_filter_that_comes_again_goes_on_where_it_was() {
 fn only_a_filter_knows_what_was_there() {
     let disks = Disks::random(2);
     let stage = disks.stage(Setup::random(2));
-    let shown = SnapshotAccess::new("shown".to_owned(), stage.source.clone());
+    let shown = SnapshotAccess::new("shown".to_owned(), stage.source.clone(), UNMAPS);
     let read = run(shown.read(0, Buffer::zeroed(512)), || false).expect("at once");
     assert_eq!(read.outcome.map_err(|error| error.errno()), Err(EOPNOTSUPP));
     let written = run(shown.write(0, Buffer::zeroed(512)), || false).expect("at once");

@@ -47,6 +47,13 @@ impl Clusters {
         self.unsaved.borrow().clone()
     }
 
+    /// All clusters of a disk of this length.
+    pub(crate) fn all(&self, length_bytes: u64) -> DirtyMap {
+        let mut all = self.unsaved.borrow().emptied();
+        all.mark(ByteRange::new(0, length_bytes));
+        all
+    }
+
     /// Bytes of a cluster.
     pub(crate) fn cluster_bytes(&self) -> u64 {
         self.unsaved.borrow().granularity_bytes()

@@ -1,6 +1,7 @@
 //! [`CopyBeforeWrite`]: a filter that saves what a write is about to change. The write waits for that, and for nothing else.
 
 mod clusters;
+mod ordered;
 mod saver;
 mod snapshot_access;
 
@@ -25,7 +26,7 @@ use crate::request::{DetectZeroes, Discard};
 
 pub(crate) use saver::{Destination, Fate};
 pub use saver::{Progress, Saver, Surroundings};
-pub use snapshot_access::SnapshotAccess;
+pub use snapshot_access::{SnapshotAccess, SnapshotAccessOptions};
 
 /// The filter.
 pub struct CopyBeforeWrite {
@@ -88,8 +89,8 @@ impl CopyBeforeWrite {
 impl Node for CopyBeforeWrite {
     // What fills a layer from below is seen already, so that there is nothing to save.
     forward_to_child! {
-        status place has_clusters fill flush exact_length_bytes backing names_backing image_marks
-        listens hear
+        status place has_clusters fill flush exact_length_bytes shown backing names_backing
+        image_marks listens hear
     }
 
     fn name(&self) -> String {

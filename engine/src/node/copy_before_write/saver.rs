@@ -20,6 +20,7 @@ use futures_util::future::{Either, select};
 use tokio::sync::Notify;
 
 use super::clusters::Clusters;
+use super::ordered::Ordered;
 use crate::clock::Clock;
 use crate::data::Spawner;
 use crate::error::NodeError;
@@ -108,7 +109,7 @@ impl Progress {
     pub(super) fn remember(&self, saver: &Saver) {
         let unsaved = Unsaved {
             map: saver.clusters.unsaved(),
-            kept: saver.kept.clone(),
+            kept: saver.kept.borrow().clone(),
             broken: saver.broken(),
         };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(unsaved);
@@ -133,7 +134,7 @@ pub struct Surroundings {
 pub struct Saver {
     clusters: Clusters,
     /// What is saved before it changes; `None`: all.
-    kept: Option<DirtyMap>,
+    kept: RefCell<Option<DirtyMap>>,
     options: CbwOptions,
     surroundings: Surroundings,
     /// Apart from those of jobs, whose writes may be what waits for a copy.
@@ -142,6 +143,7 @@ pub struct Saver {
     gate: Rc<Gate>,
     closed: RefCell<Option<Closed>>,
     destination: RefCell<Option<Rc<Destination>>>,
+    ordered: RefCell<Option<Ordered>>,
     count: RefCell<Option<Count>>,
     /// Why what was saved is no whole point in time any more.
     broken: RefCell<Option<NodeError>>,
@@ -176,7 +178,7 @@ impl Saver {
             return Self::new(length_bytes, cluster_bytes, options, surroundings);
         };
         Self {
-            kept,
+            kept: kept.into(),
             broken: broken.into(),
             ..Self::with(Clusters::with(map), options, surroundings)
         }
@@ -188,13 +190,14 @@ impl Saver {
         let closed = gate.close_again(Way::Write).now_or_never();
         Self {
             clusters,
-            kept: None,
+            kept: RefCell::default(),
             options,
             surroundings,
             pool: BufferPool::new(CBW_BUFFERS_BYTES),
             gate,
             closed: closed.into(),
             destination: RefCell::default(),
+            ordered: RefCell::default(),
             count: RefCell::default(),
             broken: RefCell::default(),
             is_over: Cell::new(false),
@@ -222,6 +225,8 @@ impl Saver {
         if self.is_over.get() {
             return;
         }
+        let ordered = Ordered::new(&destination.target, &destination.source);
+        *self.ordered.borrow_mut() = Some(ordered);
         *self.destination.borrow_mut() = Some(Rc::new(destination));
         *self.count.borrow_mut() = Some(Rc::new(count));
         drop(self.closed.borrow_mut().take());
@@ -246,16 +251,39 @@ impl Saver {
 
     /// Whether what was in all of `range` is known and stays so.
     pub(super) fn keeps(&self, range: ByteRange) -> bool {
-        self.kept.as_ref().is_none_or(|kept| {
+        self.kept.borrow().as_ref().is_none_or(|kept| {
             let run = kept.run_in(range);
             run.is_some_and(|run| run.contains(&range)) || range.is_empty()
         })
+    }
+
+    /// Nobody wants to know any more what was in the clusters that lie in `range` as a whole: they are not saved, and the target has
+    /// their room back, if it gives any.
+    ///
+    /// # Errors
+    /// The target's; nobody knows what was there then either.
+    pub(super) async fn give_up(&self, range: ByteRange) -> Result<(), NodeError> {
+        let clusters = range.align_inward(self.clusters.cluster_bytes());
+        let destination = self.destination.borrow().clone();
+        let Some(destination) = destination.filter(|_| !clusters.is_empty()) else {
+            return Ok(());
+        };
+        let turn = self.clusters.turn(clusters, Doing::GiveUp);
+        turn.come().await;
+        let length_bytes = destination.source.facts().length_bytes;
+        self.kept
+            .borrow_mut()
+            .get_or_insert_with(|| self.clusters.all(length_bytes))
+            .clear(clusters);
+        self.clusters.set_saved(clusters);
+        destination.target.discard(clusters).await
     }
 
     /// Nothing is saved any more, and writes pass. What is being saved ends by itself: see [`left`](Self::left).
     pub(crate) fn end(&self) {
         self.is_over.set(true);
         self.destination.borrow_mut().take();
+        self.ordered.borrow_mut().take();
         self.count.borrow_mut().take();
         drop(self.closed.borrow_mut().take());
     }

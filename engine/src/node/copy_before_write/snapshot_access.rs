@@ -1,5 +1,5 @@
 //! [`SnapshotAccess`]: shows what a disk was when the filter above it came. What has been saved is read from the target, the rest from
-//! the source, which nobody changes where it is being read.
+//! the source, which nobody changes where it is being read. What its user has read he may give up, and with it the room on the target.
 
 use std::rc::Rc;
 
@@ -11,19 +11,34 @@ use super::saver::{Destination, Saver};
 use crate::error::NodeError;
 use crate::node::chain::{Content, chain_status};
 use crate::node::turns::Doing;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, refused};
+use crate::request::Discard;
+
+/// What a client chose for such a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SnapshotAccessOptions {
+    /// Nothing is given up.
+    pub read_only: bool,
+    /// What discards do.
+    pub discard: Discard,
+}
 
 /// A disk as it was.
 pub struct SnapshotAccess {
     name: String,
     /// The filter.
     child: Rc<dyn Node>,
+    options: SnapshotAccessOptions,
 }
 
 impl SnapshotAccess {
     /// Shows what the disk below the filter `child` was; of any other node, nothing.
-    pub fn new(name: String, child: Rc<dyn Node>) -> Self {
-        Self { name, child }
+    pub fn new(name: String, child: Rc<dyn Node>, options: SnapshotAccessOptions) -> Self {
+        Self {
+            name,
+            child,
+            options,
+        }
     }
 
     fn error(&self, operation: Operation, range: ByteRange, errno: i32) -> NodeError {
@@ -53,13 +68,13 @@ impl SnapshotAccess {
         if range.end() > self.child.facts().length_bytes {
             return refused(into, refuse(EIO));
         }
-        if !saver.keeps(range) {
-            return refused(into, refuse(EACCES));
-        }
         let turn = saver
             .clusters()
             .turn(saver.clusters().outward(range), Doing::ReadOld);
         turn.come().await;
+        if !saver.keeps(range) {
+            return refused(into, refuse(EACCES));
+        }
         let sides = match saver.sides() {
             Ok(sides) => sides,
             Err(errno) => return refused(into, refuse(errno)),
@@ -101,6 +116,18 @@ impl SnapshotAccess {
             allocated: true,
         });
         Ok(extents.collect())
+    }
+
+    async fn give_up(&self, range: ByteRange) -> Result<(), NodeError> {
+        let length_bytes = self.facts().length_bytes;
+        let read_only = self.options.read_only;
+        if let Some(errno) = refused(Operation::Discard, range, read_only, length_bytes) {
+            return Err(self.error(Operation::Discard, range, errno));
+        }
+        match self.options.discard {
+            Discard::Unmap => self.saver(Operation::Discard, range)?.give_up(range).await,
+            Discard::Ignore => Ok(()),
+        }
     }
 
     fn refuse_change(&self, operation: Operation, range: ByteRange) -> NodeError {
@@ -154,7 +181,8 @@ impl Node for SnapshotAccess {
 
     fn facts(&self) -> NodeFacts {
         NodeFacts {
-            unmaps: false,
+            read_only: self.options.read_only,
+            unmaps: self.options.discard == Discard::Unmap,
             ..self.child.facts()
         }
     }
@@ -187,7 +215,7 @@ impl Node for SnapshotAccess {
     }
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), NodeError>> {
-        Box::pin(async move { Err(self.refuse_change(Operation::Discard, range)) })
+        Box::pin(self.give_up(range))
     }
 
     fn flush(&self) -> LocalFuture<'_, Result<(), NodeError>> {

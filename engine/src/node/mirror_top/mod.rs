@@ -207,6 +207,10 @@ impl Node for MirrorTop {
         Box::pin(std::future::ready(Err(NodeError { node, source })))
     }
 
+    fn shown(&self) -> Option<Rc<dyn Node>> {
+        Some(self.below())
+    }
+
     fn backing(&self) -> Option<Rc<dyn Node>> {
         self.below().backing()
     }

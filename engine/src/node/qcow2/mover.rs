@@ -102,7 +102,7 @@ impl Mover {
     }
 
     pub(super) fn names_backing(&self) -> bool {
-        self.image.header().backing_name.is_some()
+        self.image.header().backing_name.is_some() || self.backing().is_some()
     }
 
     /// Where the guest's data is.
