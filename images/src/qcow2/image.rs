@@ -77,6 +77,8 @@ pub(super) struct ImageState {
     pub(super) marked: Cell<Option<DiskChange>>,
     /// It was marked dirty here.
     pub(super) made_dirty: Cell<bool>,
+    /// All changes are recorded outside, as the header says.
+    pub(super) activity_goes_on: Cell<bool>,
     /// Nobody is given a cluster for now: the end of the file is being cut off, or taken as a whole.
     pub(super) claims_wait: Cell<bool>,
     /// Reference counts are to be written although they may be late.
@@ -295,6 +297,7 @@ impl ImageState {
             bitmaps: RefCell::new(image.bitmaps),
             marked: Cell::new(None),
             made_dirty: Cell::new(false),
+            activity_goes_on: Cell::new(false),
             claims_wait: Cell::new(false),
             counts_wanted: Cell::new(false),
             header: RefCell::new(header),

@@ -130,9 +130,10 @@ impl ImageState {
         let changes = BeforeWriting::mark(&self.header.borrow(), &mut bitmaps, change)?;
         self.overwrite_directory(&changes).await?;
         let dirties = self.options.lazy_refcounts && !self.header.borrow().is_dirty();
-        if changes.clear_autoclear != 0 || dirties {
+        let clear_autoclear = self.broken_promises(changes.clear_autoclear);
+        if clear_autoclear != 0 || dirties {
             self.write_header(|header| {
-                header.autoclear &= !changes.clear_autoclear;
+                header.autoclear &= !clear_autoclear;
                 if dirties {
                     header.incompatible |= incompatible::DIRTY;
                 }

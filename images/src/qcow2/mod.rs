@@ -2,6 +2,7 @@
 //!
 //! Spec: the public document "qcow2" (docs/interop in QEMU's tree); section names are cited where code obeys them.
 
+pub mod activity;
 pub mod amend;
 pub mod asked;
 pub mod bitmaps;

@@ -1,6 +1,7 @@
 //! Bitmaps kept in images: loaded and stored, power cuts and faults at every step, images of QEMU and for QEMU, hostile ones.
 #![forbid(unsafe_code)]
 
+mod activity;
 mod bits;
 mod by_qemu;
 mod crashes;

@@ -3,19 +3,20 @@
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-use blockyard_storage::{Buffer, ByteRange, Operation};
+use blockyard_storage::{ByteRange, Operation};
 
 use super::BitSource;
 use crate::error::ImageError;
-use crate::qcow2::amend::header_switch::HeaderSwitch;
 use crate::qcow2::claims::Claim;
 use crate::qcow2::frees::Why;
 use crate::qcow2::growth::Together;
 use crate::qcow2::header_updates::interrupted;
-use crate::qcow2::image::{Health, ImageState, Qcow2};
+use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::bitmaps::{Bitmap, BitmapCluster, flags};
 use crate::qcow2::layout::entries::word_at;
-use crate::qcow2::layout::extensions::{BITMAP_DIRECTORY_BYTES_MAX, BITMAPS_MAX, BitmapsExtension};
+use crate::qcow2::layout::extensions::{
+    ActivityId, BITMAP_DIRECTORY_BYTES_MAX, BITMAPS_MAX, BitmapsExtension,
+};
 use crate::qcow2::layout::header::autoclear;
 use crate::qcow2::units::{ClusterCount, HostOffset, Version};
 
@@ -37,7 +38,7 @@ pub struct BitmapToStore<'a> {
 impl Qcow2 {
     /// Puts bitmaps into the image, valid; durable afterwards, with everything that was written to the disk before. They take the
     /// place of those with their names, others come behind. Nobody changes the disk meanwhile; who does so later marks what records
-    /// changes as in use.
+    /// changes as in use. What has been recorded outside ([`begin_activity`](Self::begin_activity)) counts no more.
     ///
     /// # Errors
     /// Refused with QEMU's texts where an image cannot keep them; `EBADF` for a read-only image; what the storage says. The image
@@ -67,7 +68,11 @@ impl Qcow2 {
         if left.len() == before {
             return Ok(false);
         }
-        let replaced = self.told(self.replace_directory(left, Placed::default()));
+        let activity = match self.state.activity_goes_on.get() {
+            true => self.header().activity(),
+            false => None,
+        };
+        let replaced = self.told(self.replace_directory(left, Placed::default(), activity));
         replaced.await.map(|()| true)
     }
 
@@ -95,7 +100,7 @@ impl Qcow2 {
                 None => next.push(written),
             }
         }
-        self.replace_directory(next, placed).await
+        self.replace_directory(next, placed, None).await
     }
 
     /// Writes bits and table of one bitmap to free clusters.
@@ -229,6 +234,7 @@ impl Qcow2 {
         &self,
         next: Vec<Bitmap>,
         mut placed: Placed,
+        activity: Option<ActivityId>,
     ) -> Result<(), ImageError> {
         let old_directory = self.state.directory();
         let old = self.bitmaps().to_vec();
@@ -244,7 +250,9 @@ impl Qcow2 {
         let state = Rc::clone(&self.state);
         let switched = self
             .serial
-            .run(move || Box::pin(async move { state.switch_bitmaps(extension, next).await }))
+            .run(move || {
+                Box::pin(async move { state.switch_bitmaps(extension, next, activity).await })
+            })
             .await;
         match switched.unwrap_or_else(|| Err(interrupted())) {
             Ok(()) => placed.keep(),
@@ -340,28 +348,21 @@ impl ImageState {
         &self,
         extension: Option<BitmapsExtension>,
         bitmaps: Vec<Bitmap>,
+        activity: Option<ActivityId>,
     ) -> Result<(), ImageError> {
         self.check_sound()?;
-        let old = self.header.borrow().clone();
-        let mut new = old.clone();
+        let mut new = self.header.borrow().clone();
         new.extensions.bitmaps = extension;
+        new.extensions.activity = activity;
         new.autoclear &= autoclear::KNOWN & !autoclear::BITMAPS;
         if extension.is_some() {
             new.autoclear |= autoclear::BITMAPS;
         }
-        let cluster_bytes = usize::try_from(self.geometry.cluster_bytes()).unwrap_or(0);
-        let read = self.file.read(0, Buffer::zeroed(cluster_bytes)).await;
-        read.outcome?;
-        let way = HeaderSwitch::plan(read.buffer.as_slice().to_vec(), &old, &new)?;
-        if let Err(error) = way.go(&self.file).await {
-            // Which bitmaps the header leads to is not known: another change could leave those there valid.
-            let mut health = self.health.borrow_mut();
-            if *health == Health::Sound {
-                *health = Health::Unflushed(error.to_string());
-            }
-            return Err(error.into());
+        if activity.is_some() {
+            new.autoclear |= autoclear::ACTIVITY;
         }
-        *self.header.borrow_mut() = new;
+        self.switch_header(new).await?;
+        self.activity_goes_on.set(activity.is_some());
         *self.bitmaps.borrow_mut() = bitmaps;
         // What is valid from now on is to be marked before the disk changes again.
         self.marked.set(None);

@@ -19,6 +19,8 @@ const CRYPTO_POINTER: u32 = 0x0537_be77;
 const FEATURE_NAMES: u32 = 0x6803_f857;
 /// Where the bitmap directory is.
 const BITMAPS: u32 = 0x2385_2875;
+/// What writers record their changes under: not of the specification, "BYac".
+const ACTIVITY: u32 = 0x4259_6163;
 
 /// Longest name of a backing format, in bytes.
 pub const BACKING_FORMAT_BYTES_MAX: usize = 15;
@@ -48,9 +50,15 @@ pub struct Extensions {
     pub feature_names: Option<FeatureNames>,
     /// Where the bitmap directory is. Valid only while the autoclear bit is set.
     pub bitmaps: Option<BitmapsExtension>,
+    /// What writers record their changes under. Valid only while the autoclear bit is set.
+    pub activity: Option<ActivityId>,
     /// The others, in the order of the image.
     pub unknown: Vec<UnknownExtension>,
 }
+
+/// Tells the record of an image's recent changes from all others. A new one is taken whenever a record begins.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ActivityId(pub [u8; 16]);
 
 /// The place of the encryption header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -145,6 +153,9 @@ impl Extensions {
         if let Some(bitmaps) = &self.bitmaps {
             push(&mut area, BITMAPS, &bitmaps.encode())?;
         }
+        if let Some(ActivityId(id)) = &self.activity {
+            push(&mut area, ACTIVITY, id)?;
+        }
         for other in &self.unknown {
             push(&mut area, other.kind, &other.data)?;
         }
@@ -179,6 +190,8 @@ impl Extensions {
             CRYPTO_POINTER => self.crypto = Some(CryptoPointer::parse(data, rules)?),
             FEATURE_NAMES => self.feature_names = Some(FeatureNames(data.to_vec())),
             BITMAPS => self.bitmaps = Some(BitmapsExtension::parse(data, rules)?),
+            // Of another length it is somebody else's.
+            ACTIVITY if let Ok(id) = data.try_into() => self.activity = Some(ActivityId(id)),
             kind => self.unknown.push(UnknownExtension {
                 kind,
                 data: data.to_vec(),

@@ -5,7 +5,7 @@
 //! Spec: qcow2, "Header", "Additional fields", "Header padding".
 
 use crate::error::ImageError;
-use crate::qcow2::layout::extensions::Extensions;
+use crate::qcow2::layout::extensions::{ActivityId, Extensions};
 use crate::qcow2::units::{Compression, Geometry, HostOffset, Version};
 
 /// The first four bytes.
@@ -55,7 +55,11 @@ pub mod autoclear {
     pub const BITMAPS: u64 = 1 << 0;
     /// The external data file reads as the guest's disk does.
     pub const DATA_FILE_RAW: u64 = 1 << 1;
-    /// All of them.
+    /// Not of the specification, which leaves it to nobody: everybody who has written since it was set has recorded what he has
+    /// changed where [`Extensions::activity`](crate::qcow2::layout::extensions::Extensions::activity) says. Whoever does not know
+    /// the bit clears it before writing, as the specification demands, and so does everything here that does not record.
+    pub const ACTIVITY: u64 = 1 << 63;
+    /// Those of the specification.
     pub const KNOWN: u64 = BITMAPS | DATA_FILE_RAW;
 }
 
@@ -207,6 +211,12 @@ impl Header {
     /// Whether the bitmaps extension, if there is one, says what is so.
     pub const fn bitmaps_valid(&self) -> bool {
         self.autoclear & autoclear::BITMAPS != 0
+    }
+
+    /// What all who have written recently have recorded their changes under.
+    pub fn activity(&self) -> Option<ActivityId> {
+        let activity = self.extensions.activity;
+        activity.filter(|_| self.autoclear & autoclear::ACTIVITY != 0)
     }
 
     /// Whether reference counts may be written late.

@@ -6,7 +6,8 @@ use proptest::prelude::*;
 
 use crate::error::ImageError;
 use crate::qcow2::layout::extensions::{
-    BitmapsExtension, CryptoPointer, Extensions, FeatureNames, FeatureSet, UnknownExtension,
+    ActivityId, BitmapsExtension, CryptoPointer, Extensions, FeatureNames, FeatureSet,
+    UnknownExtension,
 };
 use crate::qcow2::layout::header::{
     Access, Header, V2_HEADER_BYTES, V3_HEADER_BYTES, V3_HEADER_BYTES_MIN, autoclear, incompatible,
@@ -155,6 +156,7 @@ prop_compose! {
         data_file_name in name(40),
         feature_names in option::of(vec(any::<u8>(), 0..200).prop_map(FeatureNames)),
         bitmaps in option::of((1_u32..=65_535, 0_u64..1 << 20, 0_u64..1 << 20)),
+        activity in option::of(any::<[u8; 16]>().prop_map(ActivityId)),
         unknown in unknown_extensions(),
     ) -> Extensions {
         Extensions {
@@ -165,6 +167,7 @@ prop_compose! {
             bitmaps: bitmaps.map(|(bitmaps, bytes, cluster)| {
                 BitmapsExtension::new(bitmaps, HostOffset(cluster << 21), bytes)
             }),
+            activity,
             unknown,
         }
     }
