@@ -138,7 +138,7 @@ fn run(options: Options) -> Result<String, String> {
 }
 
 async fn measure(threads: &ThreadSet, options: Options) -> Result<Duration, String> {
-    let graph = Graph::new(threads.clone(), ImagePolicy::default());
+    let graph = Graph::new(threads.clone(), ImagePolicy::default(), None);
     let text = |error: blockyard_engine::error::EngineError| error.to_string();
     graph.add(spec(&options)?).await.map_err(text)?;
     let id = graph.find(NODE).ok_or("the node is not there")?;

@@ -1,5 +1,6 @@
 //! The front door: start an engine, call it, listen to it.
 
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::thread::JoinHandle;
 
@@ -21,6 +22,7 @@ use crate::node::news::News;
 use crate::reply::Reply;
 use crate::request::Request;
 use crate::root_handle::RootHandle;
+use crate::state::StateDir;
 
 /// How an engine is set up.
 #[derive(Clone, Debug)]
@@ -33,6 +35,8 @@ pub struct EngineConfig {
     pub backend: BackendChoice,
     /// How far names that stand in images are trusted.
     pub images: ImagePolicy,
+    /// The directory that keeps what has to be found again after the daemon was killed; none: that is not kept.
+    pub state_dir: Option<PathBuf>,
 }
 
 impl Default for EngineConfig {
@@ -44,6 +48,7 @@ impl Default for EngineConfig {
             buffer_budget_bytes: BUFFER_BUDGET_BYTES,
             backend: BackendChoice::Auto,
             images: ImagePolicy::default(),
+            state_dir: None,
         }
     }
 }
@@ -201,7 +206,12 @@ impl Manager {
         let (news, mut told) = News::channel();
         let threads = ThreadSet::start(config.data_threads, config.backend, pool.clone(), news)?;
         let (reports, mut heard) = mpsc::unbounded_channel();
-        let graph = Graph::new(threads.clone(), config.images);
+        let state = config
+            .state_dir
+            .as_deref()
+            .map(StateDir::open)
+            .transpose()?;
+        let graph = Graph::new(threads.clone(), config.images, state);
         let manager = Rc::new(Self::with(graph, threads, pool, reports));
         let listener = Rc::downgrade(&manager);
         tokio::task::spawn_local(async move {

@@ -35,6 +35,7 @@ pub mod reply;
 pub mod request;
 pub mod root_handle;
 pub mod sockets;
+mod state;
 pub mod throttle;
 pub mod tls;
 mod within_chain;

@@ -66,6 +66,7 @@ mod reopen;
 mod schema;
 mod script;
 mod snapshots;
+mod state_dir;
 mod throttle;
 mod tls_objects;
 mod tools;

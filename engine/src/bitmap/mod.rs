@@ -3,10 +3,12 @@
 //! A change is marked once it has ended, however it ended, in every bitmap that records then. So whoever looks at a bitmap, clears
 //! it or has it replaced while a write is on its way finds that write marked afterwards: no change is ever missed.
 
+mod activity;
 mod frozen;
 mod one;
 mod persistent;
 mod request;
+mod written_down;
 
 use std::cmp::Reverse;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,11 +19,13 @@ use blockyard_storage::ByteRange;
 use crate::error::EngineError;
 use crate::node::dirty_map::DirtyMap;
 
+pub(crate) use activity::Regions;
 pub use frozen::FrozenBitmap;
 pub(crate) use frozen::JobEnd;
 pub(crate) use one::Bitmap;
 pub(crate) use persistent::BitmapInMemory;
 pub use request::{BitmapChange, BitmapName};
+pub(crate) use written_down::{decode, encode};
 
 /// Longest name of a bitmap in bytes.
 const NAME_BYTES_MAX: usize = 1023;
@@ -36,6 +40,8 @@ pub struct NodeBitmaps {
     are_loaded: AtomicBool,
     /// Oldest first.
     all: Mutex<Vec<Bitmap>>,
+    /// What makes those that an image keeps good after a crash.
+    activity: activity::Activity,
 }
 
 /// What one bitmap was asked for.

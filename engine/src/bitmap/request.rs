@@ -39,3 +39,17 @@ pub enum BitmapChange {
         sources: Vec<BitmapName>,
     },
 }
+
+impl BitmapChange {
+    /// The node whose bitmap is changed.
+    pub(crate) fn node(&self) -> &str {
+        match self {
+            Self::Add { bitmap, .. }
+            | Self::Remove(bitmap)
+            | Self::Clear(bitmap)
+            | Self::Enable(bitmap)
+            | Self::Disable(bitmap) => &bitmap.node,
+            Self::Merge { target, .. } => &target.node,
+        }
+    }
+}

@@ -11,6 +11,7 @@ use std::time::Duration;
 use blockyard_ring::HostFile;
 use blockyard_storage::LocalFuture;
 
+use crate::bitmap::NodeBitmaps;
 use crate::data::{NodeId, ThreadId};
 use crate::error::EngineError;
 use crate::graph::disk_facts::DiskQuestion;
@@ -407,7 +408,7 @@ impl Reserved<'_> {
             thread: site.thread,
             plan: NodePlan::Null(null_options(NullSpec::default(), true)?),
             locked: None,
-            bitmaps: Arc::default(),
+            bitmaps: Arc::new(NodeBitmaps::recorded_in(self.graph.state.clone())),
             disk: DiskQuestion::default(),
         })
     }

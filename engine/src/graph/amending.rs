@@ -173,10 +173,15 @@ impl Graph {
         })
     }
 
-    /// Takes note of what an image has become, for queries and for moves to another thread.
+    /// Takes note of what an image has become, for queries and for moves to another thread; its bitmaps are written down anew.
     pub(super) async fn take_in_amended(&self, id: NodeId) {
         let reopened = self.threads.run(self.thread_of(id), move |context| {
-            Box::pin(async move { context.node(id).and_then(|node| node.take_reopened()) })
+            Box::pin(async move {
+                let node = context.node(id)?;
+                let reopened = node.take_reopened()?;
+                node.record_bitmaps().await;
+                Some(reopened)
+            })
         });
         let Ok(Some(reopened)) = reopened.await else {
             return;

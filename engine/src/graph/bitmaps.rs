@@ -95,6 +95,34 @@ impl Graph {
         }
     }
 
+    /// Has what the image of a node keeps of bitmaps written down as it is now, so that a crash does not lose what has been done with
+    /// them. Waits for disks.
+    pub async fn record_bitmaps(&self, node: &str) {
+        if self.state.is_none() {
+            return;
+        }
+        let Some(node) = self.find(node) else {
+            return;
+        };
+        self.record_bitmaps_of(node).await;
+    }
+
+    pub(super) async fn record_bitmaps_of(&self, node: NodeId) {
+        if self.state.is_none() {
+            return;
+        }
+        let recorded = self.threads.run(self.thread_of(node), move |context| {
+            Box::pin(async move {
+                if let Some(node) = context.node(node) {
+                    node.record_bitmaps().await;
+                }
+            })
+        });
+        if let Err(error) = recorded.await {
+            tracing::error!(%error, "bitmaps are not written down");
+        }
+    }
+
     /// SHA-256 of a bitmap's bits.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! What jobs need of the graph: the checks before a job exists, its filter, its edges, the place where both sides meet.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::MutexGuard;
 
@@ -21,6 +22,9 @@ use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
 use crate::node::filter_node::FilterKind;
 use crate::request::{CommonOptions, CreateSpec, DetectZeroes, NodeRef, Permission, WorkSpec};
+
+/// How long a job's end waits until its source's bitmap is written down.
+const RECORD_WAIT: Duration = Duration::from_secs(5);
 
 /// The nodes of one job.
 #[derive(Clone, Debug, Default)]
@@ -477,6 +481,15 @@ impl Graph {
             self.take_in_amended(target).await;
         }
         self.take_away(nodes).await;
+        if nodes.bitmap.is_some()
+            && let Some(source) = nodes.source
+        {
+            // Until it is done, what is written down says more than has changed: a slow disk holds no job up for that.
+            let recorded = self.record_bitmaps_of(source);
+            if tokio::time::timeout(RECORD_WAIT, recorded).await.is_err() {
+                tracing::warn!("bitmaps are not written down yet after a job");
+            }
+        }
         if let Some(part) = &nodes.chain {
             self.close_for_writing(key).await;
             self.drop_out_of_chain(part).await;

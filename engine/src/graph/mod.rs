@@ -65,6 +65,7 @@ use crate::image_policy::ImagePolicy;
 use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
 use crate::request::Permission;
+use crate::state::StateDir;
 
 pub use bitmaps::ChangedBitmap;
 pub use chain_jobs::ChainPart;
@@ -80,19 +81,22 @@ pub struct Graph {
     objects: RefCell<Objects>,
     threads: ThreadSet,
     policy: ImagePolicy,
+    /// Where bitmaps are written down.
+    state: Option<StateDir>,
     changes: Mutex<()>,
     /// Told when nodes have arrived on another thread, and when a command has changed one.
     arrived: Notify,
 }
 
 impl Graph {
-    /// A graph without nodes, which follows names in images as far as `policy` says.
-    pub fn new(threads: ThreadSet, policy: ImagePolicy) -> Rc<Self> {
+    /// A graph without nodes, which follows names in images as far as `policy` says and keeps in `state` what has to be found again.
+    pub fn new(threads: ThreadSet, policy: ImagePolicy, state: Option<StateDir>) -> Rc<Self> {
         Rc::new(Self {
             records: RefCell::default(),
             objects: RefCell::default(),
             threads,
             policy,
+            state,
             changes: Mutex::default(),
             arrived: Notify::new(),
         })

@@ -400,7 +400,7 @@ mod tests {
         let threads = ThreadSet::start(1, BackendChoice::Threads, pool, News::channel().0);
         let threads = threads.expect("a thread");
         LocalSet::new().block_on(&runtime, async {
-            let graph = Graph::new(threads.clone(), ImagePolicy::default());
+            let graph = Graph::new(threads.clone(), ImagePolicy::default(), None);
             graph.add(stuck()).await.expect("added");
             let shared = Permissions::EVERY;
             let busy = graph.open_root("n", false, shared).await.expect("opened");

@@ -155,7 +155,10 @@ impl Manager {
                 let digest = self.graph.digest_bitmap(&bitmap).await?;
                 return Ok(Reply::BitmapDigest(digest));
             }
-            Request::ChangeBitmap(change) => self.graph.change_bitmap(&change).await?.settle(),
+            Request::ChangeBitmap(change) => {
+                self.graph.change_bitmap(&change).await?.settle();
+                self.graph.record_bitmaps(change.node()).await;
+            }
             Request::ChangeChildren {
                 parent,
                 child,

@@ -5,6 +5,7 @@
 //! what may yet be taken back comes in between. Each action is carried out in
 //! turn and keeps what takes it back; the first one that fails has all before it taken back, newest first.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use crate::graph::{ChangedBitmap, PutOverlay};
 use crate::manager::Manager;
 use crate::manager::record::GroupKey;
 use crate::manager::start::Admitted;
-use crate::request::{BitmapChange, TransactionAction, WorkSpec};
+use crate::request::{TransactionAction, WorkSpec};
 
 /// How long commands that are on their way may keep a transaction, and with it those behind it, waiting.
 const ALONE_WAIT: Duration = Duration::from_secs(30);
@@ -72,6 +73,11 @@ impl Manager {
                 Prepared::Snapshot { .. } => {}
                 Prepared::Job(job) => self.launch(*job),
             }
+        }
+        // Before anybody writes on, and before the client hears of it.
+        let changed: BTreeSet<&str> = actions.iter().filter_map(bitmaps_changed).collect();
+        for node in changed {
+            self.graph.record_bitmaps(node).await;
         }
         drop(drained);
         Ok(())
@@ -133,18 +139,19 @@ impl Manager {
     }
 }
 
+/// The node whose bitmaps are others afterwards.
+fn bitmaps_changed(action: &TransactionAction) -> Option<&str> {
+    match action {
+        TransactionAction::ChangeBitmap(change) => Some(change.node()),
+        _ => None,
+    }
+}
+
 /// The node whose users must not write while an action is carried out.
 fn node_of(action: &TransactionAction) -> Option<&str> {
     match action {
         TransactionAction::Abort => None,
-        TransactionAction::ChangeBitmap(change) => Some(match change {
-            BitmapChange::Add { bitmap, .. }
-            | BitmapChange::Remove(bitmap)
-            | BitmapChange::Clear(bitmap)
-            | BitmapChange::Enable(bitmap)
-            | BitmapChange::Disable(bitmap) => &bitmap.node,
-            BitmapChange::Merge { target, .. } => &target.node,
-        }),
+        TransactionAction::ChangeBitmap(change) => Some(change.node()),
         TransactionAction::BlockdevSnapshot { node, .. } => Some(node),
         TransactionAction::NewOverlay(spec) => spec.node_name.as_deref().or(spec.device.as_deref()),
         TransactionAction::CreateInternalSnapshot { device, .. } => Some(device),

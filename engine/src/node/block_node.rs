@@ -417,6 +417,28 @@ pub trait Node {
         Box::pin(std::future::ready(Ok(())))
     }
 
+    /// Writes down the bitmaps that this node's image keeps, as they are now, outside of the image, so that a crash does not lose what
+    /// has been done with them; nothing where there is no place for that. Durable afterwards, or the image says that they are not
+    /// written down. Its bitmaps are marked as in use.
+    ///
+    /// # Cancel safety
+    /// As [`store_bitmaps`](Self::store_bitmaps).
+    fn record_bitmaps(&self) -> LocalFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
+    /// Changes of this node's disk cannot be recorded any more: the image says so afterwards, and its bitmaps are inconsistent after a
+    /// crash.
+    ///
+    /// # Errors
+    /// What the image says: it takes no change any more then.
+    ///
+    /// # Cancel safety
+    /// As [`store_bitmaps`](Self::store_bitmaps).
+    fn stop_recording(&self) -> LocalFuture<'_, Result<(), EngineError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Writes back what only this node's memory holds, so that the same can be brought up anew on what is below. Waits for a
     /// disk only if there is something to write; it is durable afterwards. No request may be in flight. The node can be used
     /// on, unless another one has been brought up on what is below.

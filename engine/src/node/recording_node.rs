@@ -64,14 +64,33 @@ impl RecordingNode {
             if let Some(turn) = &turn {
                 turn.come().await;
             }
+            let key = bitmaps.begin_change(range);
+            if let Err(error) = bitmaps.touch(range).await {
+                stop_recording(&*node, &error).await;
+            }
             let changed = change(Rc::clone(&node)).await;
             // As of now: one that has come meanwhile records what ends now.
             if bitmaps.record() {
                 bitmaps.mark(range, node.facts().length_bytes);
             }
+            bitmaps.end_change(key);
             changed
         })))
     }
+}
+
+/// The state directory cannot be written: the disk can, and its bitmaps are as safe as anybody's.
+async fn stop_recording(node: &dyn Node, error: &std::io::Error) {
+    if let Err(error) = node.stop_recording().await {
+        // It refuses the change by itself.
+        tracing::error!(%error, node = node.name(), "an image still says that its changes are recorded");
+        return;
+    }
+    tracing::error!(
+        %error,
+        node = node.name(),
+        "the state directory cannot be written; bitmaps will be lost if the daemon is killed"
+    );
 }
 
 /// Methods that the node answers by itself.
@@ -115,6 +134,8 @@ impl Node for RecordingNode {
         fn bitmap_refusal(name: &str, granularity_bytes: u64) -> Option<String>;
         fn kept_bitmaps() -> Vec<BitmapInfo>;
         fn store_bitmaps() -> LocalFuture<'_, Result<(), EngineError>>;
+        fn record_bitmaps() -> LocalFuture<'_, ()>;
+        fn stop_recording() -> LocalFuture<'_, Result<(), EngineError>>;
         fn remove_bitmap(name_in_image: Vec<u8>) -> LocalFuture<'_, Result<(), EngineError>>;
         fn close() -> LocalFuture<'_, Result<(), NodeError>>;
         fn reopen<'a>(
@@ -215,6 +236,9 @@ impl Node for RecordingNode {
         let resize = Box::pin(async move {
             let resized = node.resize(length_bytes).await;
             bitmaps.resize(node.facts().length_bytes);
+            if bitmaps.is_recorded() {
+                node.record_bitmaps().await;
+            }
             resized
         });
         Box::pin(self.spawner.to_the_end(resize))

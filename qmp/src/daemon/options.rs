@@ -132,6 +132,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Asked, String>
                     _ => return Err(format!("{name} {value}: a number from 1 to 64 is expected")),
                 };
             }
+            "--state-dir" => options.engine.state_dir = Some(PathBuf::from(value()?)),
             "--image-root" => options.engine.images.roots.push(PathBuf::from(value()?)),
             "--image-names" => {
                 let value = value()?;
@@ -221,6 +222,10 @@ only name what stands before it.
   --image-root DIR
         files that images name must be below DIR once symbolic links are
         resolved; may be given several times
+  --state-dir DIR
+        keep in DIR what has to be found again if the daemon is killed:
+        which parts of images with persistent bitmaps may have changed, so
+        that their bitmaps stay usable; one daemon at a time
   -h, --help
   -V, --version
 

@@ -11,12 +11,13 @@ use blockyard_images::qcow2::layout::header::Header;
 use blockyard_images::qcow2::units::Version;
 use blockyard_storage::LocalFuture;
 
-use crate::bitmap::{Bitmap, NodeBitmaps};
+use crate::bitmap::{Bitmap, BitmapInMemory, NodeBitmaps};
 use crate::data::DataContext;
 use crate::error::EngineError;
 use crate::node::dirty_map::DirtyMap;
 use crate::node::qcow2::Qcow2Node;
 use crate::node::qcow2::opening::{in_time, refusal};
+use crate::node::qcow2::recording;
 
 /// Loads what an image keeps, unless `bitmaps` have it already: whoever moves takes them with him. What may be written says that
 /// its bitmaps are in use from now on. A bitmap that cannot be loaded of what is only read is taken for one that nobody has stored:
@@ -33,18 +34,36 @@ pub(super) async fn take_in(
         in_time(context, Box::pin(load(image, bitmaps))).await?;
     }
     let read_only = image.options().read_only;
-    if !read_only {
-        image.mark_bitmaps_in_use().await.map_err(refusal)?;
-    }
     bitmaps.set_read_only(read_only);
+    if !read_only {
+        go_on(image, bitmaps).await.map_err(refusal)?;
+    }
     Ok(())
+}
+
+/// What is written to the image from now on is recorded, and its bitmaps say that they are in use.
+///
+/// # Errors
+/// As [`Qcow2::mark_bitmaps_in_use`].
+pub(super) async fn go_on(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), ImageError> {
+    // Killed in between, they are recorded and still valid.
+    recording::go_on(image, bitmaps).await;
+    image.mark_bitmaps_in_use().await
 }
 
 async fn load(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), EngineError> {
     let (header, kept) = (image.header().clone(), image.bitmaps().to_vec());
+    let mut recovered = recording::recover(image, bitmaps).await.unwrap_or_default();
     let mut limits = LoadLimits::of(&**image.file());
     let mut loaded = Vec::new();
     for bitmap in kept {
+        let place = recovered
+            .iter()
+            .position(|one| one.name_in_image == bitmap.name);
+        if let Some(place) = place {
+            loaded.push(good_again(recovered.remove(place)));
+            continue;
+        }
         let mut map = DirtyMap::exactly(header.guest_bytes(), 1 << bitmap.granularity_bits);
         let mut is_inconsistent = bitmap.is_in_use();
         if !is_inconsistent {
@@ -63,11 +82,17 @@ async fn load(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), EngineError> {
         let records = bitmap.is_auto();
         loaded.push(Bitmap::loaded(bitmap.name, map, records, is_inconsistent));
     }
+    // Those that had come since bitmaps were stored last.
+    loaded.extend(recovered.into_iter().map(good_again));
     bitmaps.take_in(loaded);
     Ok(())
 }
 
-/// Puts into an image what it is to keep.
+fn good_again(bitmap: BitmapInMemory) -> Bitmap {
+    Bitmap::loaded(bitmap.name_in_image, bitmap.map, bitmap.records, false)
+}
+
+/// Puts into an image what it is to keep. What was written down of that outside of it is not needed any more.
 ///
 /// # Errors
 /// As [`Qcow2::store_bitmaps`].
@@ -83,12 +108,19 @@ pub(super) async fn store(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), Im
         })
         .collect();
     if to_store.is_empty() {
-        return Ok(());
+        return match image.options().read_only {
+            true => Ok(()),
+            false => recording::give_up(image, bitmaps).await,
+        };
     }
     if image.options().read_only {
         return Err(ImageError::refused("No write access"));
     }
-    image.store_bitmaps(&to_store).await
+    let _alone = bitmaps.write_down_alone().await;
+    let recorded_as = image.header().activity();
+    image.store_bitmaps(&to_store).await?;
+    recording::end(bitmaps, recorded_as).await;
+    Ok(())
 }
 
 /// The bitmaps of an image, as it has them now.
@@ -110,6 +142,33 @@ impl Qcow2Node {
                 // Nobody knows any more what the image is like.
                 true => Ok(()),
                 false => store(&mover.image, &bitmaps).await.map_err(refusal),
+            }
+        })
+    }
+
+    /// See [`Node::record_bitmaps`](crate::node::Node::record_bitmaps).
+    pub(super) fn write_down_kept(&self) -> LocalFuture<'static, ()> {
+        let bitmaps = Arc::clone(&self.bitmaps);
+        self.change(move |mover| async move {
+            if mover.lost.get() || mover.read_only() {
+                return;
+            }
+            recording::write_down(&mover.image, &bitmaps).await;
+            if let Err(error) = mover.image.mark_bitmaps_in_use().await {
+                tracing::error!(%error, "bitmaps cannot be marked as in use");
+            }
+        })
+    }
+
+    /// See [`Node::stop_recording`](crate::node::Node::stop_recording).
+    pub(super) fn stop_recording_kept(&self) -> LocalFuture<'static, Result<(), EngineError>> {
+        let bitmaps = Arc::clone(&self.bitmaps);
+        self.change(move |mover| async move {
+            match bitmaps.is_recorded() {
+                true => recording::give_up(&mover.image, &bitmaps)
+                    .await
+                    .map_err(refusal),
+                false => Ok(()),
             }
         })
     }

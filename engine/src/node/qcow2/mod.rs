@@ -18,6 +18,7 @@ mod mover;
 pub mod opening;
 mod pieces;
 mod read;
+mod recording;
 mod reopening;
 mod room_ahead;
 mod snapshots;
@@ -290,6 +291,14 @@ impl Node for Qcow2Node {
 
     fn store_bitmaps(&self) -> LocalFuture<'_, Result<(), EngineError>> {
         self.store_kept()
+    }
+
+    fn record_bitmaps(&self) -> LocalFuture<'_, ()> {
+        self.write_down_kept()
+    }
+
+    fn stop_recording(&self) -> LocalFuture<'_, Result<(), EngineError>> {
+        self.stop_recording_kept()
     }
 
     fn remove_bitmap(&self, name_in_image: Vec<u8>) -> LocalFuture<'_, Result<(), EngineError>> {

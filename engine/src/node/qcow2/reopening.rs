@@ -3,13 +3,16 @@
 
 use std::rc::Rc;
 
+use blockyard_images::qcow2::layout::header::Header;
+
+use crate::bitmap::NodeBitmaps;
 use crate::data::DataContext;
 use crate::error::EngineError;
 use crate::node::build::{NodePlan, child_of};
 use crate::node::gate::Way;
-use crate::node::qcow2::keeping::store;
+use crate::node::qcow2::keeping::{self, store};
 use crate::node::qcow2::mover::Mover;
-use crate::node::qcow2::opening::{in_time, open_image, refusal};
+use crate::node::qcow2::opening::{self, in_time, open_image, refusal};
 use crate::node::qcow2::{Qcow2Files, Qcow2Node};
 use crate::node::{Reopened, cannot_become};
 
@@ -51,7 +54,25 @@ impl Qcow2Node {
         }
         let written = old.close().await;
         written.map_err(|error| EngineError::generic(error.to_string()))?;
-        let image = open_image(context, &files, *plan, &self.bitmaps).await?;
+        let is_other_file = !Rc::ptr_eq(files.file.node(), old.files.file.node());
+        if is_other_file && !self.bitmaps.kept_names_bytes().is_empty() {
+            let file = Rc::clone(files.file.node());
+            let header = opening::header_on(context, file, plan.image.read_only).await;
+            let same = header.map(|header| is_same_image(&header, &old.image.header()));
+            if !matches!(same, Ok(true)) {
+                old.goes_on_with(&self.bitmaps).await;
+                return Err(same.err().unwrap_or_else(|| EngineError::generic(format!(
+                    "Node '{name}' keeps bitmaps, which say nothing of another image; delete it and add it anew"
+                ))));
+            }
+        }
+        let image = match open_image(context, &files, *plan, &self.bitmaps).await {
+            Ok(image) => image,
+            Err(error) => {
+                old.goes_on_with(&self.bitmaps).await;
+                return Err(error);
+            }
+        };
         let mover = Mover::new(
             name.clone(),
             image.image,
@@ -74,4 +95,34 @@ impl Qcow2Node {
         }));
         Ok(())
     }
+}
+
+impl Mover {
+    /// What was stored, or opened in another way, is written on after all.
+    async fn goes_on_with(&self, bitmaps: &NodeBitmaps) {
+        if self.read_only() {
+            return;
+        }
+        bitmaps.set_read_only(false);
+        let going_on = keeping::go_on(&self.image, bitmaps).await;
+        if let Err(error) = going_on {
+            // It takes no change then, either.
+            tracing::error!(%error, node = self.name, "bitmaps cannot be marked as in use");
+            self.lost.set(true);
+        }
+    }
+}
+
+/// Whether both are headers of one image that nobody has changed in between.
+fn is_same_image(one: &Header, other: &Header) -> bool {
+    let places = |header: &Header| {
+        let tables = (
+            header.l1_table,
+            header.refcount_table,
+            header.snapshot_table,
+        );
+        let bitmaps = header.extensions.bitmaps;
+        (header.size_bytes, header.l1_entries, tables, bitmaps)
+    };
+    places(one) == places(other) && one.geometry == other.geometry
 }

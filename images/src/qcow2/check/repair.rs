@@ -311,9 +311,10 @@ impl Fixer {
         Ok(())
     }
 
-    /// Spec: qcow2, "Header": autoclear bits that are not known are cleared before anything else is written.
+    /// Spec: qcow2, "Header": autoclear bits that are not known are cleared before anything else is written. What is recorded of the
+    /// disk's changes stays true: a repair changes nothing that the disk shows.
     async fn forget_unknown_features(&self, scan: &Scan<'_>) -> Result<(), CheckStop> {
-        let known = scan.header.autoclear & autoclear::KNOWN;
+        let known = scan.header.autoclear & (autoclear::KNOWN | autoclear::ACTIVITY);
         if known == scan.header.autoclear || scan.geometry.version() == Version::V2 {
             return Ok(());
         }
