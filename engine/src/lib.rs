@@ -12,6 +12,7 @@
 mod backup;
 pub mod bitmap;
 mod blkdebug;
+mod checkpoint;
 pub mod clock;
 pub mod data;
 pub mod engine;

@@ -12,6 +12,7 @@ use crate::job::status::Status;
 use crate::job::verb::JobType;
 use crate::request::{DetectZeroes, Permission};
 
+pub use crate::checkpoint::{CheckpointDiskView, CheckpointView};
 pub use crate::throttle::limits::{Counted, Limits, Rate};
 pub use crate::tls::authorization::{Format, Rule};
 
@@ -38,6 +39,10 @@ pub enum Reply {
     Snapshot(SnapshotInfo),
     /// SHA-256 of the bits of a bitmap.
     BitmapDigest([u8; 32]),
+    /// A checkpoint that has begun.
+    Checkpoint(CheckpointView),
+    /// All checkpoints that have begun and have not ended, oldest first.
+    Checkpoints(Vec<CheckpointView>),
     /// What work on an image came to.
     Image(ImageReply),
     /// What an object has.

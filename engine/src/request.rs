@@ -14,6 +14,8 @@ pub use crate::tls::credentials::{Endpoint, X509Spec};
 
 pub use crate::backup::{BackupPerf, BackupSpec, CbwBitmap, CbwOptions, CbwSpec, OnCbwError};
 pub use crate::bitmap::{BitmapChange, BitmapName};
+pub use crate::checkpoint::{CheckpointDiskSpec, CheckpointRequest, CheckpointSpec};
+
 pub use crate::blkdebug::{BLKDEBUG_EVENTS, BlkdebugIo, BlkdebugSpec, InjectError, SetState};
 pub use crate::export::spec::{
     BitmapRef, ExportDeletion, ExportRequest, ExportSpec, LegacyExportSpec, NbdExportSpec,
@@ -67,6 +69,8 @@ pub enum Request {
     },
     /// Make an overlay and put it on a node.
     NewOverlay(NewOverlaySpec),
+    /// Begin a checkpoint of several disks, or end one.
+    Checkpoint(CheckpointRequest),
     /// Add or remove a child of a node, which no driver here can have.
     ChangeChildren {
         /// Name of the node.

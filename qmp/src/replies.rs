@@ -1,9 +1,9 @@
 //! Replies as clients see them.
 
 use blockyard_engine::reply::{
-    BitmapInfo, BitmapView, BlockJobView, Compression, Counted, ExportView, Format, FormatSpecific,
-    GraphNodeKind, GraphView, ImageView, IoStatus, JobView, LayerView, NodeView, PlanView,
-    PropertyValue, Reply, Rule, SnapshotInfo, Version3Info,
+    BitmapInfo, BitmapView, BlockJobView, CheckpointView, Compression, Counted, ExportView, Format,
+    FormatSpecific, GraphNodeKind, GraphView, ImageView, IoStatus, JobView, LayerView, NodeView,
+    PlanView, PropertyValue, Reply, Rule, SnapshotInfo, Version3Info,
 };
 use blockyard_engine::request::{DetectZeroes, Permission};
 use serde_json::{Value, json};
@@ -26,11 +26,30 @@ pub fn value(reply: &Reply) -> Value {
             .map(|property| json!({"name": property.name, "type": property.kind}))
             .collect(),
         Reply::Property(value) => property(value),
+        Reply::Checkpoint(view) => checkpoint(view),
+        Reply::Checkpoints(all) => all.iter().map(checkpoint).collect(),
         Reply::BitmapDigest(digest) => {
             let digits = digest.iter().map(|byte| format!("{byte:02x}"));
             json!({"sha256": digits.collect::<String>()})
         }
     }
+}
+
+fn checkpoint(view: &CheckpointView) -> Value {
+    let disks = view.disks.iter().map(|disk| {
+        let mut shown = json!({
+            "node": disk.node,
+            "bitmap": disk.bitmap,
+            "persistent": disk.persistent,
+        });
+        for (name, value) in [("previous", &disk.previous), ("changed", &disk.changed)] {
+            if let Some(value) = value {
+                shown[name] = json!(value);
+            }
+        }
+        shown
+    });
+    json!({"id": view.id, "disks": disks.collect::<Value>()})
 }
 
 /// The value of a property of an object.

@@ -35,7 +35,14 @@ pub(crate) const OUR_MIRRORS_MEMBERS: [&str; 2] = ["bitmap", "bitmap-mode"];
 const OUR_ACTIONS: [&str; 3] = ["blockdev-mirror", "block-commit", "block-stream"];
 
 /// Commands that are ours alone.
-pub(crate) const OUR_COMMANDS: [&str; 2] = ["x-plan", "x-query-chain"];
+pub(crate) const OUR_COMMANDS: [&str; 6] = [
+    "x-checkpoint-abort",
+    "x-checkpoint-begin",
+    "x-checkpoint-commit",
+    "x-plan",
+    "x-query-chain",
+    "x-query-checkpoints",
+];
 
 struct Schema(BTreeMap<String, Value>);
 

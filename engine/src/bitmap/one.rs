@@ -100,6 +100,11 @@ impl Bitmap {
         self.is_persistent = true;
     }
 
+    /// No image keeps it, although one could.
+    pub(crate) fn keep_not_yet(&mut self) {
+        self.is_persistent = false;
+    }
+
     /// Its name in the image that keeps it, if one does.
     pub(crate) fn name_in_image(&self) -> Option<&[u8]> {
         self.is_persistent.then_some(&self.name_in_image)

@@ -12,6 +12,7 @@ mod chain_ends;
 mod chain_jobs;
 mod chain_views;
 mod chains;
+mod checkpoints;
 mod children;
 mod copy_before_write;
 mod copy_on_read;
@@ -69,6 +70,7 @@ use crate::state::StateDir;
 
 pub use bitmaps::ChangedBitmap;
 pub use chain_jobs::ChainPart;
+pub use checkpoints::PendingDisk;
 pub use jobs::JobNodes;
 pub(crate) use names::is_identifier;
 pub use overlaying::PutOverlay;

@@ -220,6 +220,7 @@ impl Manager {
                     .delete_snapshot(&device, id.as_deref(), name.as_deref());
                 return Ok(Reply::Snapshot(gone.await?));
             }
+            Request::Checkpoint(request) => return self.handle_checkpoint(request).await,
             Request::Export(request) => return self.exports.handle(request).await,
             Request::Image(spec) => {
                 return Ok(Reply::Image(self.graph.work_on_image(spec).await?));

@@ -12,6 +12,7 @@
 //! lifecycle take the step and publish it. The status never claims what is not yet so. Everything here runs on the
 //! manager's thread; borrows of the table never cross an await.
 
+mod checkpoints;
 mod dispatch;
 mod driver;
 mod journal;
@@ -50,6 +51,8 @@ pub(crate) struct Manager {
     changed: Notify,
     /// The daemon is ending: nothing new is begun.
     ending: Cell<bool>,
+    /// Those that have begun.
+    checkpoints: checkpoints::Checkpoints,
     /// Had alone by a transaction, and shared by commands that must not come between its actions.
     transacting: RwLock<()>,
     /// Held by the transaction that is carried out.
@@ -78,6 +81,7 @@ impl Manager {
             reports,
             changed: Notify::new(),
             ending: Cell::new(false),
+            checkpoints: checkpoints::Checkpoints::default(),
             transacting: RwLock::new(()),
             transaction: Mutex::new(()),
         }

@@ -9,6 +9,8 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
+use tokio::sync::{MutexGuard, RwLockWriteGuard};
+
 use crate::error::EngineError;
 use crate::graph::{ChangedBitmap, PutOverlay};
 use crate::manager::Manager;
@@ -18,6 +20,9 @@ use crate::request::{TransactionAction, WorkSpec};
 
 /// How long commands that are on their way may keep a transaction, and with it those behind it, waiting.
 const ALONE_WAIT: Duration = Duration::from_secs(30);
+
+/// Whoever has it is alone with what may yet be taken back.
+type Alone<'a> = (RwLockWriteGuard<'a, ()>, MutexGuard<'a, ()>);
 
 /// An action that has been carried out and is not final yet.
 enum Prepared {
@@ -39,17 +44,7 @@ impl Manager {
         actions: Vec<TransactionAction>,
         grouped: bool,
     ) -> Result<(), EngineError> {
-        let alone = tokio::time::timeout(ALONE_WAIT, self.transacting.write());
-        let Ok(_alone) = alone.await else {
-            return Err(EngineError::generic(format!(
-                "Other commands do not end within {} s",
-                ALONE_WAIT.as_secs()
-            )));
-        };
-        let _carried_out = self.transaction.lock().await;
-        if self.ending.get() {
-            return Err(EngineError::generic("The daemon is ending"));
-        }
+        let _alone = self.come_alone().await?;
         let names: Vec<&str> = actions.iter().filter_map(node_of).collect();
         let drained = self.graph.drain_named(&names).await?;
         let common = self.new_group();
@@ -81,6 +76,25 @@ impl Manager {
         }
         drop(drained);
         Ok(())
+    }
+
+    /// Waits until no command is on its way that would meet with what may be taken back. None begins as long as the answer is kept.
+    ///
+    /// # Errors
+    /// They do not end in time, or the daemon ends.
+    pub(super) async fn come_alone(&self) -> Result<Alone<'_>, EngineError> {
+        let alone = tokio::time::timeout(ALONE_WAIT, self.transacting.write());
+        let Ok(alone) = alone.await else {
+            return Err(EngineError::generic(format!(
+                "Other commands do not end within {} s",
+                ALONE_WAIT.as_secs()
+            )));
+        };
+        let carried_out = self.transaction.lock().await;
+        match self.ending.get() {
+            true => Err(EngineError::generic("The daemon is ending")),
+            false => Ok((alone, carried_out)),
+        }
     }
 
     async fn carry_out(

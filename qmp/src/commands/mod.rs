@@ -2,6 +2,7 @@
 //! `query-qmp-schema` read the same table.
 
 mod bitmaps;
+mod checkpoints;
 mod exports;
 mod jobs;
 mod nbd;
@@ -92,6 +93,7 @@ fn table() -> impl Iterator<Item = &'static Command> {
         jobs::COMMANDS,
         nodes::COMMANDS,
         bitmaps::COMMANDS,
+        checkpoints::COMMANDS,
         objects::COMMANDS,
         exports::COMMANDS,
         transaction::COMMANDS,

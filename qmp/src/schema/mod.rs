@@ -2,10 +2,11 @@
 //! so that the two cannot differ.
 //!
 //! [`check`] refuses what does not fit, in QEMU's words; [`fields`] then reads what does. The types themselves stand in
-//! [`protocol`], [`jobs`], [`nodes`], [`bitmaps`], [`exports`], [`images`] and [`objects`], named as in QEMU's documentation.
+//! [`protocol`], [`jobs`], [`nodes`], [`bitmaps`], [`checkpoints`], [`exports`], [`images`] and [`objects`], named as in QEMU's documentation.
 
 pub mod bitmaps;
 pub mod check;
+pub mod checkpoints;
 pub mod exports;
 pub mod fields;
 pub mod images;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use blockyard_engine::engine::EngineHandle;
 use blockyard_engine::error::EngineError;
 use blockyard_engine::reply::Reply;
-use blockyard_engine::request::Request;
+use blockyard_engine::request::{CheckpointRequest, Request};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -66,6 +66,7 @@ pub async fn serve(service: Service, input: Input, output: Output, pretty: bool,
         session: Arc::default(),
         outbox: outbox.clone(),
         pretty,
+        checkpoints: Arc::default(),
     };
     service.clients.enter(outbox.clone(), pretty);
     if *service.ended.borrow() {
@@ -85,6 +86,7 @@ pub async fn serve(service: Service, input: Input, output: Output, pretty: bool,
     // Commands that were read are carried out even if nobody is left to hear of them.
     tokio::join!(commands, write(output, &outbox));
     service.clients.leave(&outbox);
+    connection.abort_checkpoints().await;
 }
 
 #[derive(Clone)]
@@ -93,11 +95,38 @@ struct Connection {
     session: Arc<Mutex<Session>>,
     outbox: Arc<Outbox>,
     pretty: bool,
+    /// Serials of checkpoints that come to nothing with the client.
+    checkpoints: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Connection {
     fn session(&self) -> MutexGuard<'_, Session> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember(&self, serial: u64) {
+        let mut all = self
+            .checkpoints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        all.push(serial);
+    }
+
+    /// The client has left: what it has begun on that condition comes to nothing, if it has not ended already.
+    async fn abort_checkpoints(&self) {
+        let all = {
+            let mut all = self
+                .checkpoints
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *all)
+        };
+        for serial in all {
+            let lost = Request::Checkpoint(CheckpointRequest::AbortLost { serial });
+            if let Err(error) = self.service.engine.call(lost).await {
+                tracing::debug!(%error, "a checkpoint ends with the daemon");
+            }
+        }
     }
 
     fn send(&self, answer: &Answer) {
@@ -195,9 +224,13 @@ impl Connection {
             }
             Step::Call { request, id } => {
                 let quits = *request == Request::Quit;
+                let ends_with_us = ends_with_client(&request);
                 let (connection, of) = (self.clone(), id.clone());
                 // In the queue before any later event: who reads a status after an event may rely on it being newer.
                 let replied = self.service.engine.call_then(*request, move |outcome| {
+                    if let (true, Ok(Reply::Checkpoint(begun))) = (ends_with_us, &outcome) {
+                        connection.remember(begun.serial);
+                    }
                     connection.send(&answer(outcome, of));
                     Ok(())
                 });
@@ -211,6 +244,14 @@ impl Connection {
             }
         }
     }
+}
+
+/// Whether what the request begins comes to nothing with the client that makes it.
+fn ends_with_client(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::Checkpoint(CheckpointRequest::Begin(spec)) if spec.abort_on_disconnect
+    )
 }
 
 fn answer(outcome: Result<Reply, EngineError>, id: Option<Document>) -> Answer {

@@ -1,0 +1,282 @@
+//! Bitmaps of a checkpoint on one disk: a new one beside that of the checkpoint before, until it is certain which of them it is.
+//!
+//! ```text
+//!   before      previous records
+//!   begun       previous records | new records, no image keeps it | a copy of previous stays as it was
+//!   committed   new records, the image keeps it
+//!   aborted     previous records
+//! ```
+//! As the older one goes on recording all the time, nothing is lost whichever way it ends, and a crash is an end of the second kind.
+
+use std::sync::Arc;
+
+use crate::bitmap::{Bitmap, HeldBitmap, Need, NodeBitmaps};
+use crate::checkpoint::{CheckpointDiskSpec, CheckpointDiskView};
+use crate::error::EngineError;
+use crate::graph::Graph;
+use crate::request::{BitmapChange, BitmapName};
+
+/// The bitmaps of a checkpoint that has begun, on one disk.
+pub struct PendingDisk {
+    view: CheckpointDiskView,
+    bitmaps: Arc<NodeBitmaps>,
+    granularity_bytes: u64,
+    /// Others neither change nor remove them.
+    held: Vec<HeldBitmap>,
+}
+
+impl PendingDisk {
+    /// What clients see of it.
+    pub fn view(&self) -> &CheckpointDiskView {
+        &self.view
+    }
+
+    /// As long as the checkpoint is neither committed nor aborted.
+    fn hold(&mut self) -> Result<(), EngineError> {
+        let names = self.view.previous.iter().chain([&self.view.bitmap]);
+        let held: Result<Vec<_>, _> = names.map(|name| self.bitmaps.hold(name)).collect();
+        self.held = held?;
+        Ok(())
+    }
+
+    /// Whether nobody is in the way of its end.
+    ///
+    /// # Errors
+    /// In QEMU's words: somebody shows the copy.
+    pub fn check_end(&self) -> Result<(), EngineError> {
+        let changed = self.view.changed.as_deref();
+        let free = changed.map(|name| self.bitmaps.with(name, Need::Remove, |_| ()));
+        free.unwrap_or(Ok(())).map_err(|error| self.named(error))
+    }
+
+    /// It comes to nothing, whoever shows the copy.
+    pub fn abort(mut self) {
+        self.held.clear();
+        let names = self.view.changed.iter().chain([&self.view.bitmap]);
+        for name in names {
+            if let Err(error) = self.bitmaps.take_out(name) {
+                tracing::error!(%error, "a bitmap of a checkpoint is gone");
+            }
+        }
+    }
+
+    /// The new bitmap takes the place of the older one, in memory.
+    pub fn commit(&mut self, keep_previous: bool) -> Result<(), EngineError> {
+        self.held.clear();
+        if let Some(changed) = &self.view.changed {
+            self.bitmaps.take_out(changed)?;
+        }
+        if self.view.persistent {
+            self.bitmaps
+                .with(&self.view.bitmap, Need::Show, Bitmap::keep)?;
+        }
+        if let Some(previous) = self.view.previous.as_deref().filter(|_| !keep_previous) {
+            self.bitmaps
+                .with(previous, Need::Show, |one| one.set_going(true))?;
+        }
+        Ok(())
+    }
+
+    fn named(&self, error: EngineError) -> EngineError {
+        error.prefixed(&format!("Node '{}': ", self.view.node))
+    }
+}
+
+impl Graph {
+    /// Has a new bitmap record from now on, and keeps a copy of the older one as it is now. Users of the disk are drained.
+    ///
+    /// # Errors
+    /// In QEMU's words; nothing has changed then.
+    pub async fn begin_on_disk(
+        &self,
+        id: &str,
+        spec: &CheckpointDiskSpec,
+        persistent: Option<bool>,
+    ) -> Result<PendingDisk, EngineError> {
+        let name = BitmapName {
+            node: spec.node.clone(),
+            name: spec.bitmap.clone(),
+        };
+        let bitmaps = self.bitmaps_of(&name)?;
+        let begun = self
+            .begin_bitmaps(id, spec, (name, bitmaps), persistent)
+            .await;
+        begun.map_err(|error| error.prefixed(&format!("Node '{}': ", spec.node)))
+    }
+
+    async fn begin_bitmaps(
+        &self,
+        id: &str,
+        spec: &CheckpointDiskSpec,
+        (name, bitmaps): (BitmapName, Arc<NodeBitmaps>),
+        persistent: Option<bool>,
+    ) -> Result<PendingDisk, EngineError> {
+        let before = spec.previous.as_deref().map(|previous| {
+            let read = |one: &mut Bitmap| (one.map().clone(), one.records());
+            let (map, records) = bitmaps.with(previous, Need::Read, read)?;
+            match records {
+                true => Ok(map),
+                false => Err(EngineError::generic(format!(
+                    "Bitmap '{previous}' does not record: what has changed since then is not known"
+                ))),
+            }
+        });
+        let before = before.transpose()?;
+        let persistent = self.add_pending(&bitmaps, spec, name, persistent).await?;
+        let mut disk = PendingDisk {
+            granularity_bytes: bitmaps.with(&spec.bitmap, Need::Show, |one| {
+                one.map().granularity_bytes()
+            })?,
+            view: CheckpointDiskView {
+                node: spec.node.clone(),
+                bitmap: spec.bitmap.clone(),
+                previous: spec.previous.clone(),
+                changed: None,
+                persistent,
+            },
+            bitmaps: Arc::clone(&bitmaps),
+            held: Vec::new(),
+        };
+        let done = before.map_or(Ok(None), |map| {
+            let name = format!("x-checkpoint-{id}");
+            let (length, granularity) = (map.length_bytes(), map.granularity_bytes());
+            let mut copy = Bitmap::new(name.clone(), length, granularity);
+            copy.set_recording(false);
+            copy.merge(&map);
+            bitmaps.add(copy).map(|()| Some(name))
+        });
+        let done = done.and_then(|changed| {
+            disk.view.changed = changed;
+            disk.hold()
+        });
+        match done {
+            Ok(()) => Ok(disk),
+            Err(error) => {
+                disk.abort();
+                Err(error)
+            }
+        }
+    }
+
+    /// Adds a bitmap that no image keeps yet. Whether one will.
+    async fn add_pending(
+        &self,
+        bitmaps: &NodeBitmaps,
+        spec: &CheckpointDiskSpec,
+        name: BitmapName,
+        persistent: Option<bool>,
+    ) -> Result<bool, EngineError> {
+        let add = |persistent| BitmapChange::Add {
+            bitmap: name.clone(),
+            granularity_bytes: spec.granularity_bytes,
+            persistent,
+            disabled: false,
+        };
+        let wanted = persistent.unwrap_or(true);
+        let added = match self.change_bitmap(&add(wanted)).await {
+            // Where nobody insists, memory will do.
+            Err(_) if persistent.is_none() => {
+                self.change_bitmap(&add(false)).await?.settle();
+                false
+            }
+            added => {
+                added?.settle();
+                wanted
+            }
+        };
+        bitmaps.with(&spec.bitmap, Need::Show, Bitmap::keep_not_yet)?;
+        Ok(added)
+    }
+
+    /// Whether a checkpoint can be committed on one disk.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub async fn check_checkpoint(&self, disk: &mut PendingDisk) -> Result<(), EngineError> {
+        disk.check_end()?;
+        // Nobody else can do so meanwhile.
+        disk.held.clear();
+        let checked = self.check_held(disk).await;
+        let held = disk.hold();
+        checked.and(held).map_err(|error| disk.named(error))
+    }
+
+    async fn check_held(&self, disk: &PendingDisk) -> Result<(), EngineError> {
+        let view = &disk.view;
+        let gone = || EngineError::generic("It has been closed since the checkpoint began");
+        let node = self.find(&view.node).ok_or_else(gone)?;
+        if !Arc::ptr_eq(&self.bitmaps_on(node)?, &disk.bitmaps) {
+            return Err(gone());
+        }
+        if let Some(previous) = &view.previous {
+            disk.bitmaps.with(previous, Need::Remove, |_| ())?;
+        }
+        disk.bitmaps.with(&view.bitmap, Need::Change, |_| ())?;
+        if !view.persistent {
+            return Ok(());
+        }
+        let (name, granularity_bytes) = (view.bitmap.clone(), disk.granularity_bytes);
+        let asked = self.threads.run(self.thread_of(node), move |context| {
+            Box::pin(async move { context.node(node)?.bitmap_refusal(&name, granularity_bytes) })
+        });
+        match asked.await? {
+            Some(refusal) => Err(EngineError::generic(refusal)),
+            None => Ok(()),
+        }
+    }
+
+    /// What a checkpoint that has been committed means for one disk's image: the older bitmap goes, the new one is kept.
+    ///
+    /// # Errors
+    /// What the image says. The bitmaps in memory are right all the same.
+    pub async fn settle_commit(
+        &self,
+        disk: &PendingDisk,
+        keep_previous: bool,
+    ) -> Result<(), EngineError> {
+        let view = &disk.view;
+        let removed = match view.previous.as_deref().filter(|_| !keep_previous) {
+            Some(previous) => {
+                let name = BitmapName {
+                    node: view.node.clone(),
+                    name: previous.to_owned(),
+                };
+                let removed = self.change_bitmap(&BitmapChange::Remove(name)).await;
+                match removed {
+                    Ok(removed) => {
+                        removed.settle();
+                        Ok(())
+                    }
+                    Err(error) => disk.bitmaps.take_out(previous).and(Err(error)),
+                }
+            }
+            None => Ok(()),
+        };
+        let is_kept = view.persistent || view.previous.is_some() && !keep_previous;
+        let stored = match is_kept {
+            true => self.store_bitmaps_of(&view.node).await,
+            false => Ok(()),
+        };
+        removed.and(stored).map_err(|error| disk.named(error))
+    }
+
+    /// Has the image of a node keep its bitmaps as they are now, or the state directory, if there is one.
+    async fn store_bitmaps_of(&self, node: &str) -> Result<(), EngineError> {
+        if self.state.is_some() {
+            self.record_bitmaps(node).await;
+            return Ok(());
+        }
+        let Some(node) = self.find(node) else {
+            return Ok(());
+        };
+        let stored = self.threads.run(self.thread_of(node), move |context| {
+            Box::pin(async move {
+                match context.node(node) {
+                    Some(node) => node.store_bitmaps().await,
+                    None => Ok(()),
+                }
+            })
+        });
+        stored.await?
+    }
+}
