@@ -1,6 +1,8 @@
 //! [`BackupSpec`] and [`CbwSpec`]: what a backup and a `copy-before-write` node are told, and what becomes of writes when something
 //! cannot be saved.
 
+use std::path::PathBuf;
+
 use crate::job::error_policy::OnError;
 use crate::request::{BitmapMode, NewTargetSpec, NodeRef, SyncMode};
 
@@ -35,6 +37,26 @@ pub struct BackupSpec {
     pub perf: BackupPerf,
     /// When what is about to be changed cannot be saved.
     pub cbw: CbwOptions,
+    /// Checksums of what is copied.
+    pub integrity: IntegritySpec,
+}
+
+/// What is done about checksums of a copy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IntegritySpec {
+    /// Where they are written down once the copy is whole.
+    pub manifest: Option<PathBuf>,
+    /// That file may be there already, and is replaced.
+    pub replaces_manifest: bool,
+    /// The target is read back and compared with them before the job ends well.
+    pub verify: bool,
+}
+
+impl IntegritySpec {
+    /// Whether there are any.
+    pub fn is_wanted(&self) -> bool {
+        self.manifest.is_some() || self.verify
+    }
 }
 
 impl Default for BackupSpec {
@@ -55,6 +77,7 @@ impl Default for BackupSpec {
             discard_source: false,
             perf: BackupPerf::default(),
             cbw: CbwOptions::default(),
+            integrity: IntegritySpec::default(),
         }
     }
 }

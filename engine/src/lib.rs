@@ -27,6 +27,7 @@ pub mod job;
 pub mod jobs;
 pub mod limits;
 mod manager;
+pub(crate) mod manifest;
 mod mirror;
 pub mod nbd;
 pub mod node;

@@ -1,7 +1,7 @@
 //! What a mirror is told, as clients describe it: [`MirrorSpec`], [`CopyMode`], [`NewTargetSpec`].
 
 use crate::job::error_policy::OnError;
-use crate::request::{BitmapMode, SyncMode};
+use crate::request::{BitmapMode, IntegritySpec, SyncMode};
 
 /// How a mirror treats writes while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +47,8 @@ pub struct MirrorSpec {
     pub filter_node_name: Option<String>,
     /// How writes are treated.
     pub copy_mode: CopyMode,
+    /// Checksums of what is copied.
+    pub integrity: IntegritySpec,
 }
 
 impl Default for MirrorSpec {
@@ -69,6 +71,7 @@ impl Default for MirrorSpec {
             target_is_zero: false,
             filter_node_name: None,
             copy_mode: CopyMode::Background,
+            integrity: IntegritySpec::default(),
         }
     }
 }

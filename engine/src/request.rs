@@ -12,7 +12,9 @@ pub use crate::throttle::limits::{LimitsChange, NewLimits};
 pub use crate::tls::authorization::{Authorization, Format, Rule};
 pub use crate::tls::credentials::{Endpoint, X509Spec};
 
-pub use crate::backup::{BackupPerf, BackupSpec, CbwBitmap, CbwOptions, CbwSpec, OnCbwError};
+pub use crate::backup::{
+    BackupPerf, BackupSpec, CbwBitmap, CbwOptions, CbwSpec, IntegritySpec, OnCbwError,
+};
 pub use crate::bitmap::{BitmapChange, BitmapName};
 pub use crate::checkpoint::{CheckpointDiskSpec, CheckpointRequest, CheckpointSpec};
 

@@ -16,7 +16,8 @@ use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::{
     BackupPerf, BackupSpec, CbwOptions, CommonOptions, CreatePreallocation, CreateSpec, DriverSpec,
-    FileSpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    FileSpec, IntegritySpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Request, SyncMode, VerbFamily,
+    WorkSpec,
 };
 use blockyard_ring::file_attributes;
 use proptest::prelude::*;
@@ -161,6 +162,7 @@ fn backup(speed: i64) -> WorkSpec {
         discard_source: false,
         perf: BackupPerf::default(),
         cbw: CbwOptions::default(),
+        integrity: IntegritySpec::default(),
     })
 }
 

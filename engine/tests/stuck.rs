@@ -10,8 +10,8 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CbwOptions, CommonOptions, DriverSpec, EventLoopSpec, JobSpec,
-    NodeSpec, NullSpec, ObjectKind, ObjectSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    BackupPerf, BackupSpec, CbwOptions, CommonOptions, DriverSpec, EventLoopSpec, IntegritySpec,
+    JobSpec, NodeSpec, NullSpec, ObjectKind, ObjectSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
 
 /// No test lasts as long as this.
@@ -76,6 +76,7 @@ fn job(id: &str, source: &str, target: &str, sync: SyncMode) -> JobSpec {
             discard_source: false,
             perf: BackupPerf::default(),
             cbw: CbwOptions::default(),
+            integrity: IntegritySpec::default(),
         }),
     }
 }

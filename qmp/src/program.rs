@@ -10,7 +10,9 @@ use tracing_subscriber::EnvFilter;
 use crate::control;
 use crate::daemon;
 use crate::terminal::copy::arguments::CopyKind;
-use crate::terminal::images::{bitmap, compare, create, info, map, measure, resize, snapshot};
+use crate::terminal::images::{
+    bitmap, compare, create, info, map, measure, resize, snapshot, verify,
+};
 use crate::terminal::{self, Command, bench, chain, check, copy};
 use crate::tour;
 
@@ -47,6 +49,7 @@ pub fn main() -> ExitCode {
         Command::Rebase(arguments) => chain::rebase::run(&arguments).into(),
         Command::Check(arguments) => check::run(&arguments),
         Command::Compare(arguments) => compare::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
         Command::Create(arguments) => create::run(&arguments).into(),
         Command::Info(arguments) => info::run(&arguments).into(),
         Command::Map(arguments) => map::run(&arguments).into(),

@@ -38,6 +38,7 @@ mod lifetimes;
 mod locks;
 mod long_chains;
 mod made_chains;
+mod manifests;
 mod migration;
 mod mirror_bitmaps;
 mod moves;

@@ -355,7 +355,11 @@ fn a_source_that_changes_is_noticed() {
         (1, &Value::from(false)),
         "{last}"
     );
-    assert_eq!(last["failed-at"], "first at byte 0", "{last}");
+    assert_eq!(
+        last["error"],
+        "'source' was written to while it was copied, so that 'target' may hold a mixture of old and new",
+        "{last}"
+    );
     assert_eq!(place.names(), ["source"]);
 
     let running = Running::start(&place, &["backup", "source", "target"]);

@@ -6,7 +6,7 @@ use crate::graph::Graph;
 use crate::graph::creating::Opened;
 use crate::graph::jobs::JobNodes;
 use crate::node::filter_node::FilterKind;
-use crate::request::{BackupSpec, BitmapMode};
+use crate::request::{BackupSpec, BitmapMode, IntegritySpec, SyncMode};
 
 /// Unit of a backup in bytes.
 const BACKUP_CLUSTER_BYTES: i64 = 64 << 10;
@@ -62,6 +62,7 @@ impl Graph {
             let text = "max-chunk must be zero (which means no limit) or positive";
             return Err(EngineError::generic(text));
         }
+        check_integrity(&spec.integrity, spec.sync)?;
         self.check_change_of_bitmap(source, spec.bitmap.as_deref(), mode)
     }
 
@@ -164,6 +165,19 @@ impl Graph {
         });
         asked.await
     }
+}
+
+/// That what is recorded is what a manifest tells of.
+pub(super) fn check_integrity(wanted: &IntegritySpec, sync: SyncMode) -> Result<(), EngineError> {
+    if wanted.manifest.is_some() && sync != SyncMode::Full {
+        let text = "x-manifest tells of a whole disk: it needs sync mode 'full'";
+        return Err(EngineError::generic(text));
+    }
+    if wanted.verify && sync == SyncMode::None {
+        let text = "x-verify needs a copy that is whole: sync mode 'none' never is";
+        return Err(EngineError::generic(text));
+    }
+    Ok(())
 }
 
 /// That the client's own units are some.

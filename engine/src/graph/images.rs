@@ -88,7 +88,8 @@ impl Graph {
                     let mut nodes = ids.iter().filter_map(|id| context.node(*id));
                     match nodes.next() {
                         Some(node) => {
-                            images::run(node, nodes.next(), spec.work, spec.watcher).await
+                            let (other, cpu) = (nodes.next(), context.cpu().clone());
+                            images::run(node, other, spec.work, spec.watcher, cpu).await
                         }
                         None => Err(EngineError::generic("Internal error: a node is lost (bug)")),
                     }

@@ -4,10 +4,12 @@
 use crate::data::NodeId;
 use crate::error::{EngineError, JobError};
 use crate::graph::Graph;
+use crate::graph::backups::check_integrity;
 use crate::graph::creating::Opened;
 use crate::graph::jobs::JobNodes;
 use crate::graph::roots::move_edges;
 use crate::job::context::JobKey;
+use crate::manifest::EXTENT_BYTES;
 use crate::node::filter_node::FilterKind;
 use crate::request::{BitmapMode, MirrorSpec, SyncMode};
 
@@ -81,6 +83,11 @@ impl Graph {
         }
         let name = spec.filter_node_name.as_deref();
         let granularity = self.granularity_bytes(spec.granularity, target).await?;
+        let granularity = match spec.integrity.is_wanted() {
+            // What is copied again is whole extents.
+            true => granularity.max(EXTENT_BYTES),
+            false => granularity,
+        };
         let kind = FilterKind::Tracks {
             granularity_bytes: granularity,
             commits: false,
@@ -119,6 +126,7 @@ impl Graph {
         }
         let bitmap_mode = self.check_job_bitmap(source, spec.sync, name, spec.bitmap_mode)?;
         self.check_change_of_bitmap(source, name, bitmap_mode)?;
+        check_integrity(&spec.integrity, spec.sync)?;
         let is_new = spec.new_target.as_ref().is_some_and(|new| !new.exists);
         if let (Some(mode), true) = (mode, is_new) {
             return Err(EngineError::generic(format!(
@@ -226,6 +234,12 @@ fn check_granularity(spec: &MirrorSpec) -> Result<(), EngineError> {
     let Some(granularity) = spec.granularity.filter(|granularity| *granularity != 0) else {
         return Ok(());
     };
+    let is_short = u64::from(granularity) < EXTENT_BYTES;
+    if is_short && spec.integrity.is_wanted() {
+        return Err(EngineError::generic(format!(
+            "Parameter 'granularity' has to be at least {EXTENT_BYTES} for x-manifest and x-verify"
+        )));
+    }
     if !(512..=64 << 20).contains(&granularity) {
         return Err(EngineError::generic(
             "Parameter 'granularity' expects a value in range [512B, 64MB]",

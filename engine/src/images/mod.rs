@@ -14,6 +14,7 @@ pub(crate) mod plan;
 pub mod rebase;
 pub mod resize;
 pub mod snapshot;
+pub mod verify;
 pub mod watcher;
 
 use std::rc::Rc;
@@ -21,6 +22,7 @@ use std::rc::Rc;
 use blockyard_images::ImageError;
 use blockyard_storage::error::{ECANCELED, errno_text};
 
+use crate::data::CpuPool;
 use crate::error::EngineError;
 use crate::node::Node;
 
@@ -33,6 +35,7 @@ pub use measure::{MeasureSpec, MeasureTarget, MeasureView};
 pub use rebase::{RebaseSpec, RebaseView};
 pub use resize::{NewLength, ResizeSpec, ResizeView};
 pub use snapshot::SnapshotSpec;
+pub use verify::{VerifySpec, VerifyView};
 pub use watcher::{ImageEvent, ImageWatch, ImageWatcher};
 
 /// What to do, and with which node.
@@ -76,6 +79,8 @@ pub enum ImageWork {
     Resize(ResizeSpec),
     /// Makes, applies or deletes an internal snapshot of a qcow2 image.
     Snapshot(SnapshotSpec),
+    /// Holds the disk against a checksum manifest.
+    Verify(VerifySpec),
 }
 
 impl ImageWork {
@@ -89,7 +94,8 @@ impl ImageWork {
             | ImageWork::Compare(_)
             | ImageWork::Info(_)
             | ImageWork::Map(_)
-            | ImageWork::Measure(_) => false,
+            | ImageWork::Measure(_)
+            | ImageWork::Verify(_) => false,
         }
     }
 
@@ -98,6 +104,7 @@ impl ImageWork {
         match self {
             ImageWork::Compare(spec) => Some(&spec.other),
             ImageWork::Rebase(spec) => spec.backing.as_deref(),
+            ImageWork::Verify(spec) => Some(&spec.manifest),
             _ => None,
         }
     }
@@ -124,6 +131,8 @@ pub enum ImageReply {
     Resized(ResizeView),
     /// Of [`ImageWork::Snapshot`].
     SnapshotsChanged,
+    /// Of [`ImageWork::Verify`].
+    Verified(VerifyView),
 }
 
 /// Carries the work out on the nodes' thread.
@@ -135,6 +144,7 @@ pub(crate) async fn run(
     other: Option<Rc<dyn Node>>,
     work: ImageWork,
     watcher: ImageWatcher,
+    cpu: CpuPool,
 ) -> Result<ImageReply, EngineError> {
     match work {
         ImageWork::Bitmaps(spec) => bitmaps::run(node, spec, &watcher)
@@ -168,6 +178,11 @@ pub(crate) async fn run(
         ImageWork::Resize(spec) => resize::run(node, spec, &watcher)
             .await
             .map(ImageReply::Resized),
+        ImageWork::Verify(_) => {
+            let manifest = other.ok_or_else(|| EngineError::generic("A node is missing (bug)"))?;
+            let verified = verify::run(node, manifest, cpu, &watcher).await;
+            verified.map(ImageReply::Verified)
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use blockyard_storage::ByteRange;
 use tokio::sync::mpsc;
 
 use crate::images::bitmaps::DirtyExtent;
@@ -17,6 +18,8 @@ const EVENTS_MAX: usize = 4;
 pub enum ImageEvent {
     /// What a dirty bitmap says has changed, the next part of it.
     Dirty(Vec<DirtyExtent>),
+    /// Extents of a disk that differ from what its manifest says, side by side, in the order of the disk.
+    Differs(ByteRange),
     /// Findings of a check.
     Found(Vec<FindingView>),
     /// Where the next part of a disk is kept.

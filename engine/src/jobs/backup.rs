@@ -17,6 +17,7 @@ use crate::error::JobError;
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
 use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use crate::jobs::integrity::Integrity;
 use crate::jobs::plan::Layers;
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
@@ -46,6 +47,7 @@ pub(crate) struct Backup {
     spec: BackupSpec,
     /// What is discarded behind the copy.
     copied: Option<Copied>,
+    integrity: Integrity,
     /// What is missing of a copy that has ended early, if the rest is known to be durable.
     missing: Option<DirtyMap>,
 }
@@ -71,8 +73,15 @@ impl Backup {
             saver,
             bitmap,
             spec,
+            integrity: Integrity::default(),
             missing: None,
         }
+    }
+
+    /// The same with checksums.
+    pub(crate) fn keeping(mut self, integrity: Integrity) -> Self {
+        self.integrity = integrity;
+        self
     }
 
     fn cluster_bytes(&self) -> u64 {
@@ -125,6 +134,7 @@ impl Backup {
                 compress: self.spec.compress,
                 may_unmap: false,
             },
+            recorder: self.integrity.recorder().cloned(),
         };
         let (shared, copied) = (cx.shared(), self.copied.clone());
         self.saver
@@ -176,6 +186,7 @@ impl Backup {
         };
         let (source, target, saver) = (&self.source, &self.target, &self.saver);
         let copier = Copier::new(source.clone(), target.clone(), options).beside(saver.clone());
+        let copier = copier.recording(self.integrity.recorder().cloned());
         let mut copier = match self.changes() {
             Some(_) => copier.by_what_is_unsaved(),
             None => copier,
@@ -198,6 +209,7 @@ impl Backup {
             return self.stay(cx).await;
         }
         self.copy(cx).await?;
+        self.integrity.write().await?;
         match self.copied.clone() {
             Some(copied) => self.discard_source(cx, &copied).await,
             None => Ok(()),
@@ -262,11 +274,16 @@ impl Work for Backup {
                 self.saver.clusters().keep_only(changes);
             }
             cx.progress().set_remaining(self.counted_bytes());
+            let begun = self.integrity.begin(self.source.facts().length_bytes).await;
             self.let_writers_in(cx);
-            let ended = self.back_up(cx).await;
+            let ended = match begun {
+                Ok(_) => self.back_up(cx).await,
+                Err(error) => Err(Stop::Failed(error)),
+            };
             if ended.is_err() {
                 self.saver.end();
                 self.saver.left().await;
+                self.integrity.remove();
                 self.keep_what_is_missing().await;
             } else {
                 // Another job of the group may still fail.
@@ -276,11 +293,16 @@ impl Work for Backup {
         })
     }
 
+    fn prepare<'a>(&'a mut self, _: &'a JobContext) -> LocalFuture<'a, Result<(), JobError>> {
+        Box::pin(self.integrity.publish())
+    }
+
     fn apply(&mut self) {
         self.end(JobEnd::Success);
     }
 
     fn revert(&mut self) {
+        self.integrity.remove();
         self.end(match &self.missing {
             Some(missing) => JobEnd::Part(missing),
             None => JobEnd::Failure,
@@ -303,7 +325,7 @@ mod tests {
     use crate::job::error_policy::OnError;
     use crate::jobs::test_support::{Running, VirtualClock, saver};
     use crate::node::null_node::{NullNode, NullOptions};
-    use crate::request::{BackupPerf, CbwOptions};
+    use crate::request::{BackupPerf, CbwOptions, IntegritySpec};
 
     /// How a backup of a disk of one length to one of another ends.
     fn outcome(source: u64, target: u64, discard_source: bool) -> Option<Result<(), Stop>> {
@@ -336,6 +358,7 @@ mod tests {
             discard_source,
             perf: BackupPerf::default(),
             cbw: CbwOptions::default(),
+            integrity: IntegritySpec::default(),
         };
         let (source, target) = (node(source), node(target));
         let saver = saver(&source, &target, &clock);

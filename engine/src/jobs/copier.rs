@@ -4,9 +4,8 @@
 //! flight ends first, and the window shrinks when requests are slow, so that this takes a fraction of a second.
 
 use std::collections::VecDeque;
-use std::future::{pending, poll_fn, ready};
+use std::future::pending;
 use std::rc::Rc;
-use std::task::Poll;
 use std::time::Duration;
 
 use blockyard_storage::{ByteRange, LocalFuture};
@@ -19,8 +18,13 @@ use crate::job::context::{Cursor, JobContext};
 use crate::job::error_policy::{ErrorAction, Side};
 use crate::job::work::Stop;
 use crate::jobs::changes::{Changes, Goal};
+use crate::jobs::in_flight::{
+    Ended, Window, begun, carried_out, give_way, in_its_turn, saved, timed,
+};
 use crate::jobs::plan::{Layers, Plan, Step, StepKind};
-use crate::jobs::steps::{Failure, carry_out};
+use crate::jobs::steps::Failure;
+use crate::jobs::verifying::Verification;
+use crate::manifest::{EXTENT_BYTES, Recorder};
 use crate::node::Node;
 use crate::node::copy_before_write::{Fate, Saver};
 use crate::node::mirror_top::Tracker;
@@ -75,17 +79,6 @@ pub(crate) struct CopyOptions {
     pub(crate) remember_bytes: u64,
 }
 
-/// How one range ended.
-struct Ended {
-    step: Step,
-    took: Duration,
-    /// Somebody waited for it at its end.
-    waited: bool,
-    outcome: Result<(), Failure>,
-}
-
-type Window<'a> = FuturesUnordered<LocalFuture<'a, Ended>>;
-
 /// Copies ranges of one node to another.
 pub(crate) struct Copier {
     source: Rc<dyn Node>,
@@ -105,6 +98,7 @@ pub(crate) struct Copier {
     /// What is planned was never copied before.
     is_first: bool,
     saver: Option<Rc<Saver>>,
+    recorder: Option<Rc<Recorder>>,
     /// Behind the last run of what is to be saved, if only that is looked at.
     unsaved_from: Option<u64>,
 }
@@ -140,7 +134,21 @@ impl Copier {
             changes: None,
             is_first: true,
             saver: None,
+            recorder: None,
             unsaved_from: None,
+        }
+    }
+
+    /// Tells `recorder` what is read, in whole extents, and reads back what it wants to be read back.
+    pub(crate) fn recording(self, recorder: Option<Rc<Recorder>>) -> Self {
+        let Some(known) = &recorder else {
+            return self;
+        };
+        let reads_all = known.needs_every_byte();
+        Self {
+            plan: self.plan.in_units(EXTENT_BYTES, reads_all),
+            recorder,
+            ..self
         }
     }
 
@@ -210,7 +218,47 @@ impl Copier {
     pub(crate) async fn run(&mut self, cx: &JobContext) -> Result<(), Stop> {
         self.copy_all(cx).await?;
         self.check_whole()?;
-        self.flush(cx).await
+        self.flush(cx).await?;
+        self.verify(cx).await.map(drop)
+    }
+
+    /// Reads back what was copied, if that is wanted, and is not known to be right; it is durable by now. `false`: it stopped
+    /// before, as [`Goal::holds_writers`] wants.
+    ///
+    /// # Errors
+    /// What differs; else as [`run`](Self::run).
+    pub(crate) async fn verify(&self, cx: &JobContext) -> Result<bool, Stop> {
+        let Some(recorder) = self.recorder.as_deref() else {
+            return Ok(true);
+        };
+        let verification = Verification {
+            recorder,
+            target: &self.target,
+            tracker: self.changes.as_ref().map(|changes| &*changes.tracker),
+            cx,
+            holds_writers: self.holds_writers(),
+        };
+        verification.run().await
+    }
+
+    /// Makes durable what is to be read back, and reads it back.
+    ///
+    /// # Errors
+    /// As [`verify`](Self::verify).
+    pub(crate) async fn flush_and_verify(&self, cx: &JobContext) -> Result<bool, Stop> {
+        let recorder = self.recorder.as_ref();
+        if recorder.is_none_or(|recorder| !recorder.has_unverified()) {
+            return Ok(true);
+        }
+        let flushed = self.target.flush().await;
+        flushed.map_err(|error| Stop::Failed(JobError::from(error)))?;
+        self.verify(cx).await
+    }
+
+    /// Whether something has to be read back before more is copied.
+    fn must_verify(&self) -> bool {
+        let recorder = self.recorder.as_ref();
+        recorder.is_some_and(|recorder| recorder.is_full())
     }
 
     /// # Errors
@@ -256,7 +304,7 @@ impl Copier {
         let mut interrupted = false;
         loop {
             if let (Some(error), None) = (self.broken(), &failed) {
-                failed = Some(Stop::Failed(JobError::from(error)));
+                failed = Some(Stop::Failed(error));
             }
             let failure = self.changes.as_mut().and_then(|changes| changes.look(cx));
             if let (Some(error), None) = (failure, &failed) {
@@ -266,6 +314,7 @@ impl Copier {
             }
             let stopping =
                 failed.is_some() || round_error.is_some() || interrupted || cx.must_stop();
+            let stopping = stopping || self.must_verify();
             if stopping && window.is_empty() {
                 if let Some((range, side, error)) = round_error.take() {
                     failed = self.by_policy(cx, range, side, error).await;
@@ -273,6 +322,10 @@ impl Copier {
                 }
                 if let Some(stop) = failed {
                     return Err(stop);
+                }
+                if self.must_verify() && !interrupted && !cx.must_stop() {
+                    failed = self.flush_and_verify(cx).await.err();
+                    continue;
                 }
                 if self.holds_writers() {
                     return Ok(false);
@@ -285,7 +338,11 @@ impl Copier {
             }
             let mut wait_until = None;
             // Planning takes its time: an order may come meanwhile.
-            while !stopping && !cx.must_stop() && window.len() < self.window_now {
+            while !stopping
+                && !cx.must_stop()
+                && window.len() < self.window_now
+                && !self.must_verify()
+            {
                 wait_until = self.held_until(cx);
                 if wait_until.is_some() {
                     break;
@@ -303,7 +360,8 @@ impl Copier {
                 self.in_flight.push(step.range);
                 if let Some(saver) = self.saver.clone() {
                     let nodes = (&source, &*target);
-                    let step = Box::pin(saved(saver, step, nodes, cx, self.options));
+                    let how = (self.options, self.recorder.clone());
+                    let step = Box::pin(saved(saver, step, nodes, cx, how));
                     window.push(match self.unsaved_from {
                         None => step,
                         Some(_) => begun(step).await,
@@ -311,7 +369,9 @@ impl Copier {
                     continue;
                 }
                 let turn = self.begin(step);
-                let outcome = carry_out(step, &source, &*target, cx, self.options);
+                let nodes = (&source, &*target);
+                let recorder = self.recorder.clone();
+                let outcome = carried_out(step, nodes, cx, self.options, recorder);
                 let outcome = timed(step, outcome, cx);
                 window.push(match turn {
                     None => Box::pin(outcome),
@@ -410,8 +470,14 @@ impl Copier {
     }
 
     /// Why what the filter above the source has saved is worth nothing.
-    fn broken(&self) -> Option<NodeError> {
-        self.saver.as_ref().and_then(|saver| saver.broken())
+    fn broken(&self) -> Option<JobError> {
+        let saved = self.saver.as_ref().and_then(|saver| saver.broken());
+        let recorded = || {
+            self.recorder
+                .as_ref()
+                .and_then(|recorder| recorder.failure())
+        };
+        saved.map(JobError::from).or_else(recorded)
     }
 
     fn holds_writers(&self) -> bool {
@@ -436,9 +502,13 @@ impl Copier {
         if let Some(step) = self.retry.pop_front() {
             return Some(step);
         }
+        let unit_bytes = match &self.recorder {
+            Some(_) => self.options.unit_bytes.max(EXTENT_BYTES),
+            None => self.options.unit_bytes,
+        };
         if self.plan.is_done()
             && let Some(changes) = &mut self.changes
-            && let Some(run) = changes.next_run(cx, self.options.unit_bytes)
+            && let Some(run) = changes.next_run(cx, unit_bytes)
         {
             self.plan.add(run);
             self.is_first = false;
@@ -467,6 +537,9 @@ impl Copier {
             )
             .await?;
         let skips = options.skips_first_zeroes && self.is_first && step.kind == StepKind::Zero;
+        if let (true, Some(recorder)) = (skips, &self.recorder) {
+            recorder.zeroes(step.range).await;
+        }
         Some(match skips {
             true => Step {
                 kind: StepKind::Skip,
@@ -621,75 +694,4 @@ impl Copier {
             }
         }
     }
-}
-
-/// A step that waits for its turn among the writers.
-async fn in_its_turn(turn: Turn, step: impl Future<Output = Ended>) -> Ended {
-    turn.come().await;
-    step.await
-}
-
-/// A step that has begun already: what has changed is planned in small pieces, and each plan may wait for a disk.
-async fn begun(mut step: LocalFuture<'_, Ended>) -> LocalFuture<'_, Ended> {
-    match poll_fn(|cx| Poll::Ready(step.as_mut().poll(cx))).await {
-        Poll::Ready(ended) => Box::pin(ready(ended)),
-        Poll::Pending => step,
-    }
-}
-
-/// A step on its way, with its time.
-async fn timed(
-    step: Step,
-    outcome: impl Future<Output = Result<(), Failure>>,
-    cx: &JobContext,
-) -> Ended {
-    let start = cx.clock().now();
-    let outcome = outcome.await;
-    Ended {
-        step,
-        took: cx.clock().now().since(start),
-        waited: false,
-        outcome,
-    }
-}
-
-/// A step of what is still to be saved at its turn.
-async fn saved(
-    saver: Rc<Saver>,
-    step: Step,
-    (source, target): (&Rc<dyn Node>, &dyn Node),
-    cx: &JobContext,
-    options: CopyOptions,
-) -> Ended {
-    let turn = saver.turn(step.range);
-    turn.come().await;
-    let start = cx.clock().now();
-    let (mut rest, mut outcome) = (step.range, Ok(()));
-    while let Some(range) = saver.rest_of(rest) {
-        outcome = carry_out(Step { range, ..step }, source, target, cx, options).await;
-        if outcome.is_err() {
-            break;
-        }
-        saver.settle(range, Fate::Saved);
-        rest = ByteRange::between(range.end(), rest.end());
-    }
-    Ended {
-        step,
-        took: cx.clock().now().since(start),
-        waited: turn.is_waited_for(),
-        outcome,
-    }
-}
-
-/// Lets other tasks of the thread go on first.
-async fn give_way() {
-    let mut gave = false;
-    poll_fn(|cx| {
-        if std::mem::replace(&mut gave, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }

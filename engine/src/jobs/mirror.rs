@@ -21,6 +21,7 @@ use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
 use crate::jobs::changes::Goal;
 use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use crate::jobs::integrity::Integrity;
 use crate::jobs::plan::Layers;
 use crate::limits::COPY_CHUNK_BYTES;
 use crate::node::Node;
@@ -81,6 +82,7 @@ pub(crate) struct Mirror {
     grows_target: bool,
     /// Writers wait for the end.
     quiet: Option<Quiet>,
+    integrity: Integrity,
 }
 
 impl Mirror {
@@ -113,7 +115,14 @@ impl Mirror {
             target_is_zero: spec.target_is_zero || makes_zeroes(spec),
             grows_target: false,
             quiet: None,
+            integrity: Integrity::default(),
         }
+    }
+
+    /// The same with checksums.
+    pub(crate) fn keeping(mut self, integrity: Integrity) -> Self {
+        self.integrity = integrity;
+        self
     }
 
     /// A commit of the first `layers` layers of `device`'s chain to `base`, the next one, which becomes as long as the device if
@@ -137,6 +146,7 @@ impl Mirror {
             target_is_zero: false,
             grows_target: true,
             quiet: None,
+            integrity: Integrity::default(),
         }
     }
 
@@ -180,7 +190,9 @@ impl Mirror {
             Extent::All | Extent::Layers(_) => self.everything(),
         };
         let (source, target) = (self.source.clone(), self.target.clone());
-        Copier::of(all, source, target, options).with_changes(self.tracker.clone())
+        Copier::of(all, source, target, options)
+            .with_changes(self.tracker.clone())
+            .recording(self.integrity.recorder().cloned())
     }
 
     /// What is copied together of layers that hold only parts. A part of a cluster that the target does not have yet would be
@@ -220,7 +232,7 @@ impl Mirror {
                         may_unmap,
                     };
                     Box::pin(async move {
-                        let brought = bring_over(range, &source, &*target, &pool, how).await;
+                        let brought = bring_over(range, &source, &*target, &pool, how, None).await;
                         brought.map_err(Failed::error)
                     })
                 },
@@ -262,6 +274,9 @@ impl Mirror {
             }
             (Extent::Nothing, _) => {}
         }
+        if self.integrity.begin(source.length_bytes).await?.is_some() {
+            self.tracker.copy_again();
+        }
         self.knows_what_differs = true;
         self.show_target(cx);
         let mut copier = self.copier();
@@ -292,6 +307,7 @@ impl Mirror {
             // A write that did not reach the target is copied now.
             orders.set_actively_synced(self.actively_synced(cx));
             copier.copy_to(cx, round).await?;
+            copier.flush_and_verify(cx).await?;
             orders.set_actively_synced(self.actively_synced(cx));
             if orders.complete_ordered() || orders.cancel_ordered().is_some() {
                 return Ok(());
@@ -348,6 +364,10 @@ impl Mirror {
             ..Goal::CLEAN
         };
         let whole = copier.copy_to(cx, rest).await? && copier.flush_once(cx).await?;
+        let whole = whole && copier.verify(cx).await?;
+        if whole {
+            self.integrity.write().await?;
+        }
         // Whoever goes on does so beside writers.
         copier.aim(Goal::CLEAN);
         Ok(whole.then_some(quiet))
@@ -409,9 +429,14 @@ impl Work for Mirror {
             let ended = self.mirror(cx).await;
             if ended.is_err() {
                 self.stop_early().await;
+                self.integrity.remove();
             }
             ended
         })
+    }
+
+    fn prepare<'a>(&'a mut self, _: &'a JobContext) -> LocalFuture<'a, Result<(), JobError>> {
+        Box::pin(self.integrity.publish())
     }
 
     fn apply(&mut self) {
@@ -421,6 +446,7 @@ impl Work for Mirror {
     }
 
     fn revert(&mut self) {
+        self.integrity.remove();
         self.settle(match &self.missing {
             Some(missing) => JobEnd::Part(missing),
             None => JobEnd::Failure,

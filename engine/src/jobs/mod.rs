@@ -11,6 +11,8 @@ mod copier_tests;
 pub(crate) mod create;
 pub(crate) mod create_qcow2;
 mod create_raw;
+mod in_flight;
+mod integrity;
 mod mirror;
 pub(crate) mod plan;
 #[cfg(test)]
@@ -19,6 +21,7 @@ mod steps;
 pub(crate) mod stream;
 #[cfg(test)]
 pub(crate) mod test_support;
+mod verifying;
 
 use std::rc::Rc;
 
@@ -27,6 +30,7 @@ use crate::error::JobError;
 use crate::graph::JobNodes;
 use crate::job::context::ErrorPolicies;
 use crate::job::work::Work;
+use crate::jobs::integrity::Integrity;
 use crate::node::Node;
 use crate::node::copy_before_write::Saver;
 use crate::node::mirror_top::Tracker;
@@ -61,20 +65,26 @@ pub fn work(
     let (layers, seen_bytes) = chain.map_or((1, 0), |part| (part.layers, part.seen_bytes));
     let is_active = chain.is_some_and(|part| part.is_whole);
     Ok(match spec {
-        WorkSpec::Backup(spec) => Box::new(backup::Backup::new(
-            node(nodes.source)?,
-            node(nodes.target)?,
-            saver(node(nodes.filter)?)?,
-            nodes.bitmap.clone(),
-            spec.clone(),
-        )),
-        WorkSpec::Mirror(spec) => Box::new(mirror::Mirror::new(
-            node(nodes.source)?,
-            node(nodes.target)?,
-            tracker(node(nodes.filter)?)?,
-            nodes.bitmap.clone(),
-            spec,
-        )),
+        WorkSpec::Backup(spec) => {
+            let backup = backup::Backup::new(
+                node(nodes.source)?,
+                node(nodes.target)?,
+                saver(node(nodes.filter)?)?,
+                nodes.bitmap.clone(),
+                spec.clone(),
+            );
+            Box::new(backup.keeping(Integrity::of(&spec.integrity, context)))
+        }
+        WorkSpec::Mirror(spec) => {
+            let mirror = mirror::Mirror::new(
+                node(nodes.source)?,
+                node(nodes.target)?,
+                tracker(node(nodes.filter)?)?,
+                nodes.bitmap.clone(),
+                spec,
+            );
+            Box::new(mirror.keeping(Integrity::of(&spec.integrity, context)))
+        }
         WorkSpec::Commit(_) if is_active => Box::new(active_commit::ActiveCommit::new(
             node(nodes.source)?,
             node(nodes.target)?,

@@ -133,6 +133,8 @@ pub(crate) struct Plan {
     beside_writers: bool,
     /// Units of which only parts read as zeroes are told apart.
     tells_parts: bool,
+    /// Steps are whole units.
+    keeps_units: bool,
 }
 
 impl Plan {
@@ -156,6 +158,7 @@ impl Plan {
             sharing,
             beside_writers: false,
             tells_parts: false,
+            keeps_units: false,
         }
     }
 
@@ -165,7 +168,23 @@ impl Plan {
         Self {
             beside_writers: true,
             tells_parts: self.unit_bytes < unit_bytes,
+            keeps_units: true,
             unit_bytes,
+            ..self
+        }
+    }
+
+    /// The same in steps of whole units of `unit_bytes`, a power of two, or what it is now where that is longer. Nothing is shared
+    /// if all bytes are to be read.
+    pub(crate) fn in_units(self, unit_bytes: u64, reads_all: bool) -> Self {
+        Self {
+            tells_parts: self.tells_parts || self.unit_bytes < unit_bytes,
+            keeps_units: true,
+            unit_bytes: self.unit_bytes.max(unit_bytes),
+            sharing: match reads_all {
+                true => Sharing::Refused,
+                false => self.sharing,
+            },
             ..self
         }
     }
@@ -272,7 +291,7 @@ impl Plan {
             // A filled unit is widened: what is decided of a part of it would be done to all of it.
             StepKind::Fill(_) => (longest - longest % self.unit_bytes).max(self.unit_bytes),
             // Shorter than a unit where a unit is longer than a request can be.
-            _ if self.beside_writers => self.whole_units(longest),
+            _ if self.keeps_units => self.whole_units(longest),
             _ => longest - longest % self.unit_bytes.min(longest.max(1)),
         };
         let (range, _) = run.split_at(whole.max(1));
@@ -280,9 +299,9 @@ impl Plan {
         Some(Step { range, kind })
     }
 
-    /// As much of `longest` as is whole units, beside writers.
+    /// As much of `longest` as is whole units, where steps are.
     fn whole_units(&self, longest: u64) -> u64 {
-        match self.beside_writers {
+        match self.keeps_units {
             true => (longest - longest % self.unit_bytes).max(self.unit_bytes),
             false => longest,
         }

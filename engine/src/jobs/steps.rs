@@ -9,6 +9,7 @@ use crate::job::context::JobContext;
 use crate::job::error_policy::Side;
 use crate::jobs::copier::CopyOptions;
 use crate::jobs::plan::{Step, StepKind};
+use crate::manifest::Recorder;
 use crate::node::transfer::{Failed, Writing, bring_over, compress, copy, zero};
 use crate::node::{Fill, Node};
 
@@ -29,34 +30,40 @@ impl From<Failed> for Failure {
     }
 }
 
-/// Carries one step out.
+/// Carries one step out. What is read is recorded; then it is whole extents.
 ///
 /// # Errors
 /// As [`Failure`] says; a part may have been done.
 pub(super) async fn carry_out(
     step: Step,
-    source: &Rc<dyn Node>,
-    target: &dyn Node,
+    (source, target): (&Rc<dyn Node>, &dyn Node),
     cx: &JobContext,
     options: CopyOptions,
+    recorder: Option<&Recorder>,
 ) -> Result<(), Failure> {
     let (range, pool) = (step.range, cx.pool());
     match step.kind {
         StepKind::Copy if options.compress => {
-            compress(range, &**source, target, pool, options.unit_bytes).await?;
+            let how = (pool, options.unit_bytes);
+            compress(range, &**source, target, how, recorder).await?;
         }
-        StepKind::Copy => copy(range, &**source, target, pool).await?,
+        StepKind::Copy => copy(range, &**source, target, pool, recorder).await?,
         StepKind::Parts => {
             let how = Writing {
                 unit_bytes: options.unit_bytes,
                 compress: options.compress,
                 may_unmap: options.may_unmap,
             };
-            bring_over(range, source, target, pool, how).await?;
+            bring_over(range, source, target, pool, how, recorder).await?;
         }
-        StepKind::Zero => zero(range, target, options.may_unmap)
-            .await
-            .map_err(Failed::Writing)?,
+        StepKind::Zero => {
+            zero(range, target, options.may_unmap)
+                .await
+                .map_err(Failed::Writing)?;
+            if let Some(recorder) = recorder {
+                recorder.zeroes(range).await;
+            }
+        }
         StepKind::Share => share(range, &**source, target).await?,
         StepKind::Fill(with) => fill(range, with, target, cx).await?,
         StepKind::Skip => {}

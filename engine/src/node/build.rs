@@ -233,6 +233,7 @@ async fn build_bare(
             let saver = Saver::resumed(progress, lengths, *cbw, surroundings(context));
             let unit_bytes = target.facts().cluster_size_bytes.map_or(1, u64::from);
             let destination = Destination {
+                recorder: None,
                 source: source.clone(),
                 target,
                 layers_max: None,

@@ -3,10 +3,13 @@
 use std::rc::Rc;
 
 use blockyard_storage::buffer::{BUFFER_SLOT_BYTES, BufferPool};
-use blockyard_storage::{Buffer, ByteRange, ZeroMode};
+use blockyard_storage::error::EIO;
+use blockyard_storage::{Buffer, ByteRange, Operation, StorageError, ZeroMode};
 
 use crate::error::NodeError;
 use crate::limits::STATUS_EXTENTS_MAX;
+use crate::manifest::Recorder;
+use crate::manifest::recorder::Recording;
 use crate::node::Node;
 use crate::node::chain::{Content, chain_status};
 use crate::node::runs::{Known, Runs, Seen};
@@ -29,6 +32,14 @@ impl Failed {
     }
 }
 
+/// Sums of bytes that are not there any more, by a bug in what makes them.
+fn lost(source: &dyn Node, range: ByteRange) -> Failed {
+    Failed::Reading(NodeError {
+        node: source.name(),
+        source: StorageError::new(Operation::Read, range, EIO),
+    })
+}
+
 /// How a target wants to be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Writing {
@@ -41,6 +52,7 @@ pub(crate) struct Writing {
 }
 
 /// Brings `range` over, whose ends are multiples of the target's unit or the end of the disk: what is known to be zeroes as such.
+/// With a recorder, they are those of extents as well.
 ///
 /// # Errors
 /// Of either side; a part may have come over.
@@ -50,7 +62,9 @@ pub(crate) async fn bring_over(
     target: &dyn Node,
     pool: &BufferPool,
     how: Writing,
+    recorder: Option<&Recorder>,
 ) -> Result<(), Failed> {
+    let mut recording = recorder.map(|recorder| recorder.begin(range));
     let unit_bytes = how.unit_bytes.max(1);
     let (mut known, mut rest) = (Runs::default(), range);
     while !rest.is_empty() {
@@ -58,15 +72,46 @@ pub(crate) async fn bring_over(
         look_ahead(&mut known, source, None, rest, unit_bytes).await;
         let (run, is_zero) = known.front_units(rest, unit_bytes, Seen::is_zero);
         rest = ByteRange::between(run.end(), rest.end());
+        let recording = recording.as_mut();
         match is_zero {
-            true => zero(run, target, how.may_unmap)
-                .await
-                .map_err(Failed::Writing)?,
-            false if how.compress => compress(run, &**source, target, pool, unit_bytes).await?,
-            false => copy(run, &**source, target, pool).await?,
+            true => {
+                zero(run, target, how.may_unmap)
+                    .await
+                    .map_err(Failed::Writing)?;
+                recording
+                    .into_iter()
+                    .for_each(|sums| sums.zeroes(run.length()));
+            }
+            false if how.compress => {
+                compress_recording(run, &**source, target, (pool, unit_bytes), recording).await?;
+            }
+            false => copy_recording(run, &**source, target, pool, recording).await?,
         }
     }
+    ended(recording).await;
     Ok(())
+}
+
+async fn ended(recording: Option<Recording<'_>>) {
+    if let Some(recording) = recording {
+        recording.end().await;
+    }
+}
+
+/// Lets a recording have the bytes of `piece`.
+async fn recorded(
+    piece: ByteRange,
+    buffer: Buffer,
+    source: &dyn Node,
+    recording: Option<&mut Recording<'_>>,
+) -> Result<Buffer, Failed> {
+    match recording {
+        Some(recording) => {
+            let buffer = recording.bytes(buffer).await;
+            buffer.ok_or_else(|| lost(source, piece))
+        }
+        None => Ok(buffer),
+    }
 }
 
 /// Finds out what the unit at the front of `rest` is, in the first `layers_max` layers (`None`: in all), and what comes with the
@@ -98,7 +143,7 @@ pub(crate) async fn look_ahead(
     }
 }
 
-/// Reads and writes one range, in pieces of a buffer slot.
+/// Reads and writes one range, in pieces of a buffer slot. With a recorder, it is whole extents.
 ///
 /// # Errors
 /// Of either side; a part may have been copied.
@@ -107,6 +152,20 @@ pub(crate) async fn copy(
     source: &dyn Node,
     target: &dyn Node,
     pool: &BufferPool,
+    recorder: Option<&Recorder>,
+) -> Result<(), Failed> {
+    let mut recording = recorder.map(|recorder| recorder.begin(range));
+    copy_recording(range, source, target, pool, recording.as_mut()).await?;
+    ended(recording).await;
+    Ok(())
+}
+
+async fn copy_recording(
+    range: ByteRange,
+    source: &dyn Node,
+    target: &dyn Node,
+    pool: &BufferPool,
+    mut recording: Option<&mut Recording<'_>>,
 ) -> Result<(), Failed> {
     let mut rest = range;
     while !rest.is_empty() {
@@ -116,13 +175,14 @@ pub(crate) async fn copy(
         let buffer = pool.take(length).await;
         let read = source.read(piece.offset(), buffer).await;
         read.outcome.map_err(Failed::Reading)?;
-        let written = target.write(piece.offset(), read.buffer).await;
+        let buffer = recorded(piece, read.buffer, source, recording.as_deref_mut()).await?;
+        let written = target.write(piece.offset(), buffer).await;
         written.outcome.map_err(Failed::Writing)?;
     }
     Ok(())
 }
 
-/// Reads one range and writes it compressed, in pieces of whole units.
+/// Reads one range and writes it compressed, in pieces of whole units. With a recorder, it is whole extents.
 ///
 /// # Errors
 /// Of either side; a part may have been copied.
@@ -130,8 +190,22 @@ pub(crate) async fn compress(
     range: ByteRange,
     source: &dyn Node,
     target: &dyn Node,
-    pool: &BufferPool,
-    unit_bytes: u64,
+    (pool, unit_bytes): (&BufferPool, u64),
+    recorder: Option<&Recorder>,
+) -> Result<(), Failed> {
+    let mut recording = recorder.map(|recorder| recorder.begin(range));
+    let how = (pool, unit_bytes);
+    compress_recording(range, source, target, how, recording.as_mut()).await?;
+    ended(recording).await;
+    Ok(())
+}
+
+async fn compress_recording(
+    range: ByteRange,
+    source: &dyn Node,
+    target: &dyn Node,
+    (pool, unit_bytes): (&BufferPool, u64),
+    mut recording: Option<&mut Recording<'_>>,
 ) -> Result<(), Failed> {
     for piece in range.pieces(unit_bytes.max(BUFFER_SLOT_BYTES as u64)) {
         let length = usize::try_from(piece.length()).unwrap_or(usize::MAX);
@@ -142,7 +216,8 @@ pub(crate) async fn compress(
         };
         let read = source.read(piece.offset(), buffer).await;
         read.outcome.map_err(Failed::Reading)?;
-        let written = target.write_compressed(piece.offset(), read.buffer).await;
+        let buffer = recorded(piece, read.buffer, source, recording.as_deref_mut()).await?;
+        let written = target.write_compressed(piece.offset(), buffer).await;
         written.outcome.map_err(Failed::Writing)?;
     }
     Ok(())

@@ -10,8 +10,8 @@ use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::{BlockJobView, JobView, Reply};
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CbwOptions, CommonOptions, DriverSpec, JobSpec, MirrorSpec, NodeSpec,
-    NullSpec, Request, SyncMode, VerbFamily, WorkSpec,
+    BackupPerf, BackupSpec, CbwOptions, CommonOptions, DriverSpec, IntegritySpec, JobSpec,
+    MirrorSpec, NodeSpec, NullSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
 
 /// An engine and everything it says.
@@ -158,6 +158,7 @@ pub(crate) fn backup(source: &str, target: &str, speed: i64) -> WorkSpec {
         discard_source: false,
         perf: BackupPerf::default(),
         cbw: CbwOptions::default(),
+        integrity: IntegritySpec::default(),
     })
 }
 

@@ -15,8 +15,8 @@ use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::Reply;
 use blockyard_engine::request::{
     BackupPerf, BackupSpec, CbwOptions, CommonOptions, CopyMode, CreateQcow2Spec, CreateSpec,
-    DriverSpec, FileSpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Qcow2Spec, Request, SyncMode,
-    VerbFamily, WorkSpec,
+    DriverSpec, FileSpec, IntegritySpec, JobSpec, MirrorSpec, NodeRef, NodeSpec, Qcow2Spec,
+    Request, SyncMode, VerbFamily, WorkSpec,
 };
 use blockyard_storage::ByteRange;
 
@@ -161,6 +161,7 @@ pub(crate) fn backup() -> WorkSpec {
         discard_source: false,
         perf: BackupPerf::default(),
         cbw: CbwOptions::default(),
+        integrity: IntegritySpec::default(),
     })
 }
 

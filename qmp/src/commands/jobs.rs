@@ -7,9 +7,9 @@ use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::request::{
     AmendSpec, BackupPerf, BackupSpec, BitmapMode, CbwOptions, CommitSpec, CopyMode,
-    CreateEncryption, CreatePreallocation, CreateQcow2Spec, CreateSpec, JobSpec, MirrorSpec,
-    NewTargetSpec, OnCbwError, PlanSpec, PlannedJob, Request, StreamSpec, SyncMode, VerbFamily,
-    WorkSpec,
+    CreateEncryption, CreatePreallocation, CreateQcow2Spec, CreateSpec, IntegritySpec, JobSpec,
+    MirrorSpec, NewTargetSpec, OnCbwError, PlanSpec, PlannedJob, Request, StreamSpec, SyncMode,
+    VerbFamily, WorkSpec,
 };
 
 use crate::commands::nodes::node_reference;
@@ -207,7 +207,17 @@ fn backup_spec(arguments: &mut Fields) -> BackupSpec {
                 .unwrap_or_default(),
             timeout_seconds: seconds(arguments, "x-cbw-timeout"),
         },
+        integrity: integrity(arguments),
         ..BackupSpec::default()
+    }
+}
+
+/// What is done about checksums.
+fn integrity(arguments: &mut Fields) -> IntegritySpec {
+    IntegritySpec {
+        manifest: arguments.text("x-manifest").map(PathBuf::from),
+        replaces_manifest: false,
+        verify: arguments.flag("x-verify").unwrap_or(false),
     }
 }
 
@@ -259,6 +269,7 @@ fn mirror_spec(arguments: &mut Fields) -> MirrorSpec {
         copy_mode: arguments
             .word("copy-mode", COPY_MODES)
             .unwrap_or(CopyMode::Background),
+        integrity: integrity(arguments),
         ..MirrorSpec::default()
     }
 }

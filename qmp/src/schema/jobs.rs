@@ -77,6 +77,8 @@ pub static BACKUP: Object = Object::of(&[
     // As of QEMU 10.1.
     optional("on-cbw-error", Type::Word(&ON_CBW_ERROR)),
     optional("x-cbw-timeout", Type::Uint32).unstable(),
+    optional("x-manifest", Type::Text).unstable(),
+    optional("x-verify", Type::Bool).unstable(),
     required("target", Type::Text),
 ]);
 /// Arguments of `drive-backup`.
@@ -98,6 +100,8 @@ pub static DRIVE_BACKUP: Object = Object::of(&[
     // As of QEMU 10.1.
     optional("on-cbw-error", Type::Word(&ON_CBW_ERROR)),
     optional("x-cbw-timeout", Type::Uint32).unstable(),
+    optional("x-manifest", Type::Text).unstable(),
+    optional("x-verify", Type::Bool).unstable(),
     required("target", Type::Text),
     optional("format", Type::Text),
     optional("mode", Type::Word(&NEW_IMAGE_MODE)),
@@ -121,6 +125,8 @@ pub static MIRROR: Object = Object::of(&[
     optional("target-is-zero", Type::Bool),
     optional("bitmap", Type::Text),
     optional("bitmap-mode", Type::Word(&BITMAP_MODE)),
+    optional("x-manifest", Type::Text).unstable(),
+    optional("x-verify", Type::Bool).unstable(),
 ]);
 /// Arguments of `drive-mirror`.
 pub static DRIVE_MIRROR: Object = Object::of(&[
@@ -143,6 +149,8 @@ pub static DRIVE_MIRROR: Object = Object::of(&[
     optional("auto-dismiss", Type::Bool),
     optional("bitmap", Type::Text),
     optional("bitmap-mode", Type::Word(&BITMAP_MODE)),
+    optional("x-manifest", Type::Text).unstable(),
+    optional("x-verify", Type::Bool).unstable(),
 ]);
 /// Arguments of `block-commit`.
 pub static COMMIT: Object = Object::of(&[

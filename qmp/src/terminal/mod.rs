@@ -32,6 +32,7 @@ use crate::terminal::images::map::MapArguments;
 use crate::terminal::images::measure::MeasureArguments;
 use crate::terminal::images::resize::ResizeArguments;
 use crate::terminal::images::snapshot::SnapshotArguments;
+use crate::terminal::images::verify::{self, VerifyArguments};
 use crate::tour::guide::TourArguments;
 
 /// What `--version` prints behind the program's name.
@@ -56,6 +57,7 @@ const BACKUP_EXAMPLES: &str = "  \
   blockyard backup disk.raw backup.raw
   blockyard backup --verify --speed 100M disk.raw /mnt/backup/disk.raw
   blockyard backup --force /dev/vg/snapshot backup.raw
+  blockyard backup --manifest backup.manifest disk.raw backup.raw
   blockyard backup --json disk.raw backup.raw";
 
 const CHECK_EXAMPLES: &str = "  \
@@ -102,6 +104,10 @@ const MEASURE_EXAMPLES: &str = "  \
 const COMPARE_EXAMPLES: &str = "  \
   blockyard compare -F qcow2 disk.raw copy.qcow2
   blockyard compare --strict -f raw -F raw disk.raw copy.raw";
+
+const VERIFY_EXAMPLES: &str = "  \
+  blockyard verify backup.raw backup.manifest
+  blockyard verify -f qcow2 --json image.qcow2 image.manifest";
 
 const CHAIN_EXAMPLES: &str = "  \
   blockyard chain overlay.qcow2
@@ -283,6 +289,14 @@ pub enum Command {
     /// zeroes nothing is read. If one is longer than the other, what is behind the end of the shorter one counts as zeroes.
     #[command(after_help = after_help_with(COMPARE_EXAMPLES, &compare::EXIT_CODES))]
     Compare(CompareArguments),
+    /// Hold an image against a checksum manifest
+    ///
+    /// Reads the disk in TARGET and names the parts that are not what MANIFEST says, in extents of 64 KiB. What the manifest tells of as
+    /// zeroes and the file system knows to be a hole is not read. A manifest that was changed or cut off judges nothing. What is
+    /// behind the end that the manifest knows is not looked at. With --cache none, what the medium holds is read, not what the
+    /// page cache does. TARGET must not be in use by somebody who writes to it.
+    #[command(after_help = after_help_with(VERIFY_EXAMPLES, &verify::EXIT_CODES))]
+    Verify(VerifyArguments),
     /// Measure how fast this machine copies
     ///
     /// Copies a file of SIZE made for it in DIR, or SRC to DST, several times, each from the start of a job until the copy is

@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::terminal::copy::verify::{Compared, compare};
+use crate::tour::files::{Compared, compare};
 
 /// Bytes read at once from either side.
 const READ_BYTES: usize = 1 << 20;

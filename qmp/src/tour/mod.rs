@@ -4,6 +4,7 @@
 
 pub mod compare;
 pub mod daemon;
+pub mod files;
 pub mod guide;
 pub mod scratch;
 pub mod stage;

@@ -19,13 +19,17 @@ use crate::job::context::{CancelMode, ErrorPolicies, JobKey, JobShared, Report};
 use crate::job::error_policy::{ErrorAction, OnError};
 use crate::job::work::{Stop, Work};
 use crate::jobs::backup::Backup;
+use crate::jobs::integrity::Integrity;
 use crate::jobs::test_support::{Running, VirtualClock};
+use crate::manifest::Recorder;
 use crate::node::Node;
 use crate::node::copy_before_write::{CopyBeforeWrite, Saver, Surroundings};
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::recording_node::RecordingNode;
 use crate::node::root::Root;
-use crate::request::{BackupPerf, BackupSpec, BitmapMode, CbwOptions, Discard, SyncMode};
+use crate::request::{
+    BackupPerf, BackupSpec, BitmapMode, CbwOptions, Discard, IntegritySpec, SyncMode,
+};
 
 /// A job that meets so many errors is cancelled.
 pub(super) const ERRORS_MAX: usize = 12;
@@ -101,6 +105,8 @@ pub(super) struct Stage {
     surroundings: Surroundings,
     pub(super) errors: Cell<usize>,
     pub(super) failed_writes: RefCell<Vec<i32>>,
+    /// Who is told what the job reads.
+    pub(super) recorder: Option<Rc<Recorder>>,
 }
 
 impl Stage {
@@ -168,6 +174,7 @@ impl Stage {
             surroundings: kept,
             errors: Cell::new(0),
             failed_writes: RefCell::default(),
+            recorder: None,
             setup,
         }
     }
@@ -351,6 +358,7 @@ impl Stage {
             discard_source: false,
             perf: setup.perf,
             cbw: setup.cbw,
+            integrity: IntegritySpec::default(),
         };
         Backup::new(
             self.source.clone(),
@@ -359,6 +367,7 @@ impl Stage {
             self.bitmap.clone(),
             spec,
         )
+        .keeping(Integrity::with_recorder(self.recorder.clone()))
     }
 
     /// Runs the job and its writers until both have ended, or the job has succeeded if that is all that is wanted.

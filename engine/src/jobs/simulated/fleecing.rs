@@ -31,6 +31,7 @@ const UNMAPS: SnapshotAccessOptions = SnapshotAccessOptions {
 fn begin(stage: &Stage, saver: &Saver) {
     let unit_bytes = stage.target.facts().cluster_size_bytes;
     let destination = Destination {
+        recorder: None,
         source: stage.source.clone(),
         target: stage.target.clone(),
         layers_max: None,

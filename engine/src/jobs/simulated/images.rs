@@ -19,7 +19,7 @@ use crate::node::Node;
 use crate::node::mirror_top::Tracker;
 use crate::node::qcow2::tests::model::{Model, Operation, assert_holds};
 use crate::node::qcow2::tests::yard::{DataFile, Setup, Yard};
-use crate::request::{BackupPerf, BackupSpec, CbwOptions, MirrorSpec, SyncMode};
+use crate::request::{BackupPerf, BackupSpec, CbwOptions, IntegritySpec, MirrorSpec, SyncMode};
 
 /// A copy of an image.
 struct Copy {
@@ -104,6 +104,7 @@ impl Copy {
                     discard_source: false,
                     perf: BackupPerf::default(),
                     cbw: CbwOptions::default(),
+                    integrity: IntegritySpec::default(),
                 },
             )),
             None => Box::new(Mirror::new(

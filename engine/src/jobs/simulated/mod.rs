@@ -14,6 +14,7 @@ mod create_raw;
 mod faults;
 mod fleecing;
 mod images;
+mod integrity;
 mod orders;
 mod power;
 mod rebase;

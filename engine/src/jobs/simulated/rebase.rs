@@ -9,6 +9,7 @@ use blockyard_simulator::{Fault, Seed, each_seed, run};
 use blockyard_storage::error::{EIO, ENOSPC};
 
 use super::chain::{Chain, Nodes};
+use crate::data::CpuPool;
 use crate::error::EngineError;
 use crate::images::{self, ImageReply, ImageWatcher, ImageWork, RebaseSpec};
 use crate::node::Node;
@@ -83,7 +84,13 @@ impl Place {
     fn rebase(&self, nodes: &Nodes, goes_on: impl Fn() -> bool) -> Option<Result<(), EngineError>> {
         let node: Rc<dyn Node> = nodes.top.clone();
         let work = ImageWork::Rebase(self.spec());
-        let work = images::run(node, self.new_backing(), work, ImageWatcher::alone());
+        let work = images::run(
+            node,
+            self.new_backing(),
+            work,
+            ImageWatcher::alone(),
+            CpuPool::on_the_spot(),
+        );
         let ended = run(work, || goes_on() && self.step())?;
         Some(ended.map(|reply| assert!(matches!(reply, ImageReply::Rebased(_)))))
     }

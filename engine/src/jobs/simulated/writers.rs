@@ -20,8 +20,10 @@ use crate::job::context::{CancelMode, ErrorPolicies, JobKey, JobShared, Report};
 use crate::job::error_policy::{ErrorAction, OnError};
 use crate::job::work::{Stop, Work};
 use crate::jobs::active_commit::ActiveCommit;
+use crate::jobs::integrity::Integrity;
 use crate::jobs::mirror::Mirror;
 use crate::jobs::test_support::{Running, VirtualClock};
+use crate::manifest::Recorder;
 use crate::node::Node;
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::mirror_top::{MirrorTop, Tracker};
@@ -110,6 +112,8 @@ struct Stage {
     writing: Cell<usize>,
     is_ready: Cell<bool>,
     errors: Cell<usize>,
+    /// Who is told what the job reads.
+    recorder: Option<Rc<Recorder>>,
 }
 
 impl Stage {
@@ -151,6 +155,7 @@ impl Stage {
             writing: Cell::new(0),
             is_ready: Cell::new(false),
             errors: Cell::new(0),
+            recorder: None,
             setup,
         }
     }
@@ -308,6 +313,7 @@ impl Stage {
                 self.assert_known(0, &new, "the target");
                 let differs = old.iter().zip(&new).position(|(old, new)| old != new);
                 assert_eq!(differs, None, "{:?}", self.setup);
+                self.assert_recorded(&new).await;
             }
             if ended.is_ok() {
                 let progress = &orders.progress;
@@ -406,25 +412,6 @@ impl Stage {
             orders.order_copy_mode(CopyMode::WriteBlocking);
         }
         pauses || changes_speed
-    }
-
-    /// After the end: where the writers are then, all that they know is there.
-    fn assert_end(&self, ended: &Result<(), Stop>, step: impl Fn() -> bool) {
-        match ended {
-            Ok(()) => assert_ne!(self.setup.end, End::Cancel),
-            Err(Stop::Cancelled) => assert!(
-                self.setup.end == End::Cancel || self.errors.get() >= ERRORS_MAX,
-                "{:?}",
-                self.setup
-            ),
-            Err(Stop::Failed(_)) => assert!(self.errors.get() > 0),
-        }
-        let at = match ended {
-            Ok(()) if self.setup.end == End::Complete => &self.target,
-            _ => &self.source,
-        };
-        let bytes = run(self.contents(at), step).expect("read");
-        self.assert_known(0, &bytes, "in the end");
     }
 }
 
@@ -543,13 +530,14 @@ fn mirror(stage: &Stage, sync: SyncMode) -> Box<dyn Work> {
         copy_mode: stage.setup.copy_mode,
         ..MirrorSpec::default()
     };
-    Box::new(Mirror::new(
+    let mirror = Mirror::new(
         stage.source.clone(),
         stage.target.clone(),
         stage.tracker.clone(),
         stage.bitmap.clone(),
         &spec,
-    ))
+    );
+    Box::new(mirror.keeping(Integrity::with_recorder(stage.recorder.clone())))
 }
 
 #[test]
@@ -693,6 +681,9 @@ fn what_has_succeeded_survives_the_power() {
 
 #[path = "active_commits.rs"]
 mod active_commits;
+
+#[path = "mirror_ends.rs"]
+mod mirror_ends;
 
 #[path = "mirror_bitmaps.rs"]
 mod mirror_bitmaps;

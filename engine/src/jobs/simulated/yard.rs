@@ -19,7 +19,7 @@ use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::mirror_top::Tracker;
 use crate::node::raw_node::{RawNode, Window};
 use crate::request::{
-    BackupPerf, BackupSpec, CbwOptions, DetectZeroes, Discard, MirrorSpec, SyncMode,
+    BackupPerf, BackupSpec, CbwOptions, DetectZeroes, Discard, IntegritySpec, MirrorSpec, SyncMode,
 };
 
 /// Unit in which disks take room.
@@ -324,6 +324,7 @@ impl Yard {
                     discard_source: discards_source,
                     perf: BackupPerf::default(),
                     cbw: CbwOptions::default(),
+                    integrity: IntegritySpec::default(),
                 };
                 let saver = saver(&source, &target, &self.clock);
                 Box::new(Backup::new(source, target, saver, None, spec))

@@ -25,6 +25,7 @@ use crate::clock::Clock;
 use crate::data::Spawner;
 use crate::error::NodeError;
 use crate::limits::CBW_BUFFERS_BYTES;
+use crate::manifest::Recorder;
 use crate::node::Node;
 use crate::node::dirty_map::DirtyMap;
 use crate::node::gate::{Closed, Gate, Way};
@@ -47,6 +48,8 @@ pub(crate) struct Destination {
     pub(crate) layers_max: Option<usize>,
     /// How the target is written.
     pub(crate) how: Writing,
+    /// Who is told what was read.
+    pub(crate) recorder: Option<Rc<Recorder>>,
 }
 
 impl Destination {
@@ -438,8 +441,15 @@ impl Saver {
             }
             if fate == Fate::Saved {
                 (span, _) = span.split_at(SPAN_MAX_BYTES.max(cluster_bytes));
-                let Destination { source, target, .. } = destination;
-                bring_over(span, source, &**target, &self.pool, destination.how).await?;
+                let Destination {
+                    source,
+                    target,
+                    how,
+                    recorder,
+                    ..
+                } = destination;
+                let recorder = recorder.as_deref();
+                bring_over(span, source, &**target, &self.pool, *how, recorder).await?;
             }
             self.settle(span, fate);
             rest = ByteRange::between(span.end(), rest.end());

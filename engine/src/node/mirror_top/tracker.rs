@@ -49,6 +49,8 @@ pub struct Tracker {
     pub(super) gate: Rc<Gate>,
     other_side: RefCell<Option<OtherSide>>,
     writes_both: Cell<bool>,
+    /// What was written on both sides is copied as well.
+    copies_again: Cell<bool>,
     planned: Cell<ByteRange>,
     /// Bytes that have changed since the job asked: more, or less.
     change_bytes: Cell<i64>,
@@ -70,6 +72,7 @@ impl Tracker {
             gate: Rc::default(),
             other_side: RefCell::default(),
             writes_both: Cell::new(false),
+            copies_again: Cell::new(false),
             planned: Cell::default(),
             change_bytes: Cell::new(0),
             dirtied_bytes: Cell::new(0),
@@ -93,6 +96,16 @@ impl Tracker {
     /// Whether writes end when both sides have them.
     pub(crate) fn set_writes_both(&self, both: bool) {
         self.writes_both.set(both);
+    }
+
+    /// What is written on both sides is copied all the same from now on: whoever copies has to know what it reads.
+    pub(crate) fn copy_again(&self) {
+        self.copies_again.set(true);
+    }
+
+    /// Whether something of `range` has to be copied.
+    pub(crate) fn is_dirty(&self, range: ByteRange) -> bool {
+        self.dirty.borrow().run_in(range).is_some()
     }
 
     /// The other side, as long as writes go there.
@@ -181,7 +194,8 @@ impl Tracker {
     /// it knew before.
     pub(super) fn written_on_both(&self, range: ByteRange) {
         let touched = self.outward(range);
-        if self.planned.get().overlaps(&touched) || self.turns.copy_waits(touched) {
+        let is_planned = self.planned.get().overlaps(&touched) || self.turns.copy_waits(touched);
+        if is_planned || self.copies_again.get() {
             self.mark(range);
         } else {
             self.clear(range);

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use blockyard_engine::engine::probe;
 use blockyard_engine::job::error_policy::OnError;
-use blockyard_engine::request::{CreatePreallocation, DetectZeroes};
+use blockyard_engine::request::{CreatePreallocation, DetectZeroes, IntegritySpec};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -159,6 +159,7 @@ async fn measure(
         .map_err(Copied::refused)?;
     let target = Target::claim(target, arguments.force, Some(&source)).map_err(Copied::refused)?;
     let options = CopyOptions {
+        integrity: IntegritySpec::default(),
         kind: arguments.job,
         speed: arguments.pace.speed,
         on_error: OnError::Report,

@@ -118,7 +118,10 @@ async fn check(embedded: &mut Embedded, arguments: &CheckArguments) -> Checked {
             ImageEvent::Repaired { corruptions, leaks } if !is_json => {
                 display.result(&repaired(corruptions, leaks));
             }
-            ImageEvent::Repaired { .. } | ImageEvent::Mapped(_) | ImageEvent::Dirty(_) => {}
+            ImageEvent::Repaired { .. }
+            | ImageEvent::Mapped(_)
+            | ImageEvent::Dirty(_)
+            | ImageEvent::Differs(_) => {}
         })
         .await;
     match done {

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::request::{
-    BackupPerf, BackupSpec, CbwOptions, CreatePreallocation, DetectZeroes, MirrorSpec, SyncMode,
-    WorkSpec,
+    BackupPerf, BackupSpec, CbwOptions, CreatePreallocation, DetectZeroes, IntegritySpec,
+    MirrorSpec, SyncMode, WorkSpec,
 };
 use clap::{Args, ValueEnum};
 
@@ -30,9 +30,13 @@ pub struct CopyArguments {
     /// Overwrite DST if it exists. Its content is lost from the start, whether the copy succeeds or not
     #[arg(long, short, alias = "overwrite")]
     pub(crate) force: bool,
-    /// Read both sides once the copy is made, and compare them
+    /// Read DST back once the copy is made, and compare it with what was read from SRC
     #[arg(long)]
     pub(crate) verify: bool,
+    /// Write checksums of the copy to FILE, for `blockyard verify`. FILE must not exist, or is replaced with --force. All bytes
+    /// of SRC are read then, also where the file system could share them
+    #[arg(long, value_name = "FILE")]
+    pub(crate) manifest: Option<PathBuf>,
     /// Keep what was written to a new DST when the copy fails or is cancelled
     #[arg(long)]
     pub(crate) keep_partial: bool,
@@ -140,7 +144,7 @@ impl CopyKind {
     }
 
     /// The job that copies the source node to the target node.
-    pub(crate) fn work(self, speed: i64, on_error: OnError) -> WorkSpec {
+    pub(crate) fn work(self, speed: i64, on_error: OnError, integrity: IntegritySpec) -> WorkSpec {
         let (device, target) = (SOURCE.to_owned(), TARGET.to_owned());
         match self {
             CopyKind::Backup => WorkSpec::Backup(BackupSpec {
@@ -158,6 +162,7 @@ impl CopyKind {
                 discard_source: false,
                 perf: BackupPerf::default(),
                 cbw: CbwOptions::default(),
+                integrity,
             }),
             CopyKind::Mirror => WorkSpec::Mirror(MirrorSpec {
                 device,
@@ -165,6 +170,7 @@ impl CopyKind {
                 speed,
                 on_source_error: on_error,
                 on_target_error: on_error,
+                integrity,
                 ..MirrorSpec::default()
             }),
         }
@@ -195,6 +201,11 @@ impl CopyArguments {
             on_error: self.on_error.into(),
             preallocation: self.preallocation.into(),
             detect_zeroes: self.detect_zeroes.into(),
+            integrity: IntegritySpec {
+                manifest: self.manifest.clone(),
+                replaces_manifest: self.force,
+                verify: self.verify,
+            },
         }
     }
 }

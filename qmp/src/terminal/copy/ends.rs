@@ -80,6 +80,11 @@ impl Source {
         })
     }
 
+    /// Whether these facts are of the same file.
+    pub(crate) fn is_file_of(&self, facts: &fs::Metadata) -> bool {
+        Identity::of(facts) == self.identity
+    }
+
     /// Length as a node.
     pub(crate) fn size_bytes(&self) -> u64 {
         self.length_bytes.next_multiple_of(SECTOR_BYTES)
@@ -234,6 +239,11 @@ impl Target {
             identity: Identity::of(&found),
             before: (found.len(), found.modified().ok()),
         })
+    }
+
+    /// Whether these facts are of the same file.
+    pub(crate) fn is_file_of(&self, facts: &fs::Metadata) -> bool {
+        Identity::of(facts) == self.identity
     }
 
     /// Nobody else's file is ever taken for a new one, whenever it appears.

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use blockyard_engine::error::EngineError;
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::reply::JobView;
-use blockyard_engine::request::{CreatePreallocation, CreateSpec, DetectZeroes, Discard, WorkSpec};
+use blockyard_engine::request::{
+    CreatePreallocation, CreateSpec, DetectZeroes, Discard, IntegritySpec, WorkSpec,
+};
 use serde_json::Value;
 
 use crate::terminal::copy::arguments::{CopyKind, SOURCE, TARGET};
@@ -20,7 +22,7 @@ const CANCELED: &str = "Operation canceled";
 const CREATE: &str = "create";
 
 /// How to copy.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct CopyOptions {
     pub(crate) kind: CopyKind,
     /// Bytes per second at most; 0: no limit.
@@ -28,6 +30,8 @@ pub(crate) struct CopyOptions {
     pub(crate) on_error: OnError,
     pub(crate) preallocation: CreatePreallocation,
     pub(crate) detect_zeroes: DetectZeroes,
+    /// Checksums of what is copied.
+    pub(crate) integrity: IntegritySpec,
 }
 
 /// What a copy came to.
@@ -79,6 +83,16 @@ impl Copied {
             }
         };
         self.tell("target-removed", removed, text);
+    }
+
+    /// Removes the manifest of a copy that came to nothing after its job had ended well.
+    pub(crate) fn remove_manifest(&self, options: &CopyOptions) {
+        let is_written = self.job.as_ref().is_some_and(|job| job.error.is_none());
+        if let (true, Some(path)) = (is_written, &options.integrity.manifest)
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            tracing::warn!(%error, "the manifest could not be removed");
+        }
     }
 }
 
@@ -159,7 +173,10 @@ pub(crate) async fn copy_across(
     source: &Source,
     target: &Target,
 ) -> Copied {
-    let work = options.kind.work(options.speed, options.on_error);
+    let integrity = options.integrity.clone();
+    let work = options
+        .kind
+        .work(options.speed, options.on_error, integrity);
     let started = Instant::now();
     let job = match embedded.run_job(options.kind.name(), work, true).await {
         Ok(job) => job,

@@ -1,25 +1,23 @@
 //! `blockyard backup` and `blockyard mirror`: one image or device copied, without a daemon.
 //!
 //! ```text
-//!   look at both files -> lock SRC -> make or empty DST -> lock DST -> job -> exact length, sync -> verify
+//!   look at both files -> lock SRC -> make or empty DST -> lock DST -> job, which verifies -> exact length, sync
 //! ```
 //! Nothing changes before SRC is known to be readable and not in use. DST is removed again only if this command made it.
 
 pub(crate) mod arguments;
 pub(crate) mod ends;
 pub(crate) mod job;
-pub(crate) mod verify;
 
+use std::fs;
 use std::time::Instant;
 
 use serde_json::json;
 
-use crate::error::reason;
 use crate::size;
 use crate::terminal::copy::arguments::{CopyArguments, CopyKind, Preallocation};
 use crate::terminal::copy::ends::{Source, Target, shown};
 use crate::terminal::copy::job::{Copied, CopyOptions, add_source, add_target, copy_across};
-use crate::terminal::copy::verify::{Compared, compare};
 use crate::terminal::display::{Display, Ended, Fact, Outcome};
 use crate::terminal::embedded::{Embedded, with_engine};
 use crate::terminal::exit::Exit;
@@ -72,16 +70,14 @@ async fn copy(embedded: &mut Embedded, kind: CopyKind, arguments: &CopyArguments
     if target.is_device && arguments.preallocation != Preallocation::Off {
         return Copied::refused("--preallocation is for files, a device has all its room");
     }
-    let mut copied = copy_onto(
-        embedded,
-        &arguments.options(kind),
-        arguments.verify,
-        &source,
-        &target,
-    )
-    .await;
+    let options = arguments.options(kind);
+    let mut copied = match check_manifest(&options, &source, &target) {
+        Ok(()) => copy_onto(embedded, &options, &source, &target).await,
+        Err(text) => Copied::refused(text),
+    };
     if copied.outcome != Outcome::Completed {
         copied.clean_up(&target, arguments.keep_partial);
+        copied.remove_manifest(&options);
     }
     copied
 }
@@ -89,7 +85,6 @@ async fn copy(embedded: &mut Embedded, kind: CopyKind, arguments: &CopyArguments
 async fn copy_onto(
     embedded: &mut Embedded,
     options: &CopyOptions,
-    verifies: bool,
     source: &Source,
     target: &Target,
 ) -> Copied {
@@ -117,11 +112,18 @@ async fn copy_onto(
         let text = format!("{} on disk", size::shown(allocated));
         copied.tell("allocated-bytes", allocated, text);
     }
-    if verifies {
-        verify(embedded, source, target, &mut copied);
-    }
+    let verifies = options.integrity.verify;
     match source.was_modified() {
+        Ok(false) if verifies => copied.tell("verified", true, "verified".to_owned()),
         Ok(false) => {}
+        Ok(true) if verifies => {
+            copied.outcome = Outcome::failed(format!(
+                "{} was written to while it was copied, so that {} may hold a mixture of old and new",
+                shown(&source.path),
+                shown(&target.path)
+            ));
+            copied.tell("verified", false, String::new());
+        }
         Ok(true) => embedded.display.note(&format!(
             "{} was written to while it was copied; the copy may hold a mixture of old and new",
             shown(&source.path)
@@ -129,6 +131,31 @@ async fn copy_onto(
         Err(text) => copied.outcome = Outcome::failed(text),
     }
     copied
+}
+
+/// That the manifest takes no other file's place but a manifest's.
+fn check_manifest(options: &CopyOptions, source: &Source, target: &Target) -> Result<(), String> {
+    let Some(path) = &options.integrity.manifest else {
+        return Ok(());
+    };
+    let Ok(facts) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    if !options.integrity.replaces_manifest {
+        return Err(format!(
+            "{} exists already; --force overwrites it",
+            shown(path)
+        ));
+    }
+    let is_either = fs::metadata(path)
+        .is_ok_and(|facts| source.is_file_of(&facts) || target.is_file_of(&facts));
+    match facts.is_file() && !is_either {
+        true => Ok(()),
+        false => Err(format!(
+            "{} cannot be overwritten by a manifest",
+            shown(path)
+        )),
+    }
 }
 
 fn look_at_source(arguments: &CopyArguments) -> Result<Source, String> {
@@ -143,47 +170,4 @@ fn look_at_source(arguments: &CopyArguments) -> Result<Source, String> {
         ));
     }
     Ok(source)
-}
-
-/// Compares both sides; the outcome is another one if they differ.
-fn verify(embedded: &mut Embedded, source: &Source, target: &Target, copied: &mut Copied) {
-    let (display, interrupt) = (&mut embedded.display, &embedded.interrupt);
-    let compared = compare(
-        &source.file,
-        &target.file,
-        source.length_bytes,
-        |done_bytes| {
-            display.phase("verify", done_bytes, source.length_bytes);
-            !interrupt.is_asked()
-        },
-    );
-    embedded.display.forget("verify");
-    let outcome = match compared {
-        Ok(Compared::Equal) => {
-            copied.tell("verified", true, "verified".to_owned());
-            return;
-        }
-        Ok(Compared::Stopped) => Outcome::Cancelled,
-        Ok(Compared::DiffersAt(offset)) => Outcome::Failed {
-            error: format!(
-                "{} differs from {}",
-                shown(&target.path),
-                shown(&source.path)
-            ),
-            failed_at: Some(format!("first at byte {offset}")),
-        },
-        Err(unreadable) => {
-            let path = if unreadable.is_source {
-                &source.path
-            } else {
-                &target.path
-            };
-            Outcome::Failed {
-                error: format!("cannot read {}: {}", shown(path), reason(&unreadable.error)),
-                failed_at: Some(format!("at byte {} or behind it", unreadable.offset)),
-            }
-        }
-    };
-    copied.outcome = outcome;
-    copied.tell("verified", false, String::new());
 }

@@ -14,6 +14,7 @@ pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod resize;
 pub(crate) mod snapshot;
+pub(crate) mod verify;
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;

@@ -1,0 +1,113 @@
+//! Steps on their way: each waits for its turn where others write, is carried out, and ends with what it took.
+
+use std::future::{poll_fn, ready};
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+use blockyard_storage::{ByteRange, LocalFuture};
+use futures_util::stream::FuturesUnordered;
+
+use crate::job::context::JobContext;
+use crate::jobs::copier::CopyOptions;
+use crate::jobs::plan::Step;
+use crate::jobs::steps::{Failure, carry_out};
+use crate::manifest::Recorder;
+use crate::node::Node;
+use crate::node::copy_before_write::{Fate, Saver};
+use crate::node::turns::Turn;
+
+/// How one range ended.
+pub(super) struct Ended {
+    pub(super) step: Step,
+    pub(super) took: Duration,
+    /// Somebody waited for it at its end.
+    pub(super) waited: bool,
+    pub(super) outcome: Result<(), Failure>,
+}
+
+/// All that are on their way.
+pub(super) type Window<'a> = FuturesUnordered<LocalFuture<'a, Ended>>;
+
+/// A step that waits for its turn among the writers.
+pub(super) async fn in_its_turn(turn: Turn, step: impl Future<Output = Ended>) -> Ended {
+    turn.come().await;
+    step.await
+}
+
+/// A step that has begun already: what has changed is planned in small pieces, and each plan may wait for a disk.
+pub(super) async fn begun(mut step: LocalFuture<'_, Ended>) -> LocalFuture<'_, Ended> {
+    match poll_fn(|cx| Poll::Ready(step.as_mut().poll(cx))).await {
+        Poll::Ready(ended) => Box::pin(ready(ended)),
+        Poll::Pending => step,
+    }
+}
+
+/// A step on its way, with its time.
+pub(super) async fn timed(
+    step: Step,
+    outcome: impl Future<Output = Result<(), Failure>>,
+    cx: &JobContext,
+) -> Ended {
+    let start = cx.clock().now();
+    let outcome = outcome.await;
+    Ended {
+        step,
+        took: cx.clock().now().since(start),
+        waited: false,
+        outcome,
+    }
+}
+
+/// A step that is recorded.
+pub(super) async fn carried_out(
+    step: Step,
+    nodes: (&Rc<dyn Node>, &dyn Node),
+    cx: &JobContext,
+    options: CopyOptions,
+    recorder: Option<Rc<Recorder>>,
+) -> Result<(), Failure> {
+    carry_out(step, nodes, cx, options, recorder.as_deref()).await
+}
+
+/// A step of what is still to be saved at its turn.
+pub(super) async fn saved(
+    saver: Rc<Saver>,
+    step: Step,
+    nodes: (&Rc<dyn Node>, &dyn Node),
+    cx: &JobContext,
+    (options, recorder): (CopyOptions, Option<Rc<Recorder>>),
+) -> Ended {
+    let turn = saver.turn(step.range);
+    turn.come().await;
+    let start = cx.clock().now();
+    let (mut rest, mut outcome) = (step.range, Ok(()));
+    while let Some(range) = saver.rest_of(rest) {
+        let part = Step { range, ..step };
+        outcome = carry_out(part, nodes, cx, options, recorder.as_deref()).await;
+        if outcome.is_err() {
+            break;
+        }
+        saver.settle(range, Fate::Saved);
+        rest = ByteRange::between(range.end(), rest.end());
+    }
+    Ended {
+        step,
+        took: cx.clock().now().since(start),
+        waited: turn.is_waited_for(),
+        outcome,
+    }
+}
+
+/// Lets other tasks of the thread go on first.
+pub(super) async fn give_way() {
+    let mut gave = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut gave, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
