@@ -2,9 +2,9 @@
 //! a writer was told to be written is where it reads afterwards.
 #![forbid(unsafe_code)]
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use blockyard_engine::engine::{Engine, EngineConfig, EngineHandle};
@@ -33,8 +33,6 @@ const WRITERS: u64 = 3;
 struct Yard {
     engine: EngineHandle,
     events: Mutex<Receiver<Event>>,
-    /// Writers wait.
-    rest: Arc<AtomicBool>,
     folder: tempfile::TempDir,
 }
 
@@ -54,7 +52,6 @@ impl Yard {
         let yard = Self {
             engine,
             events: events.into(),
-            rest: Arc::default(),
             folder,
         };
         let spec = NodeSpec {
@@ -138,19 +135,16 @@ impl Yard {
     }
 
     /// The next event. Where none comes because writers dirty the last granules as fast as the job copies them, which no rate
-    /// tells, they have to wait for it; and where they never leave one of them alone, they rest: what is written to both sides
-    /// while a copy of it is planned is copied once more.
+    /// tells, they have to wait for it.
     async fn event(&self) -> EventKind {
-        for seconds in 0..120 {
+        for _ in 0..120 {
             let event = {
                 let events = self.events.lock().expect("one waits");
                 events.recv_timeout(Duration::from_secs(1))
             };
             if let Ok(event) = event {
-                self.rest.store(false, Ordering::Release);
                 return event.kind;
             }
-            self.rest.store(seconds >= 5, Ordering::Release);
             let copy_mode = Some(CopyMode::WriteBlocking);
             // It may have become so already.
             let _ = self.verb(VerbCall::Change { copy_mode }).await;
@@ -189,7 +183,6 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 /// What writers share.
 struct Shared {
     root: RootHandle,
-    rest: Arc<AtomicBool>,
     /// The target fails now and then.
     fails: bool,
     stop: AtomicBool,
@@ -197,10 +190,9 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(yard: &Yard, root: RootHandle, fails: bool) -> Self {
+    fn new(root: RootHandle, fails: bool) -> Self {
         Self {
             root,
-            rest: Arc::clone(&yard.rest),
             fails,
             stop: AtomicBool::new(false),
             requests: AtomicU64::new(0),
@@ -223,10 +215,6 @@ impl Shared {
             model[(stripe * STRIPE) as usize..end as usize].fill(Some(0));
         }
         while !self.stop.load(Ordering::Acquire) {
-            if self.rest.load(Ordering::Acquire) {
-                std::thread::yield_now();
-                continue;
-            }
             let stripe = me + WRITERS * dice.below(LENGTH / STRIPE / WRITERS);
             let start = stripe * STRIPE + dice.below(STRIPE);
             let longest = *dice.pick(&[512, 4096, STRIPE]);
@@ -373,7 +361,7 @@ fn random_mirror(seed: u64) {
     }
     let fails = spec.new_target.is_none();
     let root = block_on(yard.engine.open_root("s", true)).expect("opened");
-    let shared = Shared::new(&yard, root, fails);
+    let shared = Shared::new(root, fails);
     beside_writers(seed, &shared, || {
         block_on(async {
             shared.go_on(20);
@@ -410,7 +398,7 @@ fn a_mirror_that_falls_behind_says_so_until_its_writers_wait() {
         ..MirrorSpec::default()
     };
     let root = block_on(yard.engine.open_root("s", true)).expect("opened");
-    let shared = Shared::new(&yard, root, false);
+    let shared = Shared::new(root, false);
     beside_writers(7, &shared, || {
         block_on(async {
             let has_rates = |job: Option<BlockJobView>| job.and_then(|job| job.rates);

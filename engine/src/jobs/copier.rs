@@ -45,6 +45,9 @@ const IGNORE_DELAY_MAX: Duration = Duration::from_secs(1);
 /// Ranges that need nothing, after which other tasks have their turn.
 const SKIPPED_IN_A_ROW: usize = 64;
 
+/// How often a step is planned that others overtake by writing to both sides.
+const LOOKS_MAX: usize = 4;
+
 /// Bytes between two durable points, if nothing else is wanted.
 pub(crate) const REMEMBER_BYTES: u64 = 1 << 30;
 
@@ -457,7 +460,11 @@ impl Copier {
     /// Begins a step, which has its place among the writers from now on.
     fn begin(&self, step: Step) -> Option<Turn> {
         let changes = self.changes.as_ref()?;
-        let turn = changes.tracker.turn(step.range, Doing::Copy);
+        let doing = match step.kind {
+            StepKind::Zero => Doing::CopyKnown,
+            _ => Doing::Copy,
+        };
+        let turn = changes.tracker.turn(step.range, doing);
         self.tell_planned();
         Some(turn)
     }
@@ -465,8 +472,35 @@ impl Copier {
     /// Writers have to know what is planned by what was known before.
     fn tell_planned(&self) {
         if let Some(changes) = &self.changes {
-            changes.tracker.set_planned(self.plan.planned());
+            let (planned, looked_at) = (self.plan.planned(), self.plan.looked_at());
+            changes.tracker.set_planned(planned, looked_at);
         }
+    }
+
+    /// Any of what is planned may be looked at from now on.
+    fn tell_looking(&self) {
+        if let Some(changes) = &self.changes {
+            let planned = self.plan.planned();
+            changes.tracker.set_planned(planned, planned);
+        }
+    }
+
+    /// Whether a step that has been planned fits no more, as somebody has written there on both sides since; it is planned anew then, or,
+    /// where that has come to the same too often, what was written is copied once more.
+    fn is_overtaken(&mut self, step: Step, looks: usize) -> bool {
+        let Some(changes) = &self.changes else {
+            return false;
+        };
+        if step.kind != StepKind::Zero || !changes.tracker.is_overtaken(step.range) {
+            return false;
+        }
+        if looks == LOOKS_MAX {
+            changes.tracker.mark_overtaken(step.range);
+            return false;
+        }
+        self.plan.look_again(step.range);
+        changes.tracker.looks_again();
+        true
     }
 
     /// Why what the filter above the source has saved is worth nothing.
@@ -519,23 +553,29 @@ impl Copier {
             self.plan.add(run);
             self.unsaved_from = Some(run.end());
         }
-        self.tell_planned();
         let options = self.options;
         let is_paced = !self.holds_writers();
         let chunk = |longest: u64| match is_paced {
             true => cx.chunk_bytes(options.granularity_bytes, longest),
             false => longest,
         };
-        let step = self
-            .plan
-            .next(
+        let mut looks = 1;
+        let step = loop {
+            self.tell_looking();
+            let next = self.plan.next(
                 &self.source,
                 &*self.target,
                 options.chunk_max_bytes,
                 options.zeroes_are_free,
                 chunk,
-            )
-            .await?;
+            );
+            let next = next.await;
+            let step = next?;
+            if !self.is_overtaken(step, looks) {
+                break step;
+            }
+            looks += 1;
+        };
         let skips = options.skips_first_zeroes && self.is_first && step.kind == StepKind::Zero;
         if let (true, Some(recorder)) = (skips, &self.recorder) {
             recorder.zeroes(step.range).await;

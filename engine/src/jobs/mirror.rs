@@ -264,7 +264,8 @@ impl Mirror {
         cx.checkpoint().await?;
         match (self.extent, &self.bitmap) {
             (Extent::All | Extent::Layers(_), _) => {
-                self.tracker.set_planned(self.everything());
+                self.tracker
+                    .set_planned(self.everything(), self.everything());
                 cx.progress().set_remaining(source.length_bytes);
             }
             (Extent::Changes, Some(bitmap)) => self.tracker.mark_all(bitmap.map()),

@@ -214,6 +214,12 @@ impl Plan {
         self.forget();
     }
 
+    /// `range`, which was handed out last, is planned anew by what is there now.
+    pub(crate) fn look_again(&mut self, range: ByteRange) {
+        self.rest = ByteRange::between(range.offset(), self.rest.end());
+        self.forget();
+    }
+
     /// One more range, whose ends are multiples of all units or the end of the disk, once every other one was handed out. All
     /// of it is copied from now on, whichever layer holds it.
     pub(crate) fn add(&mut self, range: ByteRange) {
@@ -227,6 +233,17 @@ impl Plan {
     pub(crate) fn planned(&self) -> ByteRange {
         let later = self.later.iter().map(ByteRange::end);
         ByteRange::between(self.position(), later.fold(self.rest.end(), u64::max))
+    }
+
+    /// What is known of that, or is taken for granted.
+    pub(crate) fn looked_at(&self) -> ByteRange {
+        match self.layers {
+            Layers::Zeroes => self.planned(),
+            _ => {
+                let start = self.rest.offset();
+                ByteRange::between(start, self.known.known_to(start).max(start))
+            }
+        }
     }
 
     /// What is known lies elsewhere.

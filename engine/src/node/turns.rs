@@ -15,8 +15,10 @@ pub(crate) enum Doing {
     Write,
     /// Writes to both sides.
     WriteBoth,
-    /// Copies from the source to the target.
+    /// Copies from the source to the target what is there when its turn has come.
     Copy,
+    /// Brings over what was known of the source before: that it reads as zeroes.
+    CopyKnown,
     /// Reads what the source holds, which nobody may change meanwhile.
     ReadOld,
     /// Is about to change what has been copied before.
@@ -29,13 +31,21 @@ impl Doing {
     /// Whether two must not be in one range at the same time. Who writes to the source only marks the range when he is done, so
     /// copies before that do not matter.
     fn excludes(self, other: Doing) -> bool {
-        match (self, other) {
+        match (self.as_copy(), other.as_copy()) {
             (Doing::WriteBoth | Doing::GiveUp, _) | (_, Doing::WriteBoth | Doing::GiveUp) => true,
             (Doing::Copy, Doing::Copy) => true,
             // Before it has been copied nobody can tell where it is to be read.
             (Doing::ReadOld, Doing::Copy | Doing::Overwrite) => true,
             (Doing::Copy | Doing::Overwrite, Doing::ReadOld) => true,
             _ => false,
+        }
+    }
+
+    /// Whatever is copied, it is in the same one's way.
+    fn as_copy(self) -> Self {
+        match self {
+            Doing::CopyKnown => Doing::Copy,
+            other => other,
         }
     }
 }
@@ -86,11 +96,11 @@ impl Turns {
         !list.iter().any(|entry| entry.range.overlaps(&range))
     }
 
-    /// Whether somebody waits for his turn to copy something of `range`.
-    pub(crate) fn copy_waits(&self, range: ByteRange) -> bool {
+    /// Whether somebody waits for his turn to bring over what he knew of something of `range`.
+    pub(crate) fn known_copy_waits(&self, range: ByteRange) -> bool {
         let list = self.list.borrow();
         let mut waiting = list.iter().filter(|entry| !entry.has_come);
-        waiting.any(|entry| entry.doing == Doing::Copy && entry.range.overlaps(&range))
+        waiting.any(|entry| entry.doing == Doing::CopyKnown && entry.range.overlaps(&range))
     }
 }
 
@@ -171,11 +181,11 @@ mod tests {
         let (write, both) = (take(5, Doing::Write), take(5, Doing::WriteBoth));
         assert!(comes(&write), "a copy does not mind");
         assert!(!comes(&both));
-        let next = take(12, Doing::Copy);
+        let next = take(12, Doing::CopyKnown);
         assert!(!comes(&next), "behind the write to both sides");
-        assert!(turns.copy_waits(ByteRange::new(21, 1)));
+        assert!(turns.known_copy_waits(ByteRange::new(21, 1)));
         assert!(
-            !turns.copy_waits(ByteRange::new(0, 10)),
+            !turns.known_copy_waits(ByteRange::new(0, 10)),
             "only one that has come"
         );
         assert!(!comes(&take(20, Doing::WriteBoth)));
@@ -186,7 +196,7 @@ mod tests {
         assert!(!comes(&next));
         drop(both);
         assert!(comes(&next));
-        assert!(!turns.copy_waits(ByteRange::new(0, 100)));
+        assert!(!turns.known_copy_waits(ByteRange::new(0, 100)));
     }
 
     #[test]

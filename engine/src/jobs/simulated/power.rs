@@ -34,7 +34,7 @@ fn after_a_cut_at_any_step_the_source_is_whole_and_the_next_try_ends_well() {
                 });
                 let ended = yard.run(&mut CutAfter(steps));
                 if ended.result.is_some() {
-                    assert!(steps >= 3, "{kind:?}: {steps} steps");
+                    assert!(steps >= 2, "{kind:?}: {steps} steps");
                     break;
                 }
                 yard.world.cut_power();

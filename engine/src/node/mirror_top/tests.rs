@@ -137,29 +137,52 @@ fn a_copy_waits_for_the_write_to_both_sides_and_is_not_the_last_word() {
     let yard = Yard::new(true);
     let mut write = pin!(yard.write(7));
     assert!(poll(write.as_mut()).is_pending(), "issued");
-    // What it copies was looked at before the write has ended.
-    let turn = yard.tracker.turn(Yard::range(), Doing::Copy);
-    {
-        let mut come = pin!(turn.come());
-        assert!(poll(come.as_mut()).is_pending());
-        yard.ends(write.as_mut()).outcome.expect("written");
-        assert!(poll(come.as_mut()).is_ready());
+    // It reads what is there at its turn, unless it knew before.
+    for (doing, dirty_bytes) in [(Doing::Copy, 0), (Doing::CopyKnown, GRANULE)] {
+        let turn = yard.tracker.turn(Yard::range(), doing);
+        {
+            let mut come = pin!(turn.come());
+            assert!(poll(come.as_mut()).is_pending());
+            yard.ends(write.as_mut()).outcome.expect("written");
+            assert!(poll(come.as_mut()).is_ready());
+        }
+        assert_eq!(yard.tracker.dirty_bytes(), dirty_bytes, "{doing:?}");
+        drop(turn);
+        write.set(yard.write(8));
+        assert!(poll(write.as_mut()).is_pending(), "issued");
     }
-    assert_eq!(yard.tracker.dirty_bytes(), GRANULE);
 }
 
 #[test]
-fn what_is_planned_is_copied_again_and_what_is_not_is_clean() {
+fn what_was_looked_at_is_overtaken_and_what_is_not_planned_is_clean() {
     let yard = Yard::new(true);
     yard.tracker.mark(ByteRange::new(0, LENGTH));
     yard.ends(pin!(yard.write(7))).outcome.expect("written");
     assert_eq!(yard.tracker.dirty_bytes(), LENGTH - GRANULE);
-    yard.tracker.set_planned(Yard::range());
+    yard.tracker.mark(Yard::range());
+    // It is going to be looked at.
+    let nothing = ByteRange::default();
+    yard.tracker.set_planned(Yard::range(), nothing);
     yard.ends(pin!(yard.write(8))).outcome.expect("written");
+    assert!(!yard.tracker.is_overtaken(Yard::range()));
+    yard.tracker.set_planned(Yard::range(), Yard::range());
+    assert!(!yard.tracker.is_overtaken(Yard::range()));
+    yard.ends(pin!(yard.write(9))).outcome.expect("written");
+    assert!(yard.tracker.is_overtaken(Yard::range()));
+    assert!(!yard.tracker.is_overtaken(ByteRange::new(0, GRANULE)));
+    assert_eq!(yard.tracker.dirty_bytes(), LENGTH, "who plans it clears it");
+    assert_eq!(yard.bytes(), (9, 9));
+    yard.tracker.looks_again();
+    assert!(!yard.tracker.is_overtaken(Yard::range()));
+    for _ in 0..200 {
+        yard.ends(pin!(yard.write(9))).outcome.expect("written");
+    }
+    assert!(yard.tracker.is_overtaken(Yard::range()));
+    yard.tracker.mark_overtaken(ByteRange::new(0, LENGTH));
     assert_eq!(yard.tracker.dirty_bytes(), LENGTH);
-    assert_eq!(yard.bytes(), (8, 8));
+    yard.tracker.set_planned(nothing, nothing);
+    assert!(!yard.tracker.is_overtaken(Yard::range()));
     // A part of a granule says nothing of the rest.
-    yard.tracker.set_planned(ByteRange::default());
     let part = yard.top.write(0, Buffer::copy_of(&[1; 512]));
     yard.ends(pin!(part)).outcome.expect("written");
     assert_eq!(yard.tracker.dirty_bytes(), LENGTH);

@@ -5,8 +5,10 @@
 //!   a write to both sides:   its turn, write the source, write the target, clear
 //! ```
 //! Whoever writes to the source only marks the range behind the write: a copy that began before cleared it before, so it is copied
-//! again. Whoever writes to both sides has the range for himself. What the job has looked at, but not begun to copy
-//! ([`set_planned`](Tracker::set_planned)), it may copy in a way that fits no more, so such a write marks what it has written there.
+//! again. Whoever writes to both sides has the range for himself, and nothing of it has to be copied again: a copy reads what is there at
+//! its turn. Only zeroes are brought over by what was known before. So the job asks, before it does that, whether somebody has written
+//! there since it looked ([`is_overtaken`](Tracker::is_overtaken)), and a write that such a step waits for already marks what it has
+//! written. Therefore writes to both sides never keep a job from its end, however many there are.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -23,6 +25,9 @@ use crate::node::turns::{Doing, Turn, Turns};
 
 /// Failed writes to the target that are remembered until the job asks; what they have not written is marked in any case.
 const FAILURES_MAX: usize = 16;
+
+/// Writes to both sides that are told apart.
+const OVERTAKEN_MAX: usize = 64;
 
 /// Copies a range from the source to the target.
 type BringOver = Rc<dyn Fn(ByteRange) -> LocalFuture<'static, Result<(), NodeError>>>;
@@ -52,6 +57,10 @@ pub struct Tracker {
     /// What was written on both sides is copied as well.
     copies_again: Cell<bool>,
     planned: Cell<ByteRange>,
+    /// What the job has looked at, or is looking at.
+    looked_at: Cell<ByteRange>,
+    /// What has been written on both sides within that since.
+    overtaken: RefCell<Vec<ByteRange>>,
     /// Bytes that have changed since the job asked: more, or less.
     change_bytes: Cell<i64>,
     /// Bytes that writers have left to be copied, in all, those again that were copied meanwhile.
@@ -74,6 +83,8 @@ impl Tracker {
             writes_both: Cell::new(false),
             copies_again: Cell::new(false),
             planned: Cell::default(),
+            looked_at: Cell::default(),
+            overtaken: RefCell::default(),
             change_bytes: Cell::new(0),
             dirtied_bytes: Cell::new(0),
             failures: RefCell::default(),
@@ -190,15 +201,44 @@ impl Tracker {
         });
     }
 
-    /// `range` has been written on both sides: nothing of it has to be copied, but for what the job may be about to copy by what
-    /// it knew before.
+    /// `range` has been written on both sides: nothing of it has to be copied.
     pub(super) fn written_on_both(&self, range: ByteRange) {
         let touched = self.outward(range);
-        let is_planned = self.planned.get().overlaps(&touched) || self.turns.copy_waits(touched);
-        if is_planned || self.copies_again.get() {
+        if self.looked_at.get().overlaps(&touched) {
+            self.overtake(touched);
+        }
+        if self.copies_again.get() || self.turns.known_copy_waits(touched) {
             self.mark(range);
-        } else {
+        } else if !self.planned.get().overlaps(&touched) {
             self.clear(range);
+        }
+    }
+
+    fn overtake(&self, range: ByteRange) {
+        let mut overtaken = self.overtaken.borrow_mut();
+        if overtaken.len() < OVERTAKEN_MAX {
+            overtaken.push(range);
+            return;
+        }
+        // More than was written: it is looked at once more for nothing.
+        let all = overtaken.drain(..);
+        let all = all.fold(range, |all, one| {
+            ByteRange::between(all.offset().min(one.offset()), all.end().max(one.end()))
+        });
+        overtaken.push(all);
+    }
+
+    /// Whether something of `range` has been written on both sides since the job looked at it.
+    pub(crate) fn is_overtaken(&self, range: ByteRange) -> bool {
+        let overtaken = self.overtaken.borrow();
+        overtaken.iter().any(|one| one.overlaps(&range))
+    }
+
+    /// What has been written of `range` since the job looked at it has to be copied.
+    pub(crate) fn mark_overtaken(&self, range: ByteRange) {
+        let overtaken = self.overtaken.borrow().clone();
+        for one in overtaken {
+            self.mark(one.intersection(&range));
         }
     }
 
@@ -216,9 +256,17 @@ impl Tracker {
         self.failures.borrow_mut().pop_front()
     }
 
-    /// What the job has looked at, or is about to, and has not taken a turn for yet.
-    pub(crate) fn set_planned(&self, range: ByteRange) {
-        self.planned.set(range);
+    /// What the job has not taken a turn for yet, and what of that it has looked at, or is about to.
+    pub(crate) fn set_planned(&self, planned: ByteRange, looked_at: ByteRange) {
+        self.planned.set(planned);
+        self.looked_at.set(looked_at);
+        let mut overtaken = self.overtaken.borrow_mut();
+        overtaken.retain(|one| one.overlaps(&looked_at));
+    }
+
+    /// What is looked at anew has not been written since.
+    pub(crate) fn looks_again(&self) {
+        self.overtaken.borrow_mut().clear();
     }
 
     /// Whether the job has looked at something that it has not begun to copy.
