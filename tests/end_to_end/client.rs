@@ -153,6 +153,19 @@ impl Client {
         self.reply()
     }
 
+    /// The same with a daemon that may be killed meanwhile; `None`: it was.
+    pub(crate) fn try_command(&mut self, name: &str, arguments: &Value) -> Option<Value> {
+        let request = json!({"execute": name, "arguments": arguments});
+        let sent = self.output.write_all(format!("{request}\n").as_bytes());
+        sent.and_then(|()| self.output.flush()).ok()?;
+        loop {
+            let message = self.message()?;
+            if message.get("event").is_none() {
+                return Some(message);
+            }
+        }
+    }
+
     /// Carries out a command that must succeed, and returns its result.
     pub(crate) fn run(&mut self, name: &str, arguments: Value) -> Value {
         let mut reply = self.command(name, arguments);

@@ -12,6 +12,7 @@ mod chain_jobs;
 mod chain_locks;
 mod chains;
 mod check;
+mod checkpoint_crashes;
 mod checkpoints;
 mod client;
 mod client_tools;

@@ -97,6 +97,18 @@ impl Nbd {
         assert_eq!(self.ask(WRITE, flags, (offset, length), data), 0);
     }
 
+    /// Writes to a daemon that may be killed meanwhile; `false`: it was, and nobody knows what became of the write.
+    pub(crate) fn try_write(&mut self, offset: u64, data: &[u8]) -> bool {
+        self.cookie += 1;
+        let length = u32::try_from(data.len()).expect("short");
+        let mut bytes = request(WRITE, 0, self.cookie, (offset, length));
+        bytes.extend_from_slice(data);
+        let mut head = [0; 16];
+        let answered = self.stream.write_all(&bytes);
+        let answered = answered.and_then(|()| self.stream.read_exact(&mut head));
+        answered.is_ok() && head[4..8] == [0; 4]
+    }
+
     /// Zeroes, trims, or flushes.
     pub(crate) fn change(&mut self, command: u16, range: (u64, u32)) {
         assert_eq!(self.ask(command, 0, range, &[]), 0, "{command} {range:?}");

@@ -220,6 +220,13 @@ impl HostFile {
         self.identity
     }
 
+    /// Its path as the kernel knows it now; empty if it cannot be told.
+    pub fn path(&self) -> Vec<u8> {
+        let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let path = std::fs::read_link(link).unwrap_or_default();
+        path.into_os_string().into_encoded_bytes()
+    }
+
     /// The errno of the flush that failed on this open file, if one did: nothing written through it can be trusted to
     /// be durable any more, whoever uses it next.
     pub fn failed_sync(&self) -> Option<i32> {

@@ -8,6 +8,7 @@ mod frozen;
 mod one;
 mod persistent;
 mod request;
+mod succession;
 mod written_down;
 
 use std::cmp::Reverse;
@@ -25,6 +26,7 @@ pub(crate) use frozen::JobEnd;
 pub(crate) use one::Bitmap;
 pub(crate) use persistent::BitmapInMemory;
 pub use request::{BitmapChange, BitmapName};
+pub(crate) use succession::Succession;
 pub(crate) use written_down::{decode, encode};
 
 /// Longest name of a bitmap in bytes.

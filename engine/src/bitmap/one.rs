@@ -157,6 +157,11 @@ impl Bitmap {
         self.records = records;
     }
 
+    /// Whether nothing can be said of what is in it.
+    pub(super) fn is_inconsistent(&self) -> bool {
+        self.is_inconsistent
+    }
+
     /// Whether it records.
     pub(crate) fn records(&self) -> bool {
         self.records

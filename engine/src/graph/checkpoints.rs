@@ -10,11 +10,46 @@
 
 use std::sync::Arc;
 
-use crate::bitmap::{Bitmap, HeldBitmap, Need, NodeBitmaps};
+use crate::bitmap::{Bitmap, HeldBitmap, Need, NodeBitmaps, Succession};
 use crate::checkpoint::{CheckpointDiskSpec, CheckpointDiskView};
+use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::Graph;
+use crate::graph::records::{NodeRecord, Records};
+use crate::node::build::NodePlan;
 use crate::request::{BitmapChange, BitmapName};
+
+/// Which file holds an image: its path, and its device and inode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageFile {
+    /// As the kernel knows it; empty: it has none any more.
+    pub path: Vec<u8>,
+    /// Device and inode.
+    pub identity: (u64, u64),
+}
+
+impl ImageFile {
+    /// Whether both are of one file.
+    pub fn is(&self, path: &[u8], identity: (u64, u64)) -> bool {
+        self.identity == identity || !path.is_empty() && self.path == path
+    }
+}
+
+impl Records {
+    /// The file below an image and whatever filters are in between.
+    fn image_file(&self, image: NodeId) -> Option<ImageFile> {
+        let mut node = image;
+        loop {
+            node = self.primary(node)?;
+            if let NodePlan::File { file, .. } = &self.node(node)?.plan {
+                return Some(ImageFile {
+                    path: file.path(),
+                    identity: file.identity(),
+                });
+            }
+        }
+    }
+}
 
 /// The bitmaps of a checkpoint that has begun, on one disk.
 pub struct PendingDisk {
@@ -258,6 +293,74 @@ impl Graph {
             false => Ok(()),
         };
         removed.and(stored).map_err(|error| disk.named(error))
+    }
+
+    /// The file of the image that is to keep the bitmap of a checkpoint: its path, and its device and inode. `None`: nothing that has
+    /// a file here keeps it.
+    pub fn file_of_disk(&self, disk: &PendingDisk) -> Option<ImageFile> {
+        let node = self
+            .find(&disk.view.node)
+            .filter(|_| disk.view.persistent)?;
+        self.records.borrow().image_file(node)
+    }
+
+    /// Bytes of a granule of a checkpoint's new bitmap.
+    pub fn granularity_of(&self, disk: &PendingDisk) -> u64 {
+        disk.granularity_bytes
+    }
+
+    /// Whether what the image of a checkpoint's disk keeps survives a crash as it is now.
+    pub fn is_durable(&self, disk: &PendingDisk) -> bool {
+        disk.bitmaps.is_recorded()
+    }
+
+    /// Images that are open, by their files.
+    pub fn open_images(&self) -> Vec<(NodeId, ImageFile)> {
+        let records = self.records.borrow();
+        let images = records.nodes.iter().filter(|node| node.driver == "qcow2");
+        images
+            .filter_map(|node| Some((node.id, records.image_file(node.id)?)))
+            .collect()
+    }
+
+    /// Lets a bitmap take the place of another one in an image that a crash has left between the two; whether that is durable now.
+    ///
+    /// # Errors
+    /// What the image says; in memory it is done.
+    pub async fn succeed(
+        &self,
+        node: NodeId,
+        bitmap: &str,
+        previous: Option<&str>,
+        (granularity_bytes, keep_previous): (u64, bool),
+    ) -> Result<bool, EngineError> {
+        let bitmaps = self.bitmaps_on(node)?;
+        let length_bytes = self.facts(node).await?.length_bytes;
+        let how = Succession {
+            bitmap,
+            previous,
+            granularity_bytes,
+            keep_previous,
+        };
+        bitmaps.succeed(how, length_bytes);
+        let read_only = |node: &NodeRecord| node.read_only;
+        if self.records.borrow().node(node).is_none_or(read_only) {
+            return Ok(false);
+        }
+        if let Some(previous) = previous.filter(|_| !keep_previous) {
+            let name = previous.as_bytes().to_vec();
+            let removed = self.threads.run(self.thread_of(node), move |context| {
+                Box::pin(async move {
+                    match context.node(node) {
+                        Some(node) => node.remove_bitmap(name).await,
+                        None => Ok(()),
+                    }
+                })
+            });
+            removed.await??;
+        }
+        self.record_bitmaps_of(node).await;
+        Ok(bitmaps.is_recorded())
     }
 
     /// Has the image of a node keep its bitmaps as they are now, or the state directory, if there is one.

@@ -70,7 +70,7 @@ use crate::state::StateDir;
 
 pub use bitmaps::ChangedBitmap;
 pub use chain_jobs::ChainPart;
-pub use checkpoints::PendingDisk;
+pub use checkpoints::{ImageFile, PendingDisk};
 pub use jobs::JobNodes;
 pub(crate) use names::is_identifier;
 pub use overlaying::PutOverlay;
@@ -123,6 +123,11 @@ impl Graph {
             named.map(|node| node.id).collect()
         })
         .await
+    }
+
+    /// Where is kept what has to be found again after the daemon was killed.
+    pub fn state(&self) -> Option<&StateDir> {
+        self.state.as_ref()
     }
 
     /// The node with a name.

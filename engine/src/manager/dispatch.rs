@@ -122,7 +122,10 @@ impl Manager {
             false => None,
         };
         match request {
-            Request::BlockdevAdd(spec) => self.graph.add(spec).await?,
+            Request::BlockdevAdd(spec) => {
+                self.graph.add(spec).await?;
+                self.go_on_with_checkpoints().await;
+            }
             Request::BlockdevDel { node_name } => self.graph.delete(&node_name).await?,
             Request::BlockResize {
                 device,
@@ -142,7 +145,10 @@ impl Manager {
                     .change_backing_file(&device, &image_node_name, &backing_file)
                     .await?;
             }
-            Request::BlockdevReopen { nodes } => self.graph.reopen(nodes).await?,
+            Request::BlockdevReopen { nodes } => {
+                self.graph.reopen(nodes).await?;
+                self.go_on_with_checkpoints().await;
+            }
             Request::BlockdevSnapshot { node, overlay } => {
                 let put = self.graph.put_overlay(&node, &overlay).await?;
                 self.graph.settle_overlay(put).await;

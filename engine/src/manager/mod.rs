@@ -13,6 +13,7 @@
 //! manager's thread; borrows of the table never cross an await.
 
 mod checkpoints;
+mod decisions;
 mod dispatch;
 mod driver;
 mod journal;

@@ -51,14 +51,17 @@ const RECORD_BYTES_MAX: u64 = 8 << 30;
 pub(crate) enum RecordKind {
     /// The bitmaps of an image that is being written.
     Bitmaps,
+    /// What has been decided of checkpoints.
+    Checkpoints,
 }
 
 impl RecordKind {
-    const ALL: [Self; 1] = [Self::Bitmaps];
+    const ALL: [Self; 2] = [Self::Bitmaps, Self::Checkpoints];
 
     const fn folder(self) -> &'static str {
         match self {
             Self::Bitmaps => "bitmaps",
+            Self::Checkpoints => "checkpoints",
         }
     }
 }
