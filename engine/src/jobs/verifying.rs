@@ -118,10 +118,11 @@ impl Verification<'_> {
                     if let Some(error) = failed {
                         return Err(Stop::Failed(JobError::from(error)));
                     }
-                    if !self.cx.must_stop() {
+                    // A pause may have come and gone.
+                    if !self.cx.must_stop() && self.next_from(from).is_none() {
                         return Ok(true);
                     }
-                    if self.holds_writers {
+                    if self.cx.must_stop() && self.holds_writers {
                         return Ok(false);
                     }
                     self.cx.checkpoint().await?;

@@ -252,7 +252,16 @@ fn a_target_that_corrupts_fails_the_job_which_says_where() {
         let nodes = (node("source", source.open()), node("target", corrupting));
         let mut work = work(kind, nodes.0, nodes.1, &clock);
         let running = Running::new(&clock, 0, ErrorPolicies::default());
-        let ended = running.drive(&mut *work, |_| {}, |_| world.step() || clock.advance());
+        let pauses = dice.one_in(2);
+        let ended = running.drive(
+            &mut *work,
+            |_| {},
+            |orders| {
+                // It may be over before anybody was quiet.
+                orders.order_pause(pauses && dice.one_in(4));
+                world.step() || clock.advance()
+            },
+        );
         let ended = ended.expect("it ends");
         let (old, new) = (source.bytes(), target.bytes());
         let differs = old.iter().zip(&new).position(|(old, new)| old != new);
