@@ -18,6 +18,7 @@ use crate::job::context::{Cursor, JobContext};
 use crate::job::error_policy::{ErrorAction, Side};
 use crate::job::work::Stop;
 use crate::jobs::changes::{Changes, Goal};
+pub(crate) use crate::jobs::copy_options::{CopyOptions, REMEMBER_BYTES};
 use crate::jobs::in_flight::{
     Ended, Window, begun, carried_out, give_way, in_its_turn, saved, timed,
 };
@@ -47,40 +48,6 @@ const SKIPPED_IN_A_ROW: usize = 64;
 
 /// How often a step is planned that others overtake by writing to both sides.
 const LOOKS_MAX: usize = 4;
-
-/// Bytes between two durable points, if nothing else is wanted.
-pub(crate) const REMEMBER_BYTES: u64 = 1 << 30;
-
-/// How one job copies.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct CopyOptions {
-    /// Requests in flight at most.
-    pub(crate) window_max: usize,
-    /// What of the source is copied.
-    pub(crate) layers: Layers,
-    /// What the target keeps together, in bytes, a power of two.
-    pub(crate) unit_bytes: u64,
-    /// Units are written compressed, one or more at a time.
-    pub(crate) compress: bool,
-    /// Bytes per request at most.
-    pub(crate) chunk_max_bytes: u64,
-    /// Pieces are multiples of this where the rate limit cuts them.
-    pub(crate) granularity_bytes: u64,
-    /// Zeroed ranges of the target may become holes.
-    pub(crate) may_unmap: bool,
-    /// What the source has as zeroes when it is looked at first needs nothing on the target. What changes later does.
-    pub(crate) skips_first_zeroes: bool,
-    /// Zero requests do not count against the rate limit.
-    pub(crate) zeroes_are_free: bool,
-    /// Several failures of one round count as one.
-    pub(crate) one_error_a_round: bool,
-    /// What is skipped counts as done; else it is no part of the whole.
-    pub(crate) counts_skipped: bool,
-    /// A range whose error is ignored is left out, and the copy fails in the end; else it is tried again.
-    pub(crate) leaves_out_ignored: bool,
-    /// Bytes between two durable points.
-    pub(crate) remember_bytes: u64,
-}
 
 /// Copies ranges of one node to another.
 pub(crate) struct Copier {
@@ -147,9 +114,8 @@ impl Copier {
         let Some(known) = &recorder else {
             return self;
         };
-        let reads_all = known.needs_every_byte();
         Self {
-            plan: self.plan.in_units(EXTENT_BYTES, reads_all),
+            plan: self.plan.in_units(EXTENT_BYTES, known.needs_every_byte()),
             recorder,
             ..self
         }
@@ -373,8 +339,7 @@ impl Copier {
                 }
                 let turn = self.begin(step);
                 let nodes = (&source, &*target);
-                let recorder = self.recorder.clone();
-                let outcome = carried_out(step, nodes, cx, self.options, recorder);
+                let outcome = carried_out(step, nodes, cx, self.options, self.recorder.clone());
                 let outcome = timed(step, outcome, cx);
                 window.push(match turn {
                     None => Box::pin(outcome),
@@ -536,10 +501,8 @@ impl Copier {
         if let Some(step) = self.retry.pop_front() {
             return Some(step);
         }
-        let unit_bytes = match &self.recorder {
-            Some(_) => self.options.unit_bytes.max(EXTENT_BYTES),
-            None => self.options.unit_bytes,
-        };
+        let whole_bytes = self.recorder.as_ref().map_or(1, |_| EXTENT_BYTES);
+        let unit_bytes = self.options.unit_bytes.max(whole_bytes);
         if self.plan.is_done()
             && let Some(changes) = &mut self.changes
             && let Some(run) = changes.next_run(cx, unit_bytes)

@@ -8,6 +8,7 @@ pub(crate) mod commit;
 mod copier;
 #[cfg(test)]
 mod copier_tests;
+mod copy_options;
 pub(crate) mod create;
 pub(crate) mod create_qcow2;
 mod create_raw;
