@@ -5,12 +5,13 @@
 
 use std::collections::VecDeque;
 use std::future::pending;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
 use blockyard_storage::{ByteRange, LocalFuture};
 use futures_util::future::{Either, select};
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::stream::StreamExt;
 
 use crate::clock::Moment;
 use crate::error::{JobError, NodeError};
@@ -61,6 +62,9 @@ pub(crate) struct Copier {
     hold_until: Option<Moment>,
     in_flight: Vec<ByteRange>,
     remembered_bytes: u64,
+    /// What has come over since the last durable point, wherever it is: where little is to be copied of a long disk, making each
+    /// part of it durable would take longer than copying.
+    moved_bytes: u64,
     /// The first error that was ignored for good.
     left_out: Option<JobError>,
     skipped_in_a_row: usize,
@@ -99,6 +103,7 @@ impl Copier {
             hold_until: None,
             in_flight: Vec::new(),
             remembered_bytes: 0,
+            moved_bytes: 0,
             left_out: None,
             skipped_in_a_row: 0,
             changes: None,
@@ -267,7 +272,7 @@ impl Copier {
     async fn copy_all(&mut self, cx: &JobContext) -> Result<bool, Stop> {
         // The window borrows only clones of the nodes, so that `self` stays free.
         let (source, target) = (self.source.clone(), self.target.clone());
-        let mut window: Window<'_> = FuturesUnordered::new();
+        let mut window = Window::default();
         let mut failed: Option<Stop> = None;
         let mut round_error: Option<(ByteRange, Side, NodeError)> = None;
         let mut interrupted = false;
@@ -316,7 +321,7 @@ impl Copier {
                 if wait_until.is_some() {
                     break;
                 }
-                let Some(step) = self.next_step(cx).await else {
+                let Some(step) = window.beside(self.next_step(cx)).await else {
                     break;
                 };
                 if step.kind == StepKind::Skip {
@@ -368,9 +373,10 @@ impl Copier {
                     }
                     cx.latency().count(ended.took);
                     self.adapt(ended.took);
+                    self.moved_bytes += ended.step.range.length();
                     self.plan.took(ended.step.kind, ended.took, ended.waited);
                     if failed.is_none() {
-                        failed = self.remember(cx).await.err();
+                        failed = window.beside(self.remember(cx)).await.err();
                     }
                 }
                 Err(Failure::NotShared) => {
@@ -403,20 +409,23 @@ impl Copier {
         until: Option<Moment>,
         stopping: bool,
     ) -> Option<Ended> {
+        if let Some(ended) = window.ended.pop_front() {
+            return Some(ended);
+        }
         if stopping {
-            return window.next().await;
+            return window.flying.next().await;
         }
         let broken: LocalFuture<'_, ()> = match &self.saver {
             Some(saver) => Box::pin(saver.changed()),
             None => Box::pin(pending()),
         };
-        let orders = std::pin::pin!(cx.orders_changed());
+        let orders = pin!(cx.orders_changed());
         let orders = select(orders, broken);
         let timer = match until {
             Some(moment) => cx.clock().sleep_until(moment),
             None => Box::pin(pending()),
         };
-        match select(window.next(), select(timer, orders)).await {
+        match select(window.flying.next(), select(timer, orders)).await {
             Either::Left((ended, _)) => ended,
             Either::Right(_) => None,
         }
@@ -643,10 +652,12 @@ impl Copier {
         if self.left_out.is_some()
             || self.changes.is_some()
             || self.saver.as_ref().is_some_and(|saver| saver.is_written())
-            || low_water < self.remembered_bytes + self.options.remember_bytes
+            || self.moved_bytes < self.options.remember_bytes
+            || low_water <= self.remembered_bytes
         {
             return Ok(());
         }
+        self.moved_bytes = 0;
         if self.target.flush().await.is_err() {
             // The failure is the target's for good; the last flush reports it.
             return Ok(());

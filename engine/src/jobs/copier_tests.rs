@@ -22,6 +22,7 @@ use crate::error::NodeError;
 use crate::job::context::{CancelMode, ErrorPolicies, JobKey, JobShared, Report};
 use crate::job::error_policy::OnError;
 use crate::job::work::Stop;
+use crate::node::turns::{Doing, Turn, Turns};
 use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent};
 
 const EIO: i32 = 5;
@@ -45,6 +46,8 @@ struct MemoryNode {
     moved_bytes: Cell<u64>,
     /// Shares extents of this node, in ranges that end at or below the offset.
     shares: Option<(Rc<MemoryNode>, u64)>,
+    /// Whoever comes waits for those who came before, also to look something up and to flush.
+    queue: Option<Rc<Turns>>,
 }
 
 impl MemoryNode {
@@ -63,6 +66,7 @@ impl MemoryNode {
             unflushed: Cell::new(false),
             moved_bytes: Cell::new(0),
             shares: None,
+            queue: None,
         }
     }
 
@@ -75,8 +79,18 @@ impl MemoryNode {
         }
     }
 
+    /// The place of a request behind all others, if there is a queue. It is kept until dropped.
+    async fn turn(&self) -> Option<Turn> {
+        let everything = ByteRange::new(0, u64::MAX);
+        let queue = self.queue.as_ref()?;
+        let turn = queue.take(everything, Doing::WriteBoth);
+        turn.come().await;
+        Some(turn)
+    }
+
     async fn request(&self, operation: Operation, range: ByteRange) -> Result<(), NodeError> {
         assert!(range.end() <= self.length, "{range} passes the end");
+        let _turn = self.turn().await;
         self.in_flight.set(self.in_flight.get() + 1);
         let mut moment = self.clock.now().after(self.latency);
         if let Some(nanos) = (range.length() * 1_000_000_000).checked_div(self.bytes_per_second) {
@@ -128,6 +142,7 @@ impl Node for MemoryNode {
         extents_max: usize,
     ) -> LocalFuture<'_, Result<Vec<StatusExtent>, NodeError>> {
         Box::pin(async move {
+            let _turn = self.turn().await;
             let bytes = self.bytes.borrow();
             let mut extents: Vec<StatusExtent> = Vec::new();
             // A node that only counts is one long extent.
@@ -429,6 +444,22 @@ fn faults_under_every_policy_never_end_in_wrong_bytes() {
         } else if !case.options.one_error_a_round {
             assert_eq!(outcome.errors, faults, "{what}");
         }
+    }
+}
+
+/// As where a table is being read for a request, while others need the same one.
+#[test]
+fn what_is_in_flight_goes_on_while_something_is_looked_up_or_flushed() {
+    for seed in 0..300_u64 {
+        let mut case = random_case(seed);
+        case.options.remember_bytes = CLUSTER;
+        case.options.window_max = 2 + seed as usize % 4;
+        for node in [&mut case.source, &mut case.target] {
+            Rc::get_mut(node).expect("not shared yet").queue = Some(Rc::default());
+        }
+        let outcome = case.run();
+        assert_eq!(outcome.result, Ok(()), "seed {seed}");
+        case.assert_copied(&format!("seed {seed}"));
     }
 }
 

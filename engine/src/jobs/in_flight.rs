@@ -1,12 +1,14 @@
 //! Steps on their way: each waits for its turn where others write, is carried out, and ends with what it took.
 
+use std::collections::VecDeque;
 use std::future::{poll_fn, ready};
+use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
 use blockyard_storage::{ByteRange, LocalFuture};
-use futures_util::stream::FuturesUnordered;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::job::context::JobContext;
 use crate::jobs::copier::CopyOptions;
@@ -26,8 +28,42 @@ pub(super) struct Ended {
     pub(super) outcome: Result<(), Failure>,
 }
 
-/// All that are on their way.
-pub(super) type Window<'a> = FuturesUnordered<LocalFuture<'a, Ended>>;
+/// Ranges in flight, and those that have ended and were not looked at yet.
+#[derive(Default)]
+pub(super) struct Window<'a> {
+    pub(super) flying: FuturesUnordered<LocalFuture<'a, Ended>>,
+    pub(super) ended: VecDeque<Ended>,
+}
+
+impl<'a> Window<'a> {
+    pub(super) fn push(&self, step: LocalFuture<'a, Ended>) {
+        self.flying.push(step);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.flying.len() + self.ended.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Does something else while what is in flight goes on. It has to: a node that looks something up, or flushes, may have to wait
+    /// for a request that only goes on as the future of its range does.
+    pub(super) async fn beside<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            if let Poll::Ready(done) = work.as_mut().poll(cx) {
+                return Poll::Ready(done);
+            }
+            while let Poll::Ready(Some(ended)) = self.flying.poll_next_unpin(cx) {
+                self.ended.push_back(ended);
+            }
+            Poll::Pending
+        })
+        .await
+    }
+}
 
 /// A step that waits for its turn among the writers.
 pub(super) async fn in_its_turn(turn: Turn, step: impl Future<Output = Ended>) -> Ended {
