@@ -279,14 +279,17 @@ impl Stage {
 
     pub(super) async fn contents(&self, node: &Rc<dyn Node>) -> Vec<u8> {
         let length = self.source.facts().length_bytes as usize;
+        let mut why = None;
         // A fault may be left that strikes once.
         for _ in 0..40 {
             let read = node.read(0, Buffer::zeroed(length)).await;
-            if read.outcome.is_ok() {
-                return read.buffer.as_slice().to_vec();
+            match read.outcome {
+                Ok(()) => return read.buffer.as_slice().to_vec(),
+                Err(error) => why = Some(error),
             }
         }
-        panic!("{} cannot be read: {:?}", node.name(), self.setup)
+        let (name, setup) = (node.name(), &self.setup);
+        panic!("{name} cannot be read: {why:?}, {setup:?}")
     }
 
     /// What is on the target is what was there, all of it if the job says so.

@@ -2,8 +2,10 @@
 
 mod amend;
 mod backup_bitmaps;
+mod backup_chains;
 mod backup_stage;
 mod backup_writers;
+mod bitmap_operations;
 mod chain;
 mod chain_jobs;
 mod chain_speed;

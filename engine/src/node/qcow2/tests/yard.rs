@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
-use std::task::Poll;
+use std::task::{Context, Poll, Waker};
 
 use blockyard_images::pace::Unwatched;
 use blockyard_images::qcow2::create::{CreateOptions, create};
@@ -300,6 +300,17 @@ impl Yard {
         }));
     }
 
+    /// Lets go on what was left, for somebody else who drives; whether some of it has come to its end.
+    pub(crate) fn go_on_with_what_is_left(&self) -> bool {
+        let mut left = std::mem::take(&mut *self.left.borrow_mut());
+        let before = left.len();
+        let mut cx = Context::from_waker(Waker::noop());
+        left.retain_mut(|work| work.as_mut().poll(&mut cx).is_pending());
+        let has_ended = left.len() < before;
+        self.left.borrow_mut().append(&mut left);
+        has_ended
+    }
+
     /// The power goes: nothing that was under way goes on.
     pub(crate) fn cut_power(&self) {
         // What is dropped may leave what it was waiting for.
@@ -328,8 +339,13 @@ impl Yard {
 
     /// The image as a node, newly opened. Files whose sync has failed are opened anew.
     pub(crate) fn open(&self) -> Rc<Qcow2Node> {
+        self.open_on(self.backing().as_ref())
+    }
+
+    /// The same with something else below it, whatever it names.
+    pub(crate) fn open_on(&self, backing: Option<&Rc<dyn Node>>) -> Rc<Qcow2Node> {
         let file = || self.file("file", &self.image, false);
-        let mut tries = (0..2).map(|_| self.open_as(file(), self.backing(), false));
+        let mut tries = (0..3).map(|_| self.open_as(file(), backing.cloned(), false));
         tries.find_map(|node| node).expect("an image")
     }
 
@@ -374,7 +390,12 @@ impl Yard {
         // A fault may be left that strikes once.
         let mut tries = (0..20)
             .map(|_| self.drive(Qcow2::open(storage.clone(), data_storage.clone(), options)));
-        let image = tries.find_map(Result::ok)?;
+        let mut why = None;
+        let image = tries.find_map(|opened| opened.map_err(|error| why = Some(error)).ok());
+        if image.is_none() {
+            eprintln!("it cannot be opened: {why:?}");
+        }
+        let image = image?;
         let options = Qcow2Options {
             discard: setup.discard,
             detect_zeroes: setup.detect_zeroes,
