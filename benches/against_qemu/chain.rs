@@ -357,6 +357,7 @@ impl Chain {
             peak_bytes,
             open_seconds,
             target_bytes,
+            first_byte_seconds: None,
         })
     }
 

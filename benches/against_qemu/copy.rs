@@ -94,5 +94,6 @@ fn copy_loop(options: &Options, case: &Case, target: &Target) -> Result<Run, Fai
         peak_bytes: figures["peak_kib"].as_u64().unwrap_or_default() << 10,
         open_seconds: 0.0,
         target_bytes: 0,
+        first_byte_seconds: None,
     })
 }

@@ -197,6 +197,7 @@ impl Far<'_> {
             peak_bytes,
             open_seconds,
             target_bytes: 0,
+            first_byte_seconds: None,
         })
     }
 }

@@ -52,6 +52,7 @@ pub(crate) fn run(
         peak_bytes,
         open_seconds,
         target_bytes: 0,
+        first_byte_seconds: None,
     })
 }
 

@@ -23,8 +23,10 @@ mod far_nbd;
 mod fio;
 mod hostile;
 mod image;
+mod incremental;
 mod job;
 mod load;
+mod marking;
 mod node;
 mod node_report;
 mod options;
@@ -130,6 +132,16 @@ fn measure(options: &Options, scenario: Scenario) -> Result<(), Failure> {
         }
         Scenario::ExportRaw | Scenario::ExportQcow2 => {
             for result in exports::run(options, scenario)? {
+                print(options, || result.json().to_string(), || result.table());
+            }
+        }
+        Scenario::Incremental | Scenario::SparseIncremental => {
+            for result in incremental::run(options, scenario)? {
+                print(options, || result.json().to_string(), || result.table());
+            }
+        }
+        Scenario::Marking => {
+            for result in marking::run(options)? {
                 print(options, || result.json().to_string(), || result.table());
             }
         }

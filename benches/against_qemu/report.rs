@@ -17,6 +17,8 @@ pub(crate) struct Run {
     pub(crate) open_seconds: f64,
     /// Room the target took afterwards.
     pub(crate) target_bytes: u64,
+    /// From the command until the job said that it had copied something, where that was looked at.
+    pub(crate) first_byte_seconds: Option<f64>,
 }
 
 /// All runs of one job in one scenario.
@@ -52,6 +54,7 @@ impl CopyResult {
                     "median-mib-per-second": self.bytes as f64 / wall / 1_048_576.0,
                     "median-cpu-seconds": median_of(runs, |run| run.cpu_seconds),
                     "median-open-seconds": median_of(runs, |run| run.open_seconds),
+                    "median-first-byte-seconds": first_byte_seconds(runs),
                     "peak-mib": peak_mib(runs),
                     "target-mib": target_mib(runs),
                     "wall-seconds": runs.iter().map(|run| run.wall_seconds).collect::<Vec<_>>(),
@@ -103,6 +106,11 @@ impl CopyResult {
                 target_mib(runs),
             );
         }
+        for (contestant, runs) in &self.runs {
+            if let Some(seconds) = first_byte_seconds(runs) {
+                text += &format!("{}: first byte after {seconds:.4} s\n", contestant.name());
+            }
+        }
         text + &ratios(
             &self.runs,
             "throughput",
@@ -149,6 +157,14 @@ pub(crate) fn range_of<T>(runs: &[T], figure: impl Fn(&T) -> f64) -> (f64, f64) 
     (
         figures().fold(f64::INFINITY, f64::min),
         figures().fold(0.0, f64::max),
+    )
+}
+
+fn first_byte_seconds(runs: &[Run]) -> Option<f64> {
+    median(
+        runs.iter()
+            .filter_map(|run| run.first_byte_seconds)
+            .collect(),
     )
 }
 
