@@ -287,12 +287,9 @@ impl Graph {
             }
             None => Ok(()),
         };
-        let is_kept = view.persistent || view.previous.is_some() && !keep_previous;
-        let stored = match is_kept {
-            true => self.store_bitmaps_of(&view.node).await,
-            false => Ok(()),
-        };
-        removed.and(stored).map_err(|error| disk.named(error))
+        // Not into the image itself, which others may be writing: it has them when it is closed.
+        self.record_bitmaps(&view.node).await;
+        removed.map_err(|error| disk.named(error))
     }
 
     /// The file of the image that is to keep the bitmap of a checkpoint: its path, and its device and inode. `None`: nothing that has
@@ -361,25 +358,5 @@ impl Graph {
         }
         self.record_bitmaps_of(node).await;
         Ok(bitmaps.is_recorded())
-    }
-
-    /// Has the image of a node keep its bitmaps as they are now, or the state directory, if there is one.
-    async fn store_bitmaps_of(&self, node: &str) -> Result<(), EngineError> {
-        if self.state.is_some() {
-            self.record_bitmaps(node).await;
-            return Ok(());
-        }
-        let Some(node) = self.find(node) else {
-            return Ok(());
-        };
-        let stored = self.threads.run(self.thread_of(node), move |context| {
-            Box::pin(async move {
-                match context.node(node) {
-                    Some(node) => node.store_bitmaps().await,
-                    None => Ok(()),
-                }
-            })
-        });
-        stored.await?
     }
 }
