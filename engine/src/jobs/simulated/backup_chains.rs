@@ -56,7 +56,7 @@ fn count(counter: &Cell<usize>) {
 
 impl History {
     fn new(seed: u64) -> Self {
-        let dice = Seed::new(seed ^ 0xc4a1_2b);
+        let dice = Seed::new(seed ^ 0x00c4_a12b);
         let length = 512 * (20 + dice.below(200));
         let granularity = *dice.pick(&[512, 2048, 4096, 16_384, 65_536]);
         let bitmaps = Arc::new(NodeBitmaps::default());

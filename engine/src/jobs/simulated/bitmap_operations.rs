@@ -81,6 +81,9 @@ struct Known {
     frozen: Option<(FrozenBitmap, Units)>,
 }
 
+/// What a request was about, and the rest of it.
+type Abandoned = (ByteRange, LocalFuture<'static, ()>);
+
 /// A node, its bitmaps, and what is known of them.
 struct Scene {
     seed: u64,
@@ -91,7 +94,7 @@ struct Scene {
     known: RefCell<BTreeMap<String, Known>>,
     length: u64,
     /// Requests that nobody waits for any more.
-    abandoned: Rc<RefCell<Vec<(ByteRange, LocalFuture<'static, ()>)>>>,
+    abandoned: Rc<RefCell<Vec<Abandoned>>>,
     /// Which request is being abandoned.
     abandons: Rc<Cell<ByteRange>>,
 }
