@@ -131,7 +131,7 @@ impl Scene {
             },
         );
         let bitmaps = Arc::new(NodeBitmaps::default());
-        let abandoned: Rc<RefCell<Vec<(ByteRange, LocalFuture<'static, ()>)>>> = Rc::default();
+        let abandoned = Rc::<RefCell<Vec<Abandoned>>>::default();
         let abandons = Rc::new(Cell::new(ByteRange::default()));
         let (taken, whose) = (Rc::clone(&abandoned), Rc::clone(&abandons));
         let spawner = Spawner::new(move |work| taken.borrow_mut().push((whose.get(), work)));
