@@ -14,6 +14,9 @@ use crate::request::CopyMode;
 /// Changed bytes that are copied as one plan.
 const RUN_MAX_BYTES: u64 = 16 << 20;
 
+/// How often a step is planned that others overtake by writing to both sides.
+const LOOKS_MAX: usize = 4;
+
 /// How far a copier has to come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Goal {
@@ -120,6 +123,20 @@ impl Changes {
         self.position = run.end();
         self.goal.budget_bytes = self.goal.budget_bytes.saturating_sub(run.length());
         Some(run)
+    }
+
+    /// Whether zeroes that were planned for `range` have to be looked at once more, as somebody has written there on both sides since.
+    /// After so many looks what was written is copied once more instead.
+    pub(super) fn overtake(&self, range: ByteRange, looks: usize) -> bool {
+        if !self.tracker.is_overtaken(range) {
+            return false;
+        }
+        if looks == LOOKS_MAX {
+            self.tracker.mark_overtaken(range);
+            return false;
+        }
+        self.tracker.looks_again();
+        true
     }
 
     /// A range was not copied, and has to be.

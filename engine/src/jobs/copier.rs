@@ -47,9 +47,6 @@ const IGNORE_DELAY_MAX: Duration = Duration::from_secs(1);
 /// Ranges that need nothing, after which other tasks have their turn.
 const SKIPPED_IN_A_ROW: usize = 64;
 
-/// How often a step is planned that others overtake by writing to both sides.
-const LOOKS_MAX: usize = 4;
-
 /// Copies ranges of one node to another.
 pub(crate) struct Copier {
     source: Rc<dyn Node>,
@@ -381,7 +378,7 @@ impl Copier {
                 }
                 Err(Failure::NotShared) => {
                     self.plan.give_back_unshared(ended.step.range);
-                    self.tell_planned();
+                    self.tell_planned(false);
                 }
                 Err(Failure::Io(side, error)) => {
                     interrupted = self.holds_writers();
@@ -439,42 +436,31 @@ impl Copier {
             _ => Doing::Copy,
         };
         let turn = changes.tracker.turn(step.range, doing);
-        self.tell_planned();
+        self.tell_planned(false);
         Some(turn)
     }
 
-    /// Writers have to know what is planned by what was known before.
-    fn tell_planned(&self) {
+    /// Writers have to know what is planned by what was known before; where it looks, any of what is planned may be.
+    fn tell_planned(&self, is_looking: bool) {
         if let Some(changes) = &self.changes {
-            let (planned, looked_at) = (self.plan.planned(), self.plan.looked_at());
+            let (planned, known) = (self.plan.planned(), self.plan.looked_at());
+            let looked_at = if is_looking { planned } else { known };
             changes.tracker.set_planned(planned, looked_at);
-        }
-    }
-
-    /// Any of what is planned may be looked at from now on.
-    fn tell_looking(&self) {
-        if let Some(changes) = &self.changes {
-            let planned = self.plan.planned();
-            changes.tracker.set_planned(planned, planned);
         }
     }
 
     /// Whether a step that has been planned fits no more, as somebody has written there on both sides since; it is planned anew then, or,
     /// where that has come to the same too often, what was written is copied once more.
     fn is_overtaken(&mut self, step: Step, looks: usize) -> bool {
-        let Some(changes) = &self.changes else {
-            return false;
-        };
-        if step.kind != StepKind::Zero || !changes.tracker.is_overtaken(step.range) {
-            return false;
+        let changes = self
+            .changes
+            .as_ref()
+            .filter(|_| step.kind == StepKind::Zero);
+        let is_overtaken = changes.is_some_and(|changes| changes.overtake(step.range, looks));
+        if is_overtaken {
+            self.plan.look_again(step.range);
         }
-        if looks == LOOKS_MAX {
-            changes.tracker.mark_overtaken(step.range);
-            return false;
-        }
-        self.plan.look_again(step.range);
-        changes.tracker.looks_again();
-        true
+        is_overtaken
     }
 
     /// Why what the filter above the source has saved is worth nothing.
@@ -533,7 +519,7 @@ impl Copier {
         };
         let mut looks = 1;
         let step = loop {
-            self.tell_looking();
+            self.tell_planned(true);
             let next = self.plan.next(
                 &self.source,
                 &*self.target,
