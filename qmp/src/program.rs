@@ -9,7 +9,6 @@ use tracing_subscriber::EnvFilter;
 
 use crate::control;
 use crate::daemon;
-use crate::terminal::copy::arguments::CopyKind;
 use crate::terminal::images::{
     bitmap, compare, create, info, map, measure, resize, snapshot, verify,
 };
@@ -41,8 +40,8 @@ pub fn main() -> ExitCode {
     });
     match command {
         Command::Daemon { options } => daemon::run(&name, &["daemon".into()], options),
-        Command::Backup(arguments) => copy::run(CopyKind::Backup, &arguments).into(),
-        Command::Mirror(arguments) => copy::run(CopyKind::Mirror, &arguments).into(),
+        Command::Backup(arguments) => copy::run(&arguments.asked()).into(),
+        Command::Mirror(arguments) => copy::run(&arguments.asked()).into(),
         Command::Chain(arguments) => chain::show::run(&arguments).into(),
         Command::Commit(arguments) => chain::moves::commit(&arguments).into(),
         Command::Stream(arguments) => chain::moves::stream(&arguments).into(),

@@ -58,6 +58,7 @@ mod normal;
 mod one_shot;
 mod one_shot_bitmaps;
 mod one_shot_chains;
+mod one_shot_images;
 mod oracle;
 mod persistent_bitmaps;
 mod place;

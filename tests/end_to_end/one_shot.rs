@@ -193,7 +193,7 @@ fn usage_errors_are_two_and_help_is_none() {
         &["backup", "source", "target", "--speed", "fast"],
         &["backup", "source", "target", "--speed", "-1"],
         &["backup", "source", "target", "--speed", "9E"],
-        &["backup", "source", "target", "--target-format", "qcow2"],
+        &["backup", "source", "target", "--target-format", "vmdk"],
         &["backup", "source", "target", "--on-error", "stop"],
         &[
             "backup",

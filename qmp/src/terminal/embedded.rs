@@ -11,7 +11,7 @@ use blockyard_engine::event::{Event, EventKind};
 use blockyard_engine::images::{ImageEvent, ImageReply, ImageSpec, ImageWatch, ImageWork};
 use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
-use blockyard_engine::reply::{ImageView, JobView, LayerView, PlanView, Reply};
+use blockyard_engine::reply::{ImageView, JobView, LayerView, NodeView, PlanView, Reply};
 use blockyard_engine::request::{
     BackingRef, BitmapChange, CommonOptions, DetectZeroes, Discard, DriverSpec, FileSpec, JobSpec,
     NamedBy, NodeRef, NodeSpec, PlanSpec, PlannedJob, Qcow2Spec, Request, VerbFamily, WorkSpec,
@@ -214,7 +214,64 @@ impl Embedded {
         self.add_node_as(file, false).await.map(|()| false)
     }
 
+    /// Opens a qcow2 image to copy from or to, in the same way.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn add_qcow2_to_copy(
+        &self,
+        file: &NodeFile,
+        backing: BackingRef,
+    ) -> Result<bool, EngineError> {
+        let add = |direct| {
+            let below = NodeSpec {
+                node_name: None,
+                ..Self::below(file, direct)
+            };
+            let node = NodeSpec {
+                node_name: Some(file.name.to_owned()),
+                common: CommonOptions {
+                    detect_zeroes: Some(file.detect_zeroes),
+                    ..below.common
+                },
+                driver: DriverSpec::Qcow2(Box::new(Qcow2Spec {
+                    backing: backing.clone(),
+                    ..Qcow2Spec::over(NodeRef::Inline(Box::new(below)))
+                })),
+            };
+            self.call(Request::BlockdevAdd(node))
+        };
+        if self.cache != Cache::Writeback {
+            match add(true).await {
+                Ok(_) => return Ok(true),
+                Err(error) if self.cache == Cache::None => return Err(error),
+                Err(error) => tracing::debug!(%error, "no direct I/O, the page cache is used"),
+            }
+        }
+        add(false).await.map(|_| false)
+    }
+
     async fn add_node_as(&self, file: &NodeFile, direct: bool) -> Result<(), EngineError> {
+        let below = Self::below(file, direct);
+        self.call(Request::BlockdevAdd(NodeSpec {
+            node_name: Some(file.name.to_owned()),
+            common: CommonOptions {
+                detect_zeroes: Some(file.detect_zeroes),
+                ..below.common
+            },
+            // A window: a device may be longer than what is copied onto it.
+            driver: DriverSpec::Raw {
+                file: NodeRef::Inline(Box::new(below)),
+                offset: None,
+                size: Some(file.size_bytes),
+            },
+        }))
+        .await
+        .map(drop)
+    }
+
+    /// The file or device below a node.
+    fn below(file: &NodeFile, direct: bool) -> NodeSpec {
         let common = CommonOptions {
             read_only: Some(file.read_only),
             discard: Some(file.discard),
@@ -227,7 +284,7 @@ impl Embedded {
             exclusive: true,
             ..FileSpec::default()
         };
-        let below = NodeSpec {
+        NodeSpec {
             node_name: Some(format!("{}-file", file.name)),
             common,
             driver: if file.is_device {
@@ -235,22 +292,7 @@ impl Embedded {
             } else {
                 DriverSpec::File(spec)
             },
-        };
-        self.call(Request::BlockdevAdd(NodeSpec {
-            node_name: Some(file.name.to_owned()),
-            common: CommonOptions {
-                detect_zeroes: Some(file.detect_zeroes),
-                ..common
-            },
-            // A window: a device may be longer than what is copied onto it.
-            driver: DriverSpec::Raw {
-                file: NodeRef::Inline(Box::new(below)),
-                offset: None,
-                size: Some(file.size_bytes),
-            },
-        }))
-        .await
-        .map(drop)
+        }
     }
 
     /// Opens the file of an image and takes its image locks.
@@ -276,16 +318,32 @@ impl Embedded {
         self.call(Request::BlockdevAdd(node)).await.map(drop)
     }
 
-    /// Lets a qcow2 image without backing that was opened for writing be read only from now on; what it keeps is in it then.
+    /// Lets a qcow2 image that was opened for writing be read only from now on; what it keeps is in it then.
     ///
     /// # Errors
     /// The engine's.
-    pub(crate) async fn make_qcow2_read_only(&self, file: &ImageFile) -> Result<(), EngineError> {
+    pub(crate) async fn make_qcow2_read_only(
+        &self,
+        file: &ImageFile,
+        backing: BackingRef,
+    ) -> Result<(), EngineError> {
         let file = ImageFile {
             read_only: true,
             ..file.clone()
         };
-        let nodes = vec![self.qcow2_node(&file, BackingRef::Nothing)];
+        self.reopen_qcow2(&file, backing).await
+    }
+
+    /// Opens a qcow2 image that is open in another way: for writing, or for reading only.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn reopen_qcow2(
+        &self,
+        file: &ImageFile,
+        backing: BackingRef,
+    ) -> Result<(), EngineError> {
+        let nodes = vec![self.qcow2_node(file, backing)];
         self.call(Request::BlockdevReopen { nodes }).await.map(drop)
     }
 
@@ -337,6 +395,14 @@ impl Embedded {
     /// # Errors
     /// The engine's.
     pub(crate) async fn image_view(&self, name: &str) -> Result<ImageView, EngineError> {
+        self.node_view(name).await.map(|node| node.image)
+    }
+
+    /// What is known of a node.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(crate) async fn node_view(&self, name: &str) -> Result<NodeView, EngineError> {
         let views = self
             .call(Request::QueryNamedBlockNodes { flat: false })
             .await?;
@@ -345,7 +411,7 @@ impl Embedded {
             _ => None,
         };
         let missing = || EngineError::generic("Internal error: a node is lost (bug)");
-        found.map(|node| node.image).ok_or_else(missing)
+        found.ok_or_else(missing)
     }
 
     /// Does something with the image on a node, shown under `name`; `told` hears what is told meanwhile. A signal cancels

@@ -22,7 +22,7 @@ use crate::terminal::chain::arguments::{CommitArguments, StreamArguments};
 use crate::terminal::chain::rebase::RebaseArguments;
 use crate::terminal::chain::show::ChainArguments;
 use crate::terminal::check::arguments::CheckArguments;
-use crate::terminal::copy::arguments::CopyArguments;
+use crate::terminal::copy::arguments::{BackupArguments, MirrorArguments};
 use crate::terminal::exit::{Exit, after_help, after_help_with};
 use crate::terminal::images::bitmap::BitmapArguments;
 use crate::terminal::images::compare::{self, CompareArguments};
@@ -58,6 +58,8 @@ const BACKUP_EXAMPLES: &str = "  \
   blockyard backup --verify --speed 100M disk.raw /mnt/backup/disk.raw
   blockyard backup --force /dev/vg/snapshot backup.raw
   blockyard backup --manifest backup.manifest disk.raw backup.raw
+  blockyard backup -f qcow2 -O qcow2 --compress disk.qcow2 full.qcow2
+  blockyard backup --incremental since-full --onto full.qcow2 disk.qcow2 tuesday.qcow2
   blockyard backup --json disk.raw backup.raw";
 
 const CHECK_EXAMPLES: &str = "  \
@@ -178,8 +180,11 @@ pub enum Command {
     /// Copies SRC to DST, which becomes the same byte for byte, holes included, and is durable at the end. SRC must not be in
     /// use by somebody who writes to it. `backup` and `mirror` make the same copy; where DST held something and becomes
     /// zeroes, `backup` keeps the room on DST and `mirror` gives it back. Use `backup` for a copy to keep.
+    ///
+    /// The disk in a qcow2 image is copied, or to one, if you say so (-f, -O). With --incremental only what has changed since the
+    /// backup before is, by a bitmap that SRC keeps; `blockyard bitmap` makes and shows bitmaps.
     #[command(after_help = after_help(BACKUP_EXAMPLES))]
-    Backup(CopyArguments),
+    Backup(BackupArguments),
     /// Copy an image or block device to use the copy in its place
     ///
     /// Copies SRC to DST, which becomes the same byte for byte, holes included, and is durable at the end. SRC must not be in
@@ -187,7 +192,7 @@ pub enum Command {
     /// zeroes, `mirror` gives the room on DST back and `backup` keeps it. Use `mirror` to move a disk; it completes as soon
     /// as both sides are equal, because here nobody writes to SRC meanwhile.
     #[command(after_help = after_help(MIRROR_EXAMPLES))]
-    Mirror(CopyArguments),
+    Mirror(MirrorArguments),
     /// Show the images of a chain, and what moving data between them would come to
     ///
     /// Prints IMAGE and each image below it as the headers name them, with length and room taken, and between them how much a

@@ -1,15 +1,17 @@
 //! What `backup` and `mirror` can be asked for.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use blockyard_engine::job::error_policy::OnError;
 use blockyard_engine::request::{
     BackupPerf, BackupSpec, CbwOptions, CreatePreallocation, DetectZeroes, IntegritySpec,
     MirrorSpec, SyncMode, WorkSpec,
 };
+use blockyard_engine::request::{BitmapChange, BitmapMode, BitmapName};
 use clap::{Args, ValueEnum};
 
 use crate::size;
+use crate::terminal::check::arguments::Format;
 use crate::terminal::copy::job::CopyOptions;
 use crate::terminal::display::DisplayArguments;
 use crate::terminal::embedded::EngineArguments;
@@ -18,9 +20,65 @@ use crate::terminal::embedded::EngineArguments;
 pub(crate) const SOURCE: &str = "source";
 pub(crate) const TARGET: &str = "target";
 
+/// Arguments of `backup`.
+#[derive(Args, Debug)]
+pub struct BackupArguments {
+    #[command(flatten)]
+    pub(crate) copy: CopyArguments,
+    /// Write compressed clusters to DST, a qcow2 image
+    #[arg(long, short)]
+    pub(crate) compress: bool,
+    #[command(flatten)]
+    pub(crate) changes: ChangesArguments,
+}
+
+/// Arguments of `mirror`.
+#[derive(Args, Debug)]
+pub struct MirrorArguments {
+    #[command(flatten)]
+    pub(crate) copy: CopyArguments,
+}
+
+/// What has changed since the backup before.
+#[derive(Args, Debug)]
+pub(crate) struct ChangesArguments {
+    /// Copy only what BITMAP, a dirty bitmap that SRC keeps, says has changed; both are qcow2 images then. Once DST is durable the
+    /// bitmap is cleared; unless the copy succeeds it stays as it is
+    #[arg(long, value_name = "BITMAP")]
+    pub(crate) incremental: Option<String>,
+    /// The backup before, which DST is made an overlay of: read through it, DST shows the whole disk. Without it, DST holds what has
+    /// changed and nothing else
+    #[arg(long, value_name = "PREVIOUS", requires = "incremental")]
+    pub(crate) onto: Option<PathBuf>,
+    /// Format of PREVIOUS
+    #[arg(long, short = 'F', value_enum, value_name = "FORMAT", requires = "onto", default_value_t = Format::Qcow2)]
+    pub(crate) onto_format: Format,
+    /// Do not clear the bitmap
+    #[arg(long, requires = "incremental")]
+    pub(crate) keep_bitmap: bool,
+}
+
+/// What one of the two commands was asked for.
+pub(crate) struct Asked<'a> {
+    pub(crate) kind: CopyKind,
+    pub(crate) copy: &'a CopyArguments,
+    pub(crate) compress: bool,
+    pub(crate) changes: Option<Changes<'a>>,
+}
+
+/// Only what has changed is copied.
+#[derive(Clone, Copy)]
+pub(crate) struct Changes<'a> {
+    /// The bitmap that says what has.
+    pub(crate) bitmap: &'a str,
+    /// The backup before, and its format.
+    pub(crate) onto: Option<(&'a Path, Format)>,
+    pub(crate) keeps_bitmap: bool,
+}
+
 /// Arguments of `backup` and `mirror`.
 #[derive(Args, Debug)]
-pub struct CopyArguments {
+pub(crate) struct CopyArguments {
     /// Image or block device to read
     #[arg(value_name = "SRC")]
     pub(crate) source: PathBuf,
@@ -28,7 +86,7 @@ pub struct CopyArguments {
     #[arg(value_name = "DST")]
     pub(crate) target: PathBuf,
     /// Overwrite DST if it exists. Its content is lost from the start, whether the copy succeeds or not
-    #[arg(long, short, alias = "overwrite")]
+    #[arg(long, alias = "overwrite")]
     pub(crate) force: bool,
     /// Read DST back once the copy is made, and compare it with what was read from SRC
     #[arg(long)]
@@ -40,13 +98,16 @@ pub struct CopyArguments {
     /// Keep what was written to a new DST when the copy fails or is cancelled
     #[arg(long)]
     pub(crate) keep_partial: bool,
-    /// Format of SRC. Must be given if SRC looks like another one; it is never guessed
-    #[arg(long, value_enum, value_name = "FORMAT")]
+    /// Format of SRC: raw, if it does not look like another one; it is never guessed
+    #[arg(long, short = 'f', value_enum, value_name = "FORMAT")]
     pub(crate) source_format: Option<Format>,
-    /// Format of DST
-    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Raw)]
-    pub(crate) target_format: Format,
-    /// Reserve the room of a new image before copying: no, its blocks (falloc), or by writing zeroes (full)
+    /// Format of DST: raw, or qcow2 with --incremental
+    #[arg(long, short = 'O', value_enum, value_name = "FORMAT")]
+    pub(crate) target_format: Option<Format>,
+    /// Options of DST, a qcow2 image: name=value, several with commas between them, as for `create`
+    #[arg(long = "options", short = 'o', value_name = "OPTIONS")]
+    pub(crate) options: Vec<String>,
+    /// Reserve the room of a new raw image before copying: no, its blocks (falloc), or by writing zeroes (full)
     #[arg(long, value_enum, value_name = "MODE", default_value_t = Preallocation::Off)]
     pub(crate) preallocation: Preallocation,
     /// Look for zeroes in the data, and store them as zeroes (on) or holes (unmap). Holes of SRC stay holes anyway
@@ -69,12 +130,6 @@ pub(crate) struct PaceArguments {
     /// Bytes per second at most, with k, M, G or T for powers of 1024; 0: no limit
     #[arg(long, visible_alias = "rate", value_name = "RATE", value_parser = speed, default_value = "0", hide_default_value = true)]
     pub(crate) speed: i64,
-}
-
-/// Image formats there are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Format {
-    Raw,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -177,22 +232,132 @@ impl CopyKind {
     }
 }
 
-impl CopyArguments {
+impl BackupArguments {
+    /// All of it together.
+    pub(crate) fn asked(&self) -> Asked<'_> {
+        let ChangesArguments {
+            incremental,
+            onto,
+            onto_format,
+            keep_bitmap,
+        } = &self.changes;
+        Asked {
+            kind: CopyKind::Backup,
+            copy: &self.copy,
+            compress: self.compress,
+            changes: incremental.as_deref().map(|bitmap| Changes {
+                bitmap,
+                onto: onto.as_deref().map(|onto| (onto, *onto_format)),
+                keeps_bitmap: *keep_bitmap,
+            }),
+        }
+    }
+}
+
+impl MirrorArguments {
+    /// All of it together.
+    pub(crate) fn asked(&self) -> Asked<'_> {
+        Asked {
+            kind: CopyKind::Mirror,
+            copy: &self.copy,
+            compress: false,
+            changes: None,
+        }
+    }
+}
+
+impl Asked<'_> {
+    /// What SRC is, by the user's word. Only qcow2 images keep bitmaps.
+    pub(crate) fn source_format(&self) -> Option<Format> {
+        let by_changes = self.changes.map(|_| Format::Qcow2);
+        self.copy.source_format.or(by_changes)
+    }
+
+    /// What DST becomes.
+    pub(crate) fn target_format(&self) -> Format {
+        let otherwise = match self.changes {
+            Some(_) => Format::Qcow2,
+            None => Format::Raw,
+        };
+        self.copy.target_format.unwrap_or(otherwise)
+    }
+
     /// Arguments that do not go together.
     ///
     /// # Errors
     /// Which, for the user.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let reserves = self.preallocation != Preallocation::Off;
-        if reserves && self.detect_zeroes == Zeroes::Unmap {
-            return Err(
-                "--detect-zeroes unmap gives back the room that --preallocation reserves; choose one"
-                    .to_owned(),
+        let (copy, target) = (self.copy, self.target_format());
+        let reserves = copy.preallocation != Preallocation::Off;
+        let refused = |text: &str| Err(text.to_owned());
+        if reserves && copy.detect_zeroes == Zeroes::Unmap {
+            return refused(
+                "--detect-zeroes unmap gives back the room that --preallocation reserves; choose one",
             );
+        }
+        if self.changes.is_some() {
+            if self.source_format() != Some(Format::Qcow2) || target != Format::Qcow2 {
+                return refused("--incremental is for qcow2 images: a raw one keeps no bitmap");
+            }
+            if copy.manifest.is_some() {
+                return refused(
+                    "--manifest is of whole disks, and --incremental copies a part of one",
+                );
+            }
+            let is_on_nothing = self.changes.is_some_and(|changes| changes.onto.is_none());
+            if copy.verify && is_on_nothing {
+                return refused(
+                    "--verify compares whole disks; with --incremental it needs --onto, without which DST is none",
+                );
+            }
+        }
+        if target == Format::Raw && self.compress {
+            return refused("--compress is for qcow2 images; say -O qcow2");
+        }
+        if target == Format::Raw && !copy.options.is_empty() {
+            return refused("--options is for qcow2 images; say -O qcow2");
+        }
+        if target == Format::Qcow2 && reserves {
+            return refused("--preallocation is for raw images; say -o preallocation=...");
         }
         Ok(())
     }
 
+    /// The job that copies the source node to the target node. The bitmap stays as it is meanwhile: it is cleared by
+    /// [`forgotten`](Self::forgotten), once what was copied is on the medium.
+    pub(crate) fn work(&self) -> WorkSpec {
+        let options = self.copy.options(self.kind);
+        // Whole disks are compared afterwards, as the files have them then.
+        let integrity = IntegritySpec {
+            verify: false,
+            ..options.integrity
+        };
+        match self.kind.work(options.speed, options.on_error, integrity) {
+            WorkSpec::Backup(spec) => WorkSpec::Backup(BackupSpec {
+                compress: self.compress,
+                sync: match self.changes {
+                    Some(_) => SyncMode::Bitmap,
+                    None => SyncMode::Full,
+                },
+                bitmap: self.changes.map(|changes| changes.bitmap.to_owned()),
+                bitmap_mode: self.changes.map(|_| BitmapMode::Never),
+                ..spec
+            }),
+            other => other,
+        }
+    }
+
+    /// What is done to the bitmap in the end, if something is.
+    pub(crate) fn forgotten(&self) -> Option<BitmapChange> {
+        let changes = self.changes.filter(|changes| !changes.keeps_bitmap)?;
+        Some(BitmapChange::Clear(BitmapName {
+            node: SOURCE.to_owned(),
+            name: changes.bitmap.to_owned(),
+        }))
+    }
+}
+
+impl CopyArguments {
     /// How to copy.
     pub(crate) fn options(&self, kind: CopyKind) -> CopyOptions {
         CopyOptions {

@@ -48,7 +48,10 @@ pub(crate) struct Source {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
     pub(crate) is_device: bool,
+    /// Of the file or device.
     pub(crate) length_bytes: u64,
+    /// Of the disk in it: the same, as long as nobody says that it is an image.
+    pub(crate) disk_bytes: u64,
     identity: Identity,
     changed: Option<SystemTime>,
     mode: u32,
@@ -69,9 +72,11 @@ impl Source {
         if kind_of(path, &facts)? != is_device {
             return Err(format!("{} has just been replaced", shown(path)));
         }
+        let length_bytes = length_of(&file, &facts).map_err(cannot)?;
         Ok(Self {
             path: path.to_owned(),
-            length_bytes: length_of(&file, &facts).map_err(cannot)?,
+            length_bytes,
+            disk_bytes: length_bytes,
             is_device,
             identity: Identity::of(&facts),
             changed: facts.modified().ok(),
@@ -87,7 +92,13 @@ impl Source {
 
     /// Length as a node.
     pub(crate) fn size_bytes(&self) -> u64 {
-        self.length_bytes.next_multiple_of(SECTOR_BYTES)
+        self.disk_bytes.next_multiple_of(SECTOR_BYTES)
+    }
+
+    /// Whether it goes by that name, too.
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        let facts = fs::metadata(path);
+        facts.is_ok_and(|facts| Identity::of(&facts) == self.identity)
     }
 
     /// Who may not read the disk may not read its copy.

@@ -134,7 +134,7 @@ pub(crate) async fn add_target(
         }
         let work = WorkSpec::Create(CreateSpec::File {
             filename: target.path.clone(),
-            size: source.length_bytes,
+            size: source.disk_bytes,
             preallocation: Some(options.preallocation),
             nocow: false,
             extent_size_hint: None,
@@ -190,19 +190,22 @@ pub(crate) async fn copy_across(
         facts: Vec::new(),
     };
     if copied.outcome == Outcome::Completed {
-        match target.finish(source.length_bytes) {
+        match target.finish(source.disk_bytes) {
             Ok(()) => copied.took = Some(started.elapsed()),
             Err(text) => copied.outcome = Outcome::failed(text),
         }
         // A job counts in units of its own.
-        copied.bytes = source.length_bytes;
+        copied.bytes = source.disk_bytes;
     }
     copied
 }
 
 /// Whether somebody else uses the target, asked before it is emptied: creating a file in use is refused only if its user
 /// shares it with no writer, while copying onto it is refused in any case.
-async fn check_unused(embedded: &Embedded, target: &Target) -> Result<(), EngineError> {
+///
+/// # Errors
+/// The engine's: somebody does, or the file cannot be opened.
+pub(super) async fn check_unused(embedded: &Embedded, target: &Target) -> Result<(), EngineError> {
     let node = NodeFile {
         name: TARGET,
         path: target.path.clone(),
@@ -217,7 +220,12 @@ async fn check_unused(embedded: &Embedded, target: &Target) -> Result<(), Engine
 }
 
 /// How a job ended. Nodes are told by the names of their files.
-fn outcome_of(embedded: &Embedded, job: &JobView, source: &Source, target: &Target) -> Outcome {
+pub(super) fn outcome_of(
+    embedded: &Embedded,
+    job: &JobView,
+    source: &Source,
+    target: &Target,
+) -> Outcome {
     let Some(error) = job.error.clone() else {
         return Outcome::Completed;
     };

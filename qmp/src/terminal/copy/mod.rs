@@ -7,6 +7,7 @@
 
 pub(crate) mod arguments;
 pub(crate) mod ends;
+mod images;
 pub(crate) mod job;
 
 use std::fs;
@@ -15,7 +16,8 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::size;
-use crate::terminal::copy::arguments::{CopyArguments, CopyKind, Preallocation};
+use crate::terminal::check::arguments::Format;
+use crate::terminal::copy::arguments::{Asked, CopyArguments, Preallocation};
 use crate::terminal::copy::ends::{Source, Target, shown};
 use crate::terminal::copy::job::{Copied, CopyOptions, add_source, add_target, copy_across};
 use crate::terminal::display::{Display, Ended, Fact, Outcome};
@@ -23,15 +25,19 @@ use crate::terminal::embedded::{Embedded, with_engine};
 use crate::terminal::exit::Exit;
 
 /// Runs `backup` or `mirror`.
-pub(crate) fn run(kind: CopyKind, arguments: &CopyArguments) -> Exit {
+pub(crate) fn run(asked: &Asked<'_>) -> Exit {
+    let arguments = asked.copy;
     let display = Display::new(arguments.display);
-    if let Err(text) = arguments.check() {
+    if let Err(text) = asked.check() {
         display.error(&text);
         return Exit::Usage;
     }
     let started = Instant::now();
     let copied = with_engine(arguments.engine, display, async |mut embedded| {
-        let copied = copy(&mut embedded, kind, arguments).await;
+        let copied = match is_of_raw(asked) {
+            true => copy(&mut embedded, asked).await,
+            false => images::copy(&mut embedded, asked).await,
+        };
         (copied, embedded.display)
     });
     let (copied, mut display) = match copied {
@@ -46,7 +52,7 @@ pub(crate) fn run(kind: CopyKind, arguments: &CopyArguments) -> Exit {
         text: String::new(),
     });
     display.ended(&Ended {
-        id: kind.name(),
+        id: asked.kind.name(),
         outcome: copied.outcome,
         bytes: copied.bytes,
         took: Some(copied.took.unwrap_or_else(|| started.elapsed())),
@@ -55,7 +61,14 @@ pub(crate) fn run(kind: CopyKind, arguments: &CopyArguments) -> Exit {
     exit
 }
 
-async fn copy(embedded: &mut Embedded, kind: CopyKind, arguments: &CopyArguments) -> Copied {
+/// Whether no side is a qcow2 image: bytes of files are copied then.
+fn is_of_raw(asked: &Asked<'_>) -> bool {
+    let formats = [asked.source_format(), Some(asked.target_format())];
+    !formats.contains(&Some(Format::Qcow2))
+}
+
+async fn copy(embedded: &mut Embedded, asked: &Asked<'_>) -> Copied {
+    let arguments = asked.copy;
     let source = match look_at_source(arguments) {
         Ok(source) => source,
         Err(text) => return Copied::refused(text),
@@ -70,7 +83,7 @@ async fn copy(embedded: &mut Embedded, kind: CopyKind, arguments: &CopyArguments
     if target.is_device && arguments.preallocation != Preallocation::Off {
         return Copied::refused("--preallocation is for files, a device has all its room");
     }
-    let options = arguments.options(kind);
+    let options = arguments.options(asked.kind);
     let mut copied = match check_manifest(&options, &source, &target) {
         Ok(()) => copy_onto(embedded, &options, &source, &target).await,
         Err(text) => Copied::refused(text),
@@ -113,10 +126,22 @@ async fn copy_onto(
         copied.tell("allocated-bytes", allocated, text);
     }
     let verifies = options.integrity.verify;
+    check_unmodified(embedded, source, target, verifies, &mut copied);
+    copied
+}
+
+/// Tells if somebody has written to a source that is only read here, which is no good if the copy `is_verified`.
+fn check_unmodified(
+    embedded: &Embedded,
+    source: &Source,
+    target: &Target,
+    is_verified: bool,
+    copied: &mut Copied,
+) {
     match source.was_modified() {
-        Ok(false) if verifies => copied.tell("verified", true, "verified".to_owned()),
+        Ok(false) if is_verified => copied.tell("verified", true, "verified".to_owned()),
         Ok(false) => {}
-        Ok(true) if verifies => {
+        Ok(true) if is_verified => {
             copied.outcome = Outcome::failed(format!(
                 "{} was written to while it was copied, so that {} may hold a mixture of old and new",
                 shown(&source.path),
@@ -130,7 +155,6 @@ async fn copy_onto(
         )),
         Err(text) => copied.outcome = Outcome::failed(text),
     }
-    copied
 }
 
 /// That the manifest takes no other file's place but a manifest's.
@@ -165,8 +189,12 @@ fn look_at_source(arguments: &CopyArguments) -> Result<Source, String> {
     {
         return Err(format!(
             "{} looks like a {format} image, which is not a raw disk; say --source-format raw to copy \
-             the file byte for byte",
-            shown(&source.path)
+             the file byte for byte{}",
+            shown(&source.path),
+            match format {
+                "qcow2" => ", or qcow2 to copy the disk in it",
+                _ => "",
+            }
         ));
     }
     Ok(source)

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use blockyard_engine::images::{
     BitmapsSpec, DirtyExtent, ImageEvent, ImageReply, ImageWork, KeptBitmapView,
 };
-use blockyard_engine::request::{BitmapChange, BitmapName, NamedBy};
+use blockyard_engine::request::{BackingRef, BitmapChange, BitmapName, NamedBy};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
@@ -252,7 +252,9 @@ async fn change(embedded: &Embedded, deed: Deed<'_>) -> Result<(), String> {
     let changed = embedded.change_bitmap(change).await;
     changed.map_err(|error| failed(&error.text))?;
     // What is closed only could fail without being told.
-    let stored = embedded.make_qcow2_read_only(&image.file()).await;
+    let stored = embedded
+        .make_qcow2_read_only(&image.file(), BackingRef::Nothing)
+        .await;
     stored.map_err(|error| failed(&error.text))
 }
 

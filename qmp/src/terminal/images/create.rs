@@ -242,8 +242,43 @@ pub(crate) async fn make_overlay(
     ))
 }
 
+/// Makes a qcow2 image of these options in a file that was claimed for it and that nobody else uses. What was in it is lost.
+///
+/// # Errors
+/// For the user; the file has no content then, or that of no image.
+pub(crate) async fn make_in(
+    embedded: &mut Embedded,
+    target: &Target,
+    options: ImageOptions,
+    size_bytes: u64,
+) -> Result<(), String> {
+    let new = New {
+        path: &target.path,
+        format: Format::Qcow2,
+        options: ImageOptions {
+            size_bytes: Some(size_bytes),
+            ..options
+        },
+        size_bytes,
+        force: false,
+    };
+    new.fill(embedded, target, None).await
+}
+
+/// Whether an image of these options can be made.
+///
+/// # Errors
+/// For the user.
+pub(crate) fn check_options(options: &ImageOptions, size_bytes: u64) -> Result<(), String> {
+    let checked = check_creation(&options.qcow2_spec(NODE.to_owned(), size_bytes));
+    checked.map_err(|error| error.text)
+}
+
 /// The name of an image as one beside it, or elsewhere, is to say it: without folder, or from the root on.
-fn name_from(new: &Path, image: &Path) -> Result<String, String> {
+///
+/// # Errors
+/// For the user: there is no such folder, or no such name.
+pub(crate) fn name_from(new: &Path, image: &Path) -> Result<String, String> {
     let cannot = |path: &Path, error: &dyn std::fmt::Display| format!("{}: {error}", shown(path));
     let folder = |path: &Path| {
         let folder = folder_of(path).canonicalize();

@@ -89,7 +89,8 @@ impl Disk<'_> {
         opened.map_err(|error| could_not_open(self.path, &error))
     }
 
-    fn file(&self) -> ImageFile {
+    /// What it is to the engine.
+    pub(crate) fn file(&self) -> ImageFile {
         ImageFile {
             name: self.node,
             path: self.path.to_owned(),
