@@ -10,8 +10,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use blockyard_storage::{ByteRange, LocalFuture};
-use futures_util::future::{Either, select};
-use futures_util::stream::StreamExt;
+use futures_util::future::select;
 
 use crate::clock::Moment;
 use crate::error::{JobError, NodeError};
@@ -59,8 +58,7 @@ pub(crate) struct Copier {
     hold_until: Option<Moment>,
     in_flight: Vec<ByteRange>,
     remembered_bytes: u64,
-    /// What has come over since the last durable point, wherever it is: where little is to be copied of a long disk, making each
-    /// part of it durable would take longer than copying.
+    /// What has come over since the last durable point, wherever it is: of a long disk it may be little.
     moved_bytes: u64,
     /// The first error that was ignored for good.
     left_out: Option<JobError>,
@@ -406,11 +404,8 @@ impl Copier {
         until: Option<Moment>,
         stopping: bool,
     ) -> Option<Ended> {
-        if let Some(ended) = window.ended.pop_front() {
-            return Some(ended);
-        }
         if stopping {
-            return window.flying.next().await;
+            return window.next_unless(pending::<()>()).await;
         }
         let broken: LocalFuture<'_, ()> = match &self.saver {
             Some(saver) => Box::pin(saver.changed()),
@@ -422,10 +417,7 @@ impl Copier {
             Some(moment) => cx.clock().sleep_until(moment),
             None => Box::pin(pending()),
         };
-        match select(window.flying.next(), select(timer, orders)).await {
-            Either::Left((ended, _)) => ended,
-            Either::Right(_) => None,
-        }
+        window.next_unless(select(timer, orders)).await
     }
 
     /// Begins a step, which has its place among the writers from now on.
@@ -538,13 +530,8 @@ impl Copier {
         if let (true, Some(recorder)) = (skips, &self.recorder) {
             recorder.zeroes(step.range).await;
         }
-        Some(match skips {
-            true => Step {
-                kind: StepKind::Skip,
-                ..step
-            },
-            false => step,
-        })
+        let kind = if skips { StepKind::Skip } else { step.kind };
+        Some(Step { kind, ..step })
     }
 
     /// What is to be saved next, if only that is looked at.
@@ -662,8 +649,7 @@ impl Copier {
             Layers::Below { .. } => Side::Source,
             Layers::All | Layers::Top { .. } | Layers::Zeroes => Side::Target,
         };
-        let nothing = ByteRange::default();
-        if let Some(stop) = self.by_policy(cx, nothing, side, error).await {
+        if let Some(stop) = self.by_policy(cx, ByteRange::default(), side, error).await {
             return Err(stop);
         }
         self.check_whole()?;
@@ -679,8 +665,10 @@ impl Copier {
         let Err(error) = self.target.flush().await else {
             return Ok(true);
         };
-        let nothing = ByteRange::default();
-        match self.by_policy(cx, nothing, Side::Target, error).await {
+        match self
+            .by_policy(cx, ByteRange::default(), Side::Target, error)
+            .await
+        {
             Some(stop) => Err(stop),
             None => Ok(false),
         }

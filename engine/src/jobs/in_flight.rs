@@ -8,6 +8,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use blockyard_storage::{ByteRange, LocalFuture};
+use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::job::context::JobContext;
@@ -31,8 +32,8 @@ pub(super) struct Ended {
 /// Ranges in flight, and those that have ended and were not looked at yet.
 #[derive(Default)]
 pub(super) struct Window<'a> {
-    pub(super) flying: FuturesUnordered<LocalFuture<'a, Ended>>,
-    pub(super) ended: VecDeque<Ended>,
+    flying: FuturesUnordered<LocalFuture<'a, Ended>>,
+    ended: VecDeque<Ended>,
 }
 
 impl<'a> Window<'a> {
@@ -46,6 +47,17 @@ impl<'a> Window<'a> {
 
     pub(super) fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The next one that ends, unless something else does before; `None`: that did, or nothing is in flight.
+    pub(super) async fn next_unless<T>(&mut self, other: impl Future<Output = T>) -> Option<Ended> {
+        match self.ended.pop_front() {
+            Some(ended) => Some(ended),
+            None => match select(self.flying.next(), pin!(other)).await {
+                Either::Left((ended, _)) => ended,
+                Either::Right(_) => None,
+            },
+        }
     }
 
     /// Does something else while what is in flight goes on. It has to: a node that looks something up, or flushes, may have to wait
