@@ -299,3 +299,35 @@ fn one_daemon_uses_a_state_directory() {
     let folder = daemon.kill();
     next(folder, &OPTIONS).quit();
 }
+
+/// A copy of an image that is being written has its name: it is not taken for the image, and takes nothing away from it.
+#[test]
+fn a_copy_of_an_image_in_use_is_another_image() {
+    if !tools::have_oracle() {
+        return;
+    }
+    let daemon = Daemon::start_with(&OPTIONS);
+    run(
+        &daemon,
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "i.qcow2", "64M"],
+    );
+    let mut client = daemon.client();
+    add(&mut client, false);
+    add_bitmap(&mut client, "b");
+    fs::copy(daemon.path("i.qcow2"), daemon.path("copy.qcow2")).expect("copied");
+    for read_only in [true, false] {
+        let file = json!({"driver": "file", "filename": "copy.qcow2"});
+        let node =
+            json!({"driver": "qcow2", "node-name": "c", "read-only": read_only, "file": file});
+        client.run("blockdev-add", node);
+        client.run("blockdev-del", json!({"node-name": "c"}));
+    }
+    drop(client);
+    let daemon = next(daemon.kill(), &OPTIONS);
+    let mut client = daemon.client();
+    add(&mut client, false);
+    assert_eq!(bitmaps(&mut client), [("b".to_owned(), 0, true)]);
+    drop(client);
+    daemon.quit();
+}

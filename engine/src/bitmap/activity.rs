@@ -19,7 +19,7 @@ use blockyard_images::qcow2::layout::extensions::ActivityId;
 use blockyard_storage::ByteRange;
 
 use crate::bitmap::NodeBitmaps;
-use crate::state::{MarkField, MarkedRecord, StateDir};
+use crate::state::{HeldName, MarkField, MarkedRecord, StateDir};
 
 /// Regions of a disk at most: 128 KiB for the field.
 const REGIONS_MAX: u64 = 1 << 20;
@@ -56,13 +56,15 @@ struct Inner {
 }
 
 /// Where changes are recorded.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Field {
     id: ActivityId,
     regions: Regions,
     record: MarkedRecord,
     /// The bits that are durable.
     durable: MarkField,
+    /// No other image is taken for what is recorded under this name.
+    _held: HeldName,
 }
 
 /// A change that is under way.
@@ -178,6 +180,7 @@ impl NodeBitmaps {
         id: ActivityId,
         regions: Regions,
         record: MarkedRecord,
+        held: HeldName,
     ) -> Vec<Range<u64>> {
         let mut inner = self.activity.lock();
         inner.era += 1;
@@ -186,6 +189,7 @@ impl NodeBitmaps {
             regions,
             record,
             durable: MarkField::new(regions.bits()),
+            _held: held,
         });
         self.activity.is_recorded.store(true, Ordering::Release);
         let ranges = inner.under_way.values();
@@ -207,6 +211,17 @@ impl NodeBitmaps {
             .is_recorded
             .store(is_recorded, Ordering::Release);
         others
+    }
+
+    /// Changes are not recorded in the field of this name any more.
+    pub(crate) fn drop_field(&self, id: ActivityId) {
+        let mut inner = self.activity.lock();
+        inner.era += 1;
+        inner.fields.retain(|field| field.id != id);
+        let is_recorded = !inner.fields.is_empty();
+        self.activity
+            .is_recorded
+            .store(is_recorded, Ordering::Release);
     }
 
     /// Keeps everybody else from writing down what an image keeps, or ending it, as long as the guard is there.

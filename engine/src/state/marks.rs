@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::record::field_offset;
@@ -75,6 +76,8 @@ struct FieldInFile {
     file: File,
     offset: u64,
     field: Mutex<MarkField>,
+    /// A sync has failed: nobody knows what of it is durable, whatever the next one says.
+    is_broken: AtomicBool,
 }
 
 /// Bits that are to be set.
@@ -111,6 +114,7 @@ impl StateDir {
             file,
             offset,
             field: Mutex::new(field),
+            is_broken: AtomicBool::new(false),
         });
         let state = self.clone();
         Ok(MarkedRecord { state, file })
@@ -149,6 +153,9 @@ pub(super) fn carry_out(markings: Vec<Marking>) {
             .any(|(file, _)| Arc::ptr_eq(file, &marking.file))
         {
             let outcome = marking.file.file.sync_data();
+            if outcome.is_err() {
+                marking.file.is_broken.store(true, Ordering::Release);
+            }
             let outcome = outcome.map_err(|error| error.to_string());
             synced.push((Arc::clone(&marking.file), outcome));
         }
@@ -176,6 +183,9 @@ impl Marking {
         }
         if self.bits.is_empty() {
             return Ok(());
+        }
+        if self.file.is_broken.load(Ordering::Acquire) {
+            return Err(io::Error::other("what was written before may be lost"));
         }
         field.set(self.bits.clone());
         let (first, last) = (self.bits.start / 8, (self.bits.end - 1) / 8);

@@ -16,12 +16,14 @@ mod answer;
 mod marks;
 mod record;
 
+use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -70,6 +72,21 @@ impl RecordKind {
 #[derive(Clone, Debug)]
 pub struct StateDir {
     hand: Hand,
+    held: Arc<Mutex<HashSet<String>>>,
+}
+
+/// A name of a record that somebody uses, as long as it is there.
+#[derive(Debug)]
+pub(crate) struct HeldName {
+    name: String,
+    all: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Drop for HeldName {
+    fn drop(&mut self) {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.remove(&self.name);
+    }
 }
 
 /// Who does what is asked for.
@@ -79,7 +96,7 @@ enum Hand {
     Thread(Sender<Work>, Patience),
     /// Whoever asks, where a test owns what happens when.
     #[cfg(test)]
-    Here(std::sync::Arc<tests::Here>),
+    Here(Arc<tests::Here>),
 }
 
 /// What the directory's thread is asked for.
@@ -115,6 +132,7 @@ impl StateDir {
             thread().map_err(|error| failed(path, "its thread cannot be started", error))?;
         Ok(Self {
             hand: Hand::Thread(work, patience),
+            held: Arc::default(),
         })
     }
 
@@ -123,8 +141,25 @@ impl StateDir {
     pub(crate) fn open_here(path: &Path) -> Result<Self, EngineError> {
         let here = tests::Here::new(Folder::open(path)?);
         Ok(Self {
-            hand: Hand::Here(std::sync::Arc::new(here)),
+            hand: Hand::Here(Arc::new(here)),
+            held: Arc::default(),
         })
+    }
+
+    /// Whether somebody [holds](Self::hold) a name.
+    pub(crate) fn is_held(&self, name: &str) -> bool {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.contains(name)
+    }
+
+    /// Says that a name is in use, which nobody else uses.
+    pub(crate) fn hold(&self, name: &str) -> HeldName {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.insert(name.to_owned());
+        HeldName {
+            name: name.to_owned(),
+            all: Arc::clone(&self.held),
+        }
     }
 
     /// Whether marks of a directory of [`open_here`](Self::open_here) fail from now on.

@@ -2,14 +2,16 @@
 
 use std::rc::Rc;
 
+use blockyard_images::pace::Unwatched;
 use blockyard_images::qcow2::create::CreateOptions;
 use blockyard_images::qcow2::layout::extensions::ActivityId;
 use blockyard_images::qcow2::layout::header::{Access, Header, autoclear};
+use blockyard_images::qcow2::snapshot::{NewSnapshot, SnapshotChoice, apply, create, delete};
 use blockyard_images::qcow2::{Options, Qcow2};
 use blockyard_simulator::{DiskOptions, World, run};
 use blockyard_storage::{ByteRange, Storage};
 
-use crate::bits::{Bits, Wanted, kept, new_image, store, with_image};
+use crate::bits::{Bits, Wanted, bytes_of, kept, memory, new_image, now, store, with_image};
 use crate::oracle::Oracle;
 use crate::verdict::ours;
 
@@ -98,6 +100,33 @@ fn a_name_stays_as_long_as_all_is_recorded() {
             assert!(header.bitmaps_valid());
             check(&image);
         }
+    }
+}
+
+#[test]
+fn a_snapshot_takes_nothing_away() {
+    for image in images() {
+        let file = memory(&left(&image));
+        let storage: Rc<dyn Storage> = file.clone();
+        let is_recorded = || header(&bytes_of(&*file)).activity() == Some(SECOND);
+        let new = NewSnapshot {
+            name: b"s".to_vec(),
+            date_seconds: 1,
+            date_nanoseconds: 0,
+            vm_clock_nanoseconds: 0,
+        };
+        now(create(&storage, &new, false, &Unwatched)).expect("made");
+        assert!(is_recorded());
+        let choice = SnapshotChoice::Name(b"s".to_vec());
+        let applied = now(apply(&storage, &choice, false, &Unwatched));
+        applied.expect_err("bitmaps would say nothing of it");
+        assert!(is_recorded());
+        let file = memory(&left(&image));
+        let storage: Rc<dyn Storage> = file.clone();
+        now(create(&storage, &new, false, &Unwatched)).expect("made");
+        now(delete(&storage, &choice, false, &Unwatched)).expect("deleted");
+        assert_eq!(header(&bytes_of(&*file)).activity(), Some(SECOND));
+        check(&bytes_of(&*file));
     }
 }
 

@@ -183,7 +183,8 @@ pub(crate) fn memory(bytes: &[u8]) -> Rc<MemoryStorage> {
     file
 }
 
-fn bytes_of(file: &dyn Storage) -> Vec<u8> {
+/// All that a file holds.
+pub(crate) fn bytes_of(file: &dyn Storage) -> Vec<u8> {
     let length = file.facts().length_bytes as usize;
     let read = now(file.read(0, Buffer::zeroed(length)));
     read.outcome.expect("read");

@@ -315,7 +315,8 @@ impl Node for Qcow2Node {
 
     fn change_snapshots(&self, change: SnapshotChange) -> LocalFuture<'_, Result<(), AmendStop>> {
         let (gate, mover) = (Rc::clone(&self.gate), Rc::clone(&self.mover));
-        let changed = change_snapshots(gate, mover, Rc::clone(&self.amended), change);
+        let (amended, bitmaps) = (Rc::clone(&self.amended), Arc::clone(&self.bitmaps));
+        let changed = change_snapshots(gate, mover, amended, bitmaps, change);
         Box::pin(self.spawner.to_the_end(Box::pin(changed)))
     }
 

@@ -30,6 +30,10 @@ const WRITTEN_DOWN_BYTES_MAX: u64 = 256 << 20;
 pub(super) async fn recover(image: &Qcow2, bitmaps: &NodeBitmaps) -> Option<Vec<BitmapInMemory>> {
     let state = bitmaps.state()?;
     let id = image.header().activity()?;
+    if state.is_held(&name_of(id)) {
+        // Of another image, of which this one is a copy, which is being written.
+        return None;
+    }
     let read = async {
         let Some(content) = state.read(KIND, &name_of(id)).await? else {
             return Ok(None);
@@ -59,12 +63,19 @@ pub(super) async fn recover(image: &Qcow2, bitmaps: &NodeBitmaps) -> Option<Vec<
 
 /// Goes on recording changes for an image that has been brought up anew, or begins to.
 pub(super) async fn go_on(image: &Qcow2, bitmaps: &NodeBitmaps) {
+    if !continues(image, bitmaps) {
+        write_down(image, bitmaps).await;
+    }
+}
+
+/// Whether changes of an image that has been brought up anew are recorded as its header says; then that goes on.
+pub(super) fn continues(image: &Qcow2, bitmaps: &NodeBitmaps) -> bool {
     let recorded_as = bitmaps.recorded_as();
     let is_recorded = recorded_as.is_some() && recorded_as == image.header().activity();
-    match is_recorded {
-        true => image.continue_activity(),
-        false => write_down(image, bitmaps).await,
+    if is_recorded {
+        image.continue_activity();
     }
+    is_recorded
 }
 
 /// Writes down what the image is to keep, as it is now, and records what changes from now on, if there is a place for that.
@@ -134,7 +145,8 @@ async fn begin(
     let name = field_name_of(id);
     let field = state.write_marked(KIND, &name, Vec::new(), field);
     let field = field.await.map_err(text)?;
-    let under_way = bitmaps.add_field(id, regions, field.clone());
+    let held = state.hold(&name_of(id));
+    let under_way = bitmaps.add_field(id, regions, field.clone(), held);
     let written = async {
         for bits in under_way {
             field.mark(bits).await.map_err(text)?;
@@ -155,15 +167,19 @@ async fn begin(
         Err(reason) if image.header().activity() == Some(id) => Err(reason),
         Err(reason) => {
             // Nothing leads there.
+            bitmaps.drop_field(id);
             forget(state, [id]).await;
             Err(reason)
         }
     }
 }
 
-/// Takes away what nothing leads to any more.
+/// Takes away what nothing leads to any more, but for what another image is recorded as.
 async fn forget(state: &StateDir, ids: impl IntoIterator<Item = ActivityId>) {
     for id in ids {
+        if state.is_held(&name_of(id)) {
+            continue;
+        }
         for name in [name_of(id), field_name_of(id)] {
             if let Err(error) = state.remove(KIND, &name).await {
                 tracing::warn!(%error, name, "a file of the state directory is left over");

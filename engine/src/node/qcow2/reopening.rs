@@ -121,7 +121,7 @@ fn is_same_image(one: &Header, other: &Header) -> bool {
             header.refcount_table,
             header.snapshot_table,
         );
-        let bitmaps = header.extensions.bitmaps;
+        let bitmaps = (header.extensions.bitmaps, header.activity());
         (header.size_bytes, header.l1_entries, tables, bitmaps)
     };
     places(one) == places(other) && one.geometry == other.geometry

@@ -3,14 +3,17 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use blockyard_images::pace::Unwatched;
 use blockyard_images::qcow2::snapshot::{self, SnapshotError};
 use blockyard_storage::Storage;
 
+use crate::bitmap::NodeBitmaps;
 use crate::node::gate::{Gate, Way};
 use crate::node::qcow2::amending::reopen;
 use crate::node::qcow2::mover::Mover;
+use crate::node::qcow2::recording;
 use crate::node::{AmendStop, Reopened, SnapshotChange};
 
 /// See [`Node::change_snapshots`](crate::node::Node::change_snapshots).
@@ -18,6 +21,7 @@ pub(super) async fn change_snapshots(
     gate: Rc<Gate>,
     mover: Rc<RefCell<Rc<Mover>>>,
     reopened: Rc<RefCell<Option<Reopened>>>,
+    bitmaps: Arc<NodeBitmaps>,
     change: SnapshotChange,
 ) -> Result<(), AmendStop> {
     // Tables that readers know of may be gone before the node changes over.
@@ -37,6 +41,8 @@ pub(super) async fn change_snapshots(
             .map(drop),
     };
     reopen(None, &mover, &reopened, &old).await?;
+    // Its disk shows what it showed, and nobody has written meanwhile.
+    recording::continues(&mover.borrow().image, &bitmaps);
     match changed {
         Ok(()) => Ok(()),
         Err(SnapshotError::Cancelled) => Err(AmendStop::Cancelled),

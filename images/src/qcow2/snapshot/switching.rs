@@ -97,8 +97,13 @@ impl<'a> Switching<'a> {
         header.size_bytes = goal.size_bytes;
         header.l1_entries = u32::try_from(goal.l1.len()).map_err(too_many)?;
         header.snapshots = u32::try_from(goal.snapshots.len()).map_err(too_many)?;
-        // The others are cleared with the first write.
-        header.autoclear &= autoclear::KNOWN;
+        // What is recorded of the disk's changes stays true as long as it shows the same. The others are cleared with the first write.
+        let shows_the_same =
+            goal.l1 == image.l1_table && goal.size_bytes == image.header.size_bytes;
+        header.autoclear &= match shows_the_same {
+            true => autoclear::KNOWN | autoclear::ACTIVITY,
+            false => autoclear::KNOWN,
+        };
         goal.table_of_snapshots()?;
         Ok(Self {
             file,

@@ -11,6 +11,7 @@ use blockyard_storage::{Buffer, ByteRange, ZeroMode};
 use tempfile::{TempDir, tempdir, tempdir_in};
 
 use super::reopening::plan;
+use super::snapshots::create;
 use super::yard::{DataFile, Setup, Yard};
 use crate::bitmap::{Bitmap, Need, NodeBitmaps};
 use crate::node::Node;
@@ -85,6 +86,8 @@ async fn session(
                     reopened.expect("opened in another way");
                 }
             }
+            // Counts of one bit do not allow it.
+            3 => drop(opened.node.change_snapshots(create("s")).await),
             2 => {
                 written.borrow_mut().push(range);
                 let zeroed = opened.node.zero(range, ZeroMode::default()).await;

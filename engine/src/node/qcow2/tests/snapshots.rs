@@ -15,7 +15,7 @@ use super::yard::{DataFile, Setup, Yard};
 use crate::node::qcow2::Qcow2Node;
 use crate::node::{AmendStop, Node, SnapshotChange};
 
-fn create(name: &str) -> SnapshotChange {
+pub(super) fn create(name: &str) -> SnapshotChange {
     SnapshotChange::Create(NewSnapshot {
         name: name.as_bytes().to_vec(),
         ..NewSnapshot::default()
