@@ -152,6 +152,10 @@ fn a_disk_moves_to_another_host_under_its_writer() {
     assert_eq!(exports[0]["node-name"], "there", "{exports}");
     let model = writer.end();
     client.run("block-export-del", json!({"id": "out", "mode": "hard"}));
+    // It is gone once its client is.
+    while client.run("query-block-exports", json!({})) != json!([]) {
+        std::thread::yield_now();
+    }
     client.run("blockdev-del", json!({"node-name": "there"}));
     assert!(
         fs::read(source.path("disk.raw")).expect("read") == before,
