@@ -33,6 +33,9 @@ use crate::request::Permission;
 /// How long clients of an export that is closed may take to leave. What they have asked for is carried out meanwhile.
 const LEAVING_WAIT: Duration = Duration::from_secs(30);
 
+/// How long an export counts as in use although nobody may use it any more: whoever hangs up is noticed by another thread.
+const HANG_UP_WAIT: Duration = Duration::from_millis(200);
+
 /// All exports.
 pub(crate) struct Exports {
     graph: Rc<Graph>,
@@ -269,11 +272,15 @@ impl Exports {
             let found = list.iter().find(|export| export.id == id).cloned();
             found.ok_or_else(|| EngineError::generic(format!("Export '{id}' is not found")))?
         };
+        let is_in_use = how == ExportDeletion::Safe && {
+            let unused = export.shared.until_unused();
+            tokio::time::timeout(HANG_UP_WAIT, unused).await.is_err()
+        };
         if export.is_closing.get() {
             let text = format!("Export '{id}' is already shutting down");
             return Err(EngineError::generic(text));
         }
-        if how == ExportDeletion::Safe && export.shared.clients() > 0 {
+        if is_in_use {
             let text = format!("export '{id}' still in use");
             return Err(EngineError::generic(text));
         }
