@@ -2,12 +2,10 @@
 //! the daemon's end, well or not.
 
 use std::fs;
-use std::time::Instant;
 
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::client::DEADLINE;
 use crate::daemon::Daemon;
 use crate::oracle::compare;
 use crate::tools;
@@ -290,22 +288,8 @@ fn next(folder: TempDir) -> Daemon {
     Daemon::start_in(folder, &[])
 }
 
-/// Opens the image. The kernel takes a killed daemon's ring apart, and with it the open files, a moment after its end.
 fn add(daemon: &Daemon, read_only: bool) {
-    let file = json!({"driver": "file", "filename": "i.qcow2"});
-    let node = json!({"driver": "qcow2", "node-name": "n", "read-only": read_only, "file": file});
-    let mut client = daemon.client();
-    let started = Instant::now();
-    loop {
-        let reply = client.command("blockdev-add", node.clone());
-        match reply["error"]["desc"].as_str() {
-            None => return,
-            Some(text) => {
-                assert!(text.contains("lock"), "{text}");
-                assert!(started.elapsed() < DEADLINE, "{text}");
-            }
-        }
-    }
+    crate::state_dir::add(&mut daemon.client(), read_only);
 }
 
 /// Names of the bitmaps of the only image, and whether each is inconsistent.

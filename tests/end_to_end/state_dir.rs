@@ -33,7 +33,7 @@ fn next(folder: TempDir, options: &[&str]) -> Daemon {
 }
 
 /// Opens the image as `n`. The kernel takes a killed daemon's ring apart, and with it the open files, a moment after its end.
-fn add(client: &mut Client, read_only: bool) {
+pub(crate) fn add(client: &mut Client, read_only: bool) {
     let file = json!({"driver": "file", "filename": "i.qcow2"});
     let node = json!({"driver": "qcow2", "node-name": "n", "read-only": read_only, "file": file});
     let started = Instant::now();
