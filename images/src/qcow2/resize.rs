@@ -129,11 +129,16 @@ impl Qcow2 {
         pace: &dyn Pace,
     ) -> Result<Result<(), Cancelled>, ImageError> {
         let state = &self.state;
+        let hidden = self.seen_behind_end(length_bytes.min(below_bytes));
+        if !hidden.is_empty() && state.geometry.version() == Version::V2 {
+            // It cannot say "zeroes" where something is below, and QEMU does not write them either.
+            return Err(StorageError::new(Operation::Zero, hidden, EOPNOTSUPP).into());
+        }
         let entries = state.geometry.l1_entries_for(length_bytes);
         if entries > state.l1.borrow().len() {
             self.grow_l1_table(entries).await?;
         }
-        let hidden = self.hide_below(length_bytes.min(below_bytes), pace).await?;
+        let hidden = self.hide_below(hidden, pace).await?;
         if hidden.is_ok() {
             self.resize_data_file(move |length| length < length_bytes, length_bytes)
                 .await?;
@@ -141,22 +146,23 @@ impl Qcow2 {
         Ok(hidden)
     }
 
-    /// Zero clusters behind the end of the disk, up to `end`; durable afterwards.
+    /// The clusters behind the last one of the disk in which something would show that reaches up to `end`.
+    fn seen_behind_end(&self, end: u64) -> ByteRange {
+        let cluster_bytes = self.state.geometry.cluster_bytes();
+        let old = ByteRange::new(0, self.length_bytes()).align_outward(cluster_bytes);
+        ByteRange::between(old.end(), end).align_outward(cluster_bytes)
+    }
+
+    /// Zero clusters in `hidden`, behind the end of the disk; durable afterwards.
     async fn hide_below(
         &self,
-        end: u64,
+        hidden: ByteRange,
         pace: &dyn Pace,
     ) -> Result<Result<(), Cancelled>, ImageError> {
-        let geometry = self.state.geometry;
-        let cluster_bytes = geometry.cluster_bytes();
-        let old = ByteRange::new(0, self.length_bytes()).align_outward(cluster_bytes);
-        let hidden = ByteRange::between(old.end(), end).align_outward(cluster_bytes);
         if hidden.is_empty() {
             return Ok(Ok(()));
         }
-        if geometry.version() == Version::V2 {
-            return Err(StorageError::new(Operation::Zero, hidden, EOPNOTSUPP).into());
-        }
+        let geometry = self.state.geometry;
         // As much as is written.
         let entry_bytes = |range: &ByteRange| {
             geometry

@@ -11,7 +11,7 @@ use blockyard_images::qcow2::layout::header::{Access, Header};
 use blockyard_images::qcow2::units::{Compression, Version};
 use blockyard_simulator::{DiskOptions, Fault, Seed, World, each_seed, run};
 use blockyard_storage::Storage;
-use blockyard_storage::error::EIO;
+use blockyard_storage::error::{EIO, EOPNOTSUPP};
 use futures_util::future::{Either, join, select};
 
 use crate::job::context::{CancelMode, ErrorPolicies, Report};
@@ -64,16 +64,23 @@ struct Place {
     new: Form,
     /// The version may be the new one before the length is.
     is_in_two: bool,
+    /// What is below would show behind the old end, which an image that stays version 2 cannot hide.
+    is_refused: bool,
 }
 
 impl Place {
     /// Anything that can be; with `changes_length`, the length changes.
     fn random(seed: u64, changes_length: bool) -> Self {
-        let dice = Seed::new(seed ^ 0xa3e2d);
-        let yard = Yard::new(Setup {
+        let setup = Setup {
             lazy_refcounts: false,
             ..Setup::random(seed)
-        });
+        };
+        Self::new(setup, changes_length)
+    }
+
+    fn new(setup: Setup, changes_length: bool) -> Self {
+        let dice = Seed::new(setup.seed ^ 0xa3e2d);
+        let yard = Yard::new(setup);
         let mut model = Model::of(&yard);
         let node = yard.open();
         for _ in 0..6 {
@@ -90,6 +97,7 @@ impl Place {
             new: old.clone(),
             old,
             is_in_two: false,
+            is_refused: false,
         };
         place.choose(&dice, changes_length);
         place
@@ -139,6 +147,10 @@ impl Place {
             self.spec.size = Some(size);
             self.new.size_bytes = size;
             self.is_in_two = rises && size > setup.size_bytes;
+            let shown_bytes = size.min(setup.backing_bytes.unwrap_or(0));
+            self.is_refused = setup.version == Version::V2
+                && !rises
+                && shown_bytes > setup.size_bytes.next_multiple_of(cluster);
         }
     }
 
@@ -200,6 +212,20 @@ impl Place {
             assert_eq!(progress.current_bytes(), progress.total_bytes());
         }
         ended
+    }
+
+    /// Whether the job was refused, as it has to be where the new length cannot be.
+    fn was_refused(&self, ended: &Result<(), Stop>) -> bool {
+        match ended {
+            Err(Stop::Failed(error)) if error.errno == Some(EOPNOTSUPP) => {
+                assert!(self.is_refused, "{:?} {:?}", self.spec, self.yard.setup);
+                true
+            }
+            ended => {
+                assert!(ended.is_err() || !self.is_refused, "{:?}", self.spec);
+                false
+            }
+        }
     }
 
     /// The image has its old options or the new ones, and is sound; `true`: the new ones.
@@ -405,7 +431,9 @@ fn a_power_cut_leaves_the_old_or_the_new_and_all_that_was_flushed() {
         drop(node);
         place.yard.cut_power();
         let is_new = place.judge(&place.yard.image.bytes());
-        assert!(is_new || ended.is_none(), "{ended:?}");
+        if let Some(ended) = &ended {
+            assert!(is_new || place.was_refused(ended), "{ended:?}");
+        }
         let node = place.open();
         let size_bytes = place.yard.setup.size_bytes;
         if changes_length {
@@ -417,6 +445,40 @@ fn a_power_cut_leaves_the_old_or_the_new_and_all_that_was_flushed() {
         let bytes = read.expect("readable").expect("bytes");
         possible.borrow().assert_allows(&bytes, &setup);
     });
+}
+
+#[test]
+fn version_2_refuses_a_length_that_shows_what_is_below_and_stays_as_it_was() {
+    let refused = Cell::new(0);
+    each_seed("blockyard-engine", "version_2_refuses_a", 60, |seed| {
+        let dice = Seed::new(seed);
+        let setup = Setup {
+            seed,
+            version: Version::V2,
+            ..Setup::new(seed, *dice.pick(&[9, 12, 16]))
+        };
+        // One cluster of the base, or many, behind the end.
+        let behind = 512 * (1 + dice.below(40 * setup.cluster_bytes() / 512));
+        let backing_bytes = Some(setup.size_bytes + behind);
+        let mut place = Place::new(
+            Setup {
+                backing_bytes,
+                ..setup
+            },
+            true,
+        );
+        let node = place.yard.open();
+        let old = place.yard.image.bytes();
+        let ended = place.run(&node, nobody(), None, || true);
+        if place.was_refused(&ended.expect("it ends")) {
+            refused.set(refused.get() + 1);
+            assert!(place.yard.image.bytes() == old, "{:?}", place.spec);
+        }
+        place.assert_holds_at_end(node, &dice);
+    });
+    if std::env::var_os("BLOCKYARD_SEED").is_none() {
+        assert!(refused.get() > 10, "{}", refused.get());
+    }
 }
 
 #[test]
@@ -434,6 +496,7 @@ fn whichever_operation_fails_the_image_is_whole() {
                 world.add_fault(Fault::fails(EIO).nth(nth));
                 let ended = place.run(&node, nobody(), None, || true);
                 let ended = ended.expect("it ends");
+                let is_refused = place.was_refused(&ended);
                 let has_failed = world.failures() > 0;
                 for cut in 0..2 {
                     place.judge(&place.yard.image.bytes_after_cut(cut));
@@ -441,7 +504,9 @@ fn whichever_operation_fails_the_image_is_whole() {
                 let is_new = place.judge(&place.yard.image.bytes());
                 match ended {
                     Ok(()) => assert!(is_new, "{nth}"),
-                    Err(Stop::Failed(error)) => assert!(has_failed, "{nth} {error:?}"),
+                    Err(Stop::Failed(error)) => {
+                        assert!(has_failed || is_refused, "{nth} {error:?}");
+                    }
                     Err(stop) => panic!("{stop:?}"),
                 }
                 drop(node);
@@ -470,8 +535,10 @@ fn cancelled_or_paused_at_every_step_with_another_length() {
                 let ended = place.run(&node, nobody(), Some((after, cancels)), || true);
                 let is_new = place.judge(&place.yard.image.bytes());
                 let is_over = place.yard.world.steps() - from <= after;
-                match ended.expect("it ends") {
+                let ended = ended.expect("it ends");
+                match ended {
                     Ok(()) => assert!(is_new),
+                    ended if place.was_refused(&ended) => assert!(!is_new),
                     Err(Stop::Cancelled) => {
                         assert!(cancels && (!is_new || place.old == place.new));
                         cancelled.set(cancelled.get() + 1);
