@@ -40,6 +40,8 @@ pub struct NodeBitmaps {
     any_records: AtomicBool,
     /// Those that an image keeps have been loaded.
     are_loaded: AtomicBool,
+    /// What was recorded of them could not be read then.
+    are_unread: AtomicBool,
     /// Oldest first.
     all: Mutex<Vec<Bitmap>>,
     /// What makes those that an image keeps good after a crash.

@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use blockyard_images::qcow2::bitmaps::{BitSink, BitSource};
 use blockyard_storage::ByteRange;
 
-use crate::bitmap::{Bitmap, Need, NodeBitmaps, next_place};
+use crate::bitmap::{Bitmap, Need, NodeBitmaps, check_new, next_place};
+use crate::error::EngineError;
 use crate::node::dirty_map::DirtyMap;
 
 /// What an image is to keep of a bitmap.
@@ -26,16 +27,36 @@ impl NodeBitmaps {
         self.are_loaded.load(Ordering::Acquire)
     }
 
-    /// Takes in what the image keeps, in the order of its directory.
-    pub(crate) fn take_in(&self, loaded: Vec<Bitmap>) {
+    /// Whether what was recorded of those that the image keeps could not be read: they are inconsistent until it is.
+    pub(crate) fn are_unread(&self) -> bool {
+        self.are_unread.load(Ordering::Acquire)
+    }
+
+    /// Takes in what the image keeps, in the order of its directory, in the place of what was taken in before while it was
+    /// unread; `are_unread`: it is so yet.
+    ///
+    /// # Errors
+    /// In QEMU's words: a name has been taken meanwhile.
+    pub(crate) fn take_in(&self, loaded: Vec<Bitmap>, are_unread: bool) -> Result<(), EngineError> {
         let mut all = self.lock();
+        // Nobody uses what is inconsistent.
+        let stays = |one: &Bitmap| one.name_in_image().is_none() || !one.is_inconsistent();
+        for bitmap in &loaded {
+            let mut staying = all.iter().filter(|one| stays(one));
+            if self.are_unread() && staying.any(|one| one.name() == bitmap.name()) {
+                return check_new(&all, bitmap.name());
+            }
+        }
+        all.retain(stays);
         let places = next_place(&all)..;
         for (mut bitmap, place) in loaded.into_iter().zip(places) {
             bitmap.set_place(place);
             all.push(bitmap);
         }
         self.are_loaded.store(true, Ordering::Release);
+        self.are_unread.store(are_unread, Ordering::Release);
         self.tell(&all);
+        Ok(())
     }
 
     /// Whether the image that keeps some of them is for reading only.
@@ -120,11 +141,15 @@ mod tests {
         assert!(!bitmaps.are_loaded());
         // No text, and one that ends before its end.
         let names: [&[u8]; 3] = [b"on", b"o\xff", b"broken\0more"];
-        bitmaps.take_in(vec![
-            loaded(names[0], true, false),
-            loaded(names[1], false, false),
-            loaded(names[2], true, true),
-        ]);
+        let taken_in = bitmaps.take_in(
+            vec![
+                loaded(names[0], true, false),
+                loaded(names[1], false, false),
+                loaded(names[2], true, true),
+            ],
+            false,
+        );
+        taken_in.expect("new names");
         assert!(bitmaps.are_loaded() && bitmaps.record());
         bitmaps
             .add(Bitmap::new("mine".to_owned(), LENGTH, 4096))
@@ -156,5 +181,27 @@ mod tests {
         bitmaps.take_out("mine").expect("not the image's");
         bitmaps.set_read_only(false);
         assert_eq!(stored(&bitmaps).len(), 2);
+    }
+
+    #[test]
+    fn what_was_unread_takes_its_place_later() {
+        let bitmaps = NodeBitmaps::default();
+        let unread = vec![loaded(b"a", true, true), loaded(b"b", false, true)];
+        bitmaps.take_in(unread, true).expect("new names");
+        bitmaps.set_read_only(true);
+        assert!(bitmaps.are_unread() && !bitmaps.record());
+        bitmaps
+            .add(Bitmap::new("c".to_owned(), LENGTH, 4096))
+            .expect("a new name");
+        let read = || vec![loaded(b"b", false, false), loaded(b"c", true, false)];
+        let refused = bitmaps.take_in(read(), false).expect_err("there is one");
+        assert_eq!(refused.to_string(), "Bitmap already exists: c");
+        assert!(bitmaps.are_unread() && bitmaps.views().len() == 3);
+        bitmaps.take_out("c").expect("removed");
+        bitmaps.take_in(read(), false).expect("nobody has it");
+        bitmaps.set_read_only(false);
+        assert!(!bitmaps.are_unread() && bitmaps.record());
+        let names: Vec<_> = stored(&bitmaps).into_iter().map(|one| one.0).collect();
+        assert_eq!(names, [b"c", b"b"]);
     }
 }

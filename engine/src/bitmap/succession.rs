@@ -60,7 +60,7 @@ mod tests {
         let mut map = DirtyMap::exactly(LENGTH, 4096);
         map.mark(ByteRange::new(8192, 1));
         let one = Bitmap::loaded(name.as_bytes().to_vec(), map, true, is_inconsistent);
-        bitmaps.take_in(vec![one]);
+        bitmaps.take_in(vec![one], false).expect("a new name");
         bitmaps
     }
 

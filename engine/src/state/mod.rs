@@ -18,7 +18,7 @@ mod record;
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -197,10 +197,10 @@ impl StateDir {
             .await
     }
 
-    /// The record of this name.
+    /// The record of this name; `None`: there is none, which is certain.
     ///
     /// # Errors
-    /// `InvalidData` if it is not what was written; what the file system says.
+    /// `InvalidData` if it is not what was written; what the file system says: it may be there then, and readable later.
     pub(crate) async fn read(&self, kind: RecordKind, name: &str) -> io::Result<Option<Vec<u8>>> {
         let record = self.read_marked(kind, name).await?;
         Ok(record.map(|(bytes, _)| bytes))
@@ -337,8 +337,8 @@ impl Folder {
                 continue;
             };
             let record = name.strip_suffix(MARKS_SUFFIX);
-            let is_alone = record.is_some_and(|record| !self.place(kind, record).exists());
-            if name == NEW_NAME || is_alone {
+            let is_alone = record.map(|record| self.place(kind, record).try_exists());
+            if name == NEW_NAME || matches!(is_alone.transpose()?, Some(false)) {
                 fs::remove_file(self.place(kind, &name))?;
             }
         }
@@ -375,8 +375,7 @@ impl Folder {
     }
 
     fn read(&self, kind: RecordKind, name: &str) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
-        let place = self.place(kind, name);
-        let file = match File::open(&place) {
+        let mut file = match File::open(self.place(kind, name)) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
@@ -384,7 +383,9 @@ impl Folder {
         if file.metadata()?.len() > RECORD_BYTES_MAX {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "it is too long"));
         }
-        decode(fs::read(&place)?).map(Some)
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        decode(bytes).map(Some)
     }
 
     fn remove(&self, kind: RecordKind, name: &str) -> io::Result<()> {

@@ -1,6 +1,7 @@
 //! The bitmaps that an image keeps: loaded when its node is opened, marked as in use while it may be written, stored when it may not
 //! be any more.
 
+use std::io;
 use std::sync::Arc;
 
 use blockyard_images::ImageError;
@@ -21,19 +22,22 @@ use crate::node::qcow2::recording;
 
 /// Loads what an image keeps, unless `bitmaps` have it already: whoever moves takes them with him. What may be written says that
 /// its bitmaps are in use from now on. A bitmap that cannot be loaded of what is only read is taken for one that nobody has stored:
-/// the disk can be saved all the same.
+/// the disk can be saved all the same. Where that is because of the state directory, it is loaded once the image is to be written.
 ///
 /// # Errors
-/// In QEMU's words; also when a disk does not answer in time.
+/// In QEMU's words; also when a disk does not answer in time, or the state directory has what cannot be read of an image that is to
+/// be written: once it is, that would be worth nothing.
 pub(super) async fn take_in(
     context: &DataContext,
     image: &Qcow2,
     bitmaps: &NodeBitmaps,
 ) -> Result<(), EngineError> {
-    if !bitmaps.are_loaded() {
-        in_time(context, Box::pin(load(image, bitmaps))).await?;
-    }
     let read_only = image.options().read_only;
+    if !bitmaps.are_loaded() || (!read_only && bitmaps.are_unread()) {
+        // The state directory has deadlines of its own.
+        let recovered = recording::recover(image, bitmaps).await;
+        in_time(context, Box::pin(load(image, bitmaps, recovered))).await?;
+    }
     bitmaps.set_read_only(read_only);
     if !read_only {
         go_on(image, bitmaps).await.map_err(refusal)?;
@@ -51,9 +55,25 @@ pub(super) async fn go_on(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), Im
     image.mark_bitmaps_in_use().await
 }
 
-async fn load(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), EngineError> {
+async fn load(
+    image: &Qcow2,
+    bitmaps: &NodeBitmaps,
+    recovered: io::Result<Option<Vec<BitmapInMemory>>>,
+) -> Result<(), EngineError> {
     let (header, kept) = (image.header().clone(), image.bitmaps().to_vec());
-    let mut recovered = recording::recover(image, bitmaps).await.unwrap_or_default();
+    let read_only = image.options().read_only;
+    let (is_unread, mut recovered) = match recovered {
+        Ok(recovered) => (false, recovered.unwrap_or_default()),
+        Err(error) if read_only => {
+            tracing::warn!(%error, "bitmaps are taken for inconsistent as long as their record cannot be read");
+            (true, Vec::new())
+        }
+        Err(error) => {
+            return Err(EngineError::generic(format!(
+                "State directory: what was recorded of the image's bitmaps cannot be read: {error}"
+            )));
+        }
+    };
     let mut limits = LoadLimits::of(&**image.file());
     let mut loaded = Vec::new();
     for bitmap in kept {
@@ -65,13 +85,14 @@ async fn load(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), EngineError> {
             continue;
         }
         let mut map = DirtyMap::exactly(header.guest_bytes(), 1 << bitmap.granularity_bits);
-        let mut is_inconsistent = bitmap.is_in_use();
+        // The record counts for all, whatever stands in the image.
+        let mut is_inconsistent = is_unread || bitmap.is_in_use();
         if !is_inconsistent {
             let file = &**image.file();
             let done = load_bitmap(file, &header, &bitmap, &mut limits, &mut map).await;
             match done.map_err(refusal) {
                 Ok(()) => {}
-                Err(error) if image.options().read_only => {
+                Err(error) if read_only => {
                     tracing::warn!(%error, "a bitmap is taken for inconsistent");
                     map.clear_all();
                     is_inconsistent = true;
@@ -84,8 +105,7 @@ async fn load(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), EngineError> {
     }
     // Those that had come since bitmaps were stored last.
     loaded.extend(recovered.into_iter().map(good_again));
-    bitmaps.take_in(loaded);
-    Ok(())
+    bitmaps.take_in(loaded, is_unread)
 }
 
 fn good_again(bitmap: BitmapInMemory) -> Bitmap {

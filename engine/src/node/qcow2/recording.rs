@@ -26,13 +26,20 @@ const KIND: RecordKind = RecordKind::Bitmaps;
 const WRITTEN_DOWN_BYTES_MAX: u64 = 256 << 20;
 
 /// What was written down of the bitmaps of an image that a crash has left, with all that may have changed since; `None` if nothing was,
-/// or somebody else has written to the image.
-pub(super) async fn recover(image: &Qcow2, bitmaps: &NodeBitmaps) -> Option<Vec<BitmapInMemory>> {
-    let state = bitmaps.state()?;
-    let id = image.header().activity()?;
+/// or not by us, or somebody else has written to the image.
+///
+/// # Errors
+/// Something may be there, and cannot be read now: it is good as long as nobody writes to the image.
+pub(super) async fn recover(
+    image: &Qcow2,
+    bitmaps: &NodeBitmaps,
+) -> io::Result<Option<Vec<BitmapInMemory>>> {
+    let (Some(state), Some(id)) = (bitmaps.state(), image.header().activity()) else {
+        return Ok(None);
+    };
     if state.is_held(&name_of(id)) {
         // Of another image, of which this one is a copy, which is being written.
-        return None;
+        return Ok(None);
     }
     let read = async {
         let Some(content) = state.read(KIND, &name_of(id)).await? else {
@@ -41,14 +48,18 @@ pub(super) async fn recover(image: &Qcow2, bitmaps: &NodeBitmaps) -> Option<Vec<
         let field = state.read_marked(KIND, &field_name_of(id)).await?;
         Ok::<_, io::Error>(field.map(|(_, field)| (content, field)))
     };
-    let found = match read.await {
-        Ok(found) => found?,
-        Err(error) => {
-            tracing::warn!(%error, name = name_of(id), "what was written down of bitmaps is lost");
-            return None;
+    let (content, field) = match read.await {
+        Ok(Some(found)) => found,
+        Ok(None) => {
+            tracing::warn!(name = name_of(id), "bitmaps were written down elsewhere");
+            return Ok(None);
         }
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            tracing::warn!(%error, name = name_of(id), "what was written down of bitmaps is lost");
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
     };
-    let (content, field) = found;
     let length_bytes = image.length_bytes();
     let recovered = decode(&content, &field, length_bytes);
     match &recovered {
@@ -58,7 +69,7 @@ pub(super) async fn recover(image: &Qcow2, bitmaps: &NodeBitmaps) -> Option<Vec<
             "what was written down of bitmaps is none"
         ),
     }
-    recovered
+    Ok(recovered)
 }
 
 /// Goes on recording changes for an image that has been brought up anew, or begins to.

@@ -2,6 +2,7 @@
 //! has missed a change.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use crate::bitmap::{Bitmap, Need, NodeBitmaps};
 use crate::node::Node;
 use crate::node::build::build;
 use crate::node::dirty_map::DirtyMap;
-use crate::state::StateDir;
+use crate::state::{MARKS_SUFFIX, StateDir};
 
 const NAME: &str = "b";
 const GRANULE: u64 = 512;
@@ -339,4 +340,71 @@ fn a_state_directory_that_fails_costs_no_write_and_no_bitmap_claims_too_much() {
     });
     let seen = seen.into_inner();
     assert!(seen.iter().all(|count| *count > 1), "{seen:?}");
+}
+
+/// What is recorded and cannot be read right now is not taken for nothing: it stays, and nobody writes to the image until it can be.
+#[test]
+fn a_record_that_cannot_be_read_is_kept() {
+    for suffix in ["", MARKS_SUFFIX] {
+        let yard = Yard::new(setup(5));
+        let folder = in_memory();
+        let state = StateDir::open_here(folder.path()).expect("made");
+        yard.drive(async {
+            let opened = open_with(&yard, false, Some(&state)).await;
+            let length = opened.node.facts().length_bytes;
+            let mut bitmap = Bitmap::new(NAME.to_owned(), length, GRANULE);
+            bitmap.keep();
+            opened.bitmaps.add(bitmap).expect("added");
+            opened.node.record_bitmaps().await;
+            let wrote = opened.node.write(0, Buffer::copy_of(&[1; 512])).await;
+            wrote.outcome.expect("written");
+            opened.node.flush().await.expect("flushed");
+        });
+        yard.cut_power();
+        let files = std::fs::read_dir(folder.path().join("bitmaps")).expect("a folder");
+        let mut files = files.map(|file| file.expect("read").path());
+        let is_field = |path: &PathBuf| path.to_string_lossy().ends_with(MARKS_SUFFIX);
+        let record = files.find(|path| is_field(path) != suffix.is_empty());
+        let record = record.expect("it is recorded");
+        let hidden = folder.path().join("hidden");
+        // A folder cannot be read as a file.
+        std::fs::rename(&record, &hidden).expect("moved");
+        std::fs::create_dir(&record).expect("made");
+        yard.drive(async {
+            let bitmaps = || Arc::new(NodeBitmaps::recorded_in(Some(state.clone())));
+            let writing = plan(&yard, false, 1 << 16);
+            let refused = build(&yard.context, "image", &writing, bitmaps()).await;
+            let refused = refused.err().expect("refused").to_string();
+            assert!(
+                refused.starts_with("State directory: what was recorded of the image's bitmaps")
+                    && refused.contains("directory (os error 21)"),
+                "{refused}"
+            );
+            let opened = open_with(&yard, true, Some(&state)).await;
+            assert!(opened.changed().is_none(), "nothing is known of it");
+            let reopened = opened.node.reopen(&yard.context, &writing).await;
+            assert_eq!(reopened.expect_err("refused").to_string(), refused);
+            assert!(opened.content().await.starts_with(&[1; 512]));
+            std::fs::remove_dir(&record).expect("removed");
+            std::fs::rename(&hidden, &record).expect("moved back");
+            let writing = plan(&yard, false, 1 << 16);
+            let reopened = opened.node.reopen(&yard.context, &writing).await;
+            reopened.expect("it can be read now");
+            let map = opened.changed().expect("it is good");
+            assert!(map.run_in(ByteRange::new(0, 512)).is_some());
+            let offset = opened.node.facts().length_bytes - GRANULE;
+            let wrote = opened.node.write(offset, Buffer::copy_of(&[2; 512])).await;
+            wrote.outcome.expect("written");
+            opened.node.flush().await.expect("flushed");
+        });
+        yard.cut_power();
+        yard.drive(async {
+            let opened = open_with(&yard, true, Some(&state)).await;
+            let map = opened.changed().expect("it is good");
+            let length = opened.node.facts().length_bytes;
+            for offset in [0, length - GRANULE] {
+                assert!(map.run_in(ByteRange::new(offset, GRANULE)).is_some());
+            }
+        });
+    }
 }
