@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::record::field_offset;
-use super::{Answer, RecordKind, StateDir, Work, checked, gone};
+use super::{Answer, Pulse, RecordKind, StateDir, checked, gone};
 
 /// A field of bits in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,8 +105,8 @@ impl StateDir {
     ) -> io::Result<MarkedRecord> {
         let name = checked(name)?;
         let offset = field_offset(bytes.len()) as u64;
-        let written = self.call(move |folder| {
-            let file = folder.write(kind, &name, &bytes, Some(&field.bytes))?;
+        let written = self.call(move |folder, pulse| {
+            let file = folder.write((kind, &name), &bytes, Some(&field.bytes), pulse)?;
             Ok((file, field))
         });
         let (file, field) = written.await?;
@@ -138,13 +138,13 @@ impl MarkedRecord {
         let (answer, outcome) = Answer::new();
         let (file, done) = (Arc::clone(&self.file), answer.clone());
         let marking = Marking { file, bits, done };
-        self.state.give(Work::Mark(marking), answer)?;
+        self.state.mark(marking, answer)?;
         outcome.await.map_err(|_| gone())?
     }
 }
 
 /// Sets what was asked for, one sync for each file, and tells those who wait.
-pub(super) fn carry_out(markings: Vec<Marking>) {
+pub(super) fn carry_out(markings: Vec<Marking>, pulse: &Pulse) {
     let mut synced: Vec<(Arc<FieldInFile>, Result<(), String>)> = Vec::new();
     let written: Vec<_> = markings.iter().map(Marking::write).collect();
     for marking in &markings {
@@ -158,6 +158,7 @@ pub(super) fn carry_out(markings: Vec<Marking>) {
             }
             let outcome = outcome.map_err(|error| error.to_string());
             synced.push((Arc::clone(&marking.file), outcome));
+            pulse.beat();
         }
     }
     for (marking, written) in markings.into_iter().zip(written) {
@@ -171,6 +172,7 @@ pub(super) fn carry_out(markings: Vec<Marking>) {
         });
         marking.done.give(outcome);
     }
+    pulse.beat();
 }
 
 impl Marking {

@@ -1,43 +1,35 @@
 //! [`StateDir`]: what has to be found again after the daemon was killed: small records in a directory that one daemon uses at a time.
 //!
-//! Everything there is done by a thread of its own, in the order in which it was asked for, so that neither clients nor data wait
-//! for a file system inside a call. A record that was written is durable; a crash leaves the old one or the new one, whole:
+//! Everything there is done by two threads of its own, so that neither clients nor data wait for a file system inside a call: one for
+//! records, in the order in which they were asked for, and one for bits, which disks wait for, however long a record may take.
+//! A record that was written is durable; a crash leaves the old one or the new one, whole:
 //!
 //! ```text
 //!   1  DIR/KIND/.new written and synced
 //!   2  renamed to DIR/KIND/NAME; the folder synced
 //! ```
-//! A directory that does not answer in time is not waited for any more: what is asked for fails from then on, though it may yet be done.
+//! A thread that gets nowhere is not waited for until it does ([`lane`]): what is asked for fails meanwhile, though it may yet be done.
 //!
 //! A record is what [`record`] says; behind it a file may have a field of bits, of which each goes from 0 to 1 in its place
 //! ([`MarkedRecord`]).
 
-mod answer;
+mod folder;
+mod lane;
 mod marks;
 mod record;
 
 use std::collections::HashSet;
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-
-use rustix::fs::{FlockOperation, flock};
 
 use crate::error::EngineError;
 
-use answer::{Answer, Patience};
+use folder::{Folder, failed};
+use lane::{Answer, Asked, Lane, PATIENCE, Pulse};
 pub(crate) use marks::{MarkField, MarkedRecord};
 use marks::{Marking, carry_out};
-use record::{decode, encode};
 
-/// The file that says that a daemon uses the directory.
-const LOCK_NAME: &str = "lock";
-/// A record that is being written.
-const NEW_NAME: &str = ".new";
 /// What the name of a record ends with that only has marks which belong to the record without it.
 pub(crate) const MARKS_SUFFIX: &str = "-touched";
 /// Longest name of a record in bytes.
@@ -45,8 +37,6 @@ const NAME_BYTES_MAX: usize = 64;
 /// Bytes of a region of a disk whose changes are recorded. After a crash each region that was written counts as changed; each costs
 /// a sync once.
 const REGION_BYTES: u64 = 16 << 20;
-/// Longest record in bytes: the bits of all bitmaps of an image.
-const RECORD_BYTES_MAX: u64 = 8 << 30;
 
 /// What a record is about; each kind has a folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,26 +82,15 @@ impl Drop for HeldName {
 /// Who does what is asked for.
 #[derive(Clone, Debug)]
 enum Hand {
-    /// The directory's thread, and what ends waiting for it.
-    Thread(Sender<Work>, Patience),
+    /// The directory's threads.
+    Threads(Lane<Call>, Lane<Marking>),
     /// Whoever asks, where a test owns what happens when.
     #[cfg(test)]
     Here(Arc<tests::Here>),
 }
 
-/// What the directory's thread is asked for.
-enum Work {
-    Call(Box<dyn FnOnce(&Folder) + Send>),
-    Mark(Marking),
-}
-
-/// The directory, on its thread.
-#[derive(Debug)]
-struct Folder {
-    path: PathBuf,
-    /// Its lock ends with it.
-    _lock: File,
-}
+/// What is done in the directory.
+type Call = Box<dyn FnOnce(&Folder, &Pulse) + Send>;
 
 impl StateDir {
     /// Takes a directory for this process alone; it is made if it is not there. Waits for the file system.
@@ -120,18 +99,14 @@ impl StateDir {
     /// Another daemon uses it; what the file system says.
     pub fn open(path: &Path) -> Result<Self, EngineError> {
         let folder = Folder::open(path)?;
-        let (work, asked) = channel();
-        let thread = || {
-            let patience = Patience::start()?;
-            std::thread::Builder::new()
-                .name("state".to_owned())
-                .spawn(move || serve(&folder, &asked))?;
-            Ok(patience)
+        let threads = || {
+            let calls = Lane::start("state", PATIENCE, move |asked| serve(&folder, asked))?;
+            Ok((calls, Lane::start("state-marks", PATIENCE, serve_marks)?))
         };
-        let patience =
-            thread().map_err(|error| failed(path, "its thread cannot be started", error))?;
+        let (calls, marks) =
+            threads().map_err(|error| failed(path, "its threads cannot be started", error))?;
         Ok(Self {
-            hand: Hand::Thread(work, patience),
+            hand: Hand::Threads(calls, marks),
             held: Arc::default(),
         })
     }
@@ -173,7 +148,7 @@ impl StateDir {
     /// Bytes of a region of a disk whose changes are recorded here, at least.
     pub(crate) const fn region_bytes(&self) -> u64 {
         match self.hand {
-            Hand::Thread(..) => REGION_BYTES,
+            Hand::Threads(..) => REGION_BYTES,
             #[cfg(test)]
             Hand::Here(_) => tests::REGION_BYTES,
         }
@@ -193,8 +168,11 @@ impl StateDir {
         bytes: Vec<u8>,
     ) -> io::Result<()> {
         let name = checked(name)?;
-        self.call(move |folder| folder.write(kind, &name, &bytes, None).map(drop))
-            .await
+        let written = self.call(move |folder, pulse| {
+            let file = folder.write((kind, &name), &bytes, None, pulse);
+            file.map(drop)
+        });
+        written.await
     }
 
     /// The record of this name; `None`: there is none, which is certain.
@@ -216,7 +194,8 @@ impl StateDir {
         name: &str,
     ) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
         let name = checked(name)?;
-        self.call(move |folder| folder.read(kind, &name)).await
+        self.call(move |folder, pulse| folder.read((kind, &name), pulse))
+            .await
     }
 
     /// Takes a record away, durably. It need not be there.
@@ -228,184 +207,51 @@ impl StateDir {
     /// It is taken away all the same.
     pub(crate) async fn remove(&self, kind: RecordKind, name: &str) -> io::Result<()> {
         let name = checked(name)?;
-        self.call(move |folder| folder.remove(kind, &name)).await
+        self.call(move |folder, _| folder.remove(kind, &name)).await
     }
 
     /// Has `call` done on the directory's thread.
     async fn call<T: Send + 'static>(
         &self,
-        call: impl FnOnce(&Folder) -> io::Result<T> + Send + 'static,
+        call: impl FnOnce(&Folder, &Pulse) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         let (answer, outcome) = Answer::new();
         let done = answer.clone();
-        let work = Work::Call(Box::new(move |folder| {
-            done.give(call(folder));
-        }));
-        self.give(work, answer)?;
+        let call: Call = Box::new(move |folder, pulse| {
+            done.give(call(folder, pulse));
+        });
+        match &self.hand {
+            Hand::Threads(calls, _) => calls.ask(call, answer)?,
+            #[cfg(test)]
+            Hand::Here(here) => here.call(call),
+        }
         outcome.await.map_err(|_| gone())?
     }
 
-    fn give<T: Send + 'static>(&self, work: Work, answer: Answer<T>) -> io::Result<()> {
+    fn mark(&self, marking: Marking, answer: Answer<()>) -> io::Result<()> {
         match &self.hand {
-            Hand::Thread(thread, patience) => {
-                patience.check()?;
-                thread.send(work).map_err(|_| gone())?;
-                patience.watch(answer);
-                Ok(())
-            }
+            Hand::Threads(_, marks) => marks.ask(marking, answer),
             #[cfg(test)]
-            Hand::Here(here) => here.take(work),
+            Hand::Here(here) => here.mark(marking),
         }
     }
 }
 
-/// Does what is asked for until nobody can ask any more. Marks that wait together are synced together.
-fn serve(folder: &Folder, asked: &Receiver<Work>) {
-    let mut next = asked.recv().ok();
-    while let Some(work) = next.take() {
-        match work {
-            Work::Call(call) => call(folder),
-            Work::Mark(first) => {
-                let mut markings = vec![first];
-                loop {
-                    match asked.try_recv() {
-                        Ok(Work::Mark(more)) => markings.push(more),
-                        Ok(other) => {
-                            next = Some(other);
-                            break;
-                        }
-                        Err(_) => break,
-                    }
-                }
-                carry_out(markings);
-            }
-        }
-        if next.is_none() {
-            next = asked.recv().ok();
-        }
+/// Does what is asked for until nobody can ask any more.
+fn serve(folder: &Folder, asked: &Asked<Call>) {
+    while let Some(call) = asked.next() {
+        call(folder, asked.pulse());
+        asked.pulse().beat();
     }
 }
 
-fn failed(path: &Path, what: &str, error: io::Error) -> EngineError {
-    let shown = path.display();
-    EngineError::generic(format!("State directory '{shown}': {what}: {error}"))
-}
-
-impl Folder {
-    fn open(path: &Path) -> Result<Self, EngineError> {
-        let folders = [path.to_owned()].into_iter();
-        let kinds = RecordKind::ALL.map(|kind| path.join(kind.folder()));
-        for folder in folders.chain(kinds) {
-            let made = DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&folder);
-            made.map_err(|error| failed(path, "it cannot be made", error))?;
-        }
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path.join(LOCK_NAME))
-            .map_err(|error| failed(path, "it cannot be locked", error))?;
-        flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive).map_err(
-            |errno| match errno {
-                rustix::io::Errno::WOULDBLOCK => EngineError::generic(format!(
-                    "State directory '{}' is in use by another daemon",
-                    path.display()
-                )),
-                errno => failed(path, "it cannot be locked", errno.into()),
-            },
-        )?;
-        // The new folders have to be there after a crash, too.
-        sync_folder(path).map_err(|error| failed(path, "it cannot be synced", error))?;
-        let folder = Self {
-            path: path.to_owned(),
-            _lock: lock,
-        };
-        let tidied = RecordKind::ALL
-            .iter()
-            .try_for_each(|kind| folder.tidy(*kind));
-        tidied.map_err(|error| failed(path, "it cannot be read", error))?;
-        Ok(folder)
+/// Sets bits until nobody can ask any more. Those that wait together are synced together.
+fn serve_marks(asked: &Asked<Marking>) {
+    while let Some(first) = asked.next() {
+        let mut markings = vec![first];
+        markings.extend(std::iter::from_fn(|| asked.next_now()));
+        carry_out(markings, asked.pulse());
     }
-
-    /// Takes away what a crash has left half done.
-    fn tidy(&self, kind: RecordKind) -> io::Result<()> {
-        for entry in fs::read_dir(self.path.join(kind.folder()))? {
-            let Ok(name) = entry?.file_name().into_string() else {
-                continue;
-            };
-            let record = name.strip_suffix(MARKS_SUFFIX);
-            let is_alone = record.map(|record| self.place(kind, record).try_exists());
-            if name == NEW_NAME || matches!(is_alone.transpose()?, Some(false)) {
-                fs::remove_file(self.place(kind, &name))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn place(&self, kind: RecordKind, name: &str) -> PathBuf {
-        self.path.join(kind.folder()).join(name)
-    }
-
-    /// Writes a record with a field of bits behind it; the file is what further bits go to.
-    fn write(
-        &self,
-        kind: RecordKind,
-        name: &str,
-        bytes: &[u8],
-        field: Option<&[u8]>,
-    ) -> io::Result<File> {
-        let new = self.place(kind, NEW_NAME);
-        let file = File::options()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .open(&new)?;
-        let written = write_whole(&file, bytes, field).and_then(|()| {
-            fs::rename(&new, self.place(kind, name))?;
-            sync_folder(&self.path.join(kind.folder()))
-        });
-        if written.is_err() {
-            // A full disk is not to be filled by what nobody reads.
-            let _ = fs::remove_file(&new);
-        }
-        written.map(|()| file)
-    }
-
-    fn read(&self, kind: RecordKind, name: &str) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
-        let mut file = match File::open(self.place(kind, name)) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        if file.metadata()?.len() > RECORD_BYTES_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is too long"));
-        }
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)?;
-        decode(bytes).map(Some)
-    }
-
-    fn remove(&self, kind: RecordKind, name: &str) -> io::Result<()> {
-        match fs::remove_file(self.place(kind, name)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-            Ok(()) => sync_folder(&self.path.join(kind.folder())),
-        }
-    }
-}
-
-fn write_whole(mut file: &File, bytes: &[u8], field: Option<&[u8]>) -> io::Result<()> {
-    for piece in encode(bytes, field) {
-        file.write_all(&piece)?;
-    }
-    file.sync_all()
-}
-
-fn sync_folder(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
 }
 
 /// A name that is one in any folder.
@@ -427,6 +273,7 @@ fn gone() -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use futures_util::future::join_all;
@@ -458,14 +305,15 @@ mod tests {
             self.marks_fail.store(fail, Ordering::Relaxed);
         }
 
-        pub(super) fn take(&self, work: Work) -> io::Result<()> {
-            match work {
-                Work::Call(call) => call(&self.folder),
-                Work::Mark(_) if self.marks_fail.load(Ordering::Relaxed) => {
-                    return Err(io::ErrorKind::StorageFull.into());
-                }
-                Work::Mark(marking) => carry_out(vec![marking]),
+        pub(super) fn call(&self, call: Call) {
+            call(&self.folder, &Pulse::default());
+        }
+
+        pub(super) fn mark(&self, marking: Marking) -> io::Result<()> {
+            if self.marks_fail.load(Ordering::Relaxed) {
+                return Err(io::ErrorKind::StorageFull.into());
             }
+            carry_out(vec![marking], &Pulse::default());
             Ok(())
         }
     }
@@ -587,5 +435,30 @@ mod tests {
         let beyond = record.mark(19_990..20_001).await.expect_err("too far");
         assert_eq!(beyond.kind(), io::ErrorKind::InvalidInput);
         assert_eq!(found().await, wanted);
+    }
+
+    /// However long a record takes, no disk waits for it.
+    #[tokio::test]
+    async fn marks_pass_a_record_that_is_being_written() {
+        let folder = tempdir().expect("a folder");
+        let state = StateDir::open(folder.path()).expect("made");
+        let record = state.write_marked(KIND, "a", Vec::new(), MarkField::new(8));
+        let record = record.await.expect("written");
+        let (go_on, waits) = std::sync::mpsc::channel::<()>();
+        let slow = state.clone();
+        let slow = tokio::spawn(async move {
+            let wait = move |_: &Folder, _: &Pulse| {
+                let _ = waits.recv();
+                Ok(())
+            };
+            slow.call(wait).await
+        });
+        tokio::task::yield_now().await;
+        record.mark(3..4).await.expect("marked");
+        assert!(!slow.is_finished());
+        drop(go_on);
+        slow.await.expect("no panic").expect("done");
+        let read = state.read_marked(KIND, "a").await.expect("read");
+        assert_eq!(read, Some((Vec::new(), vec![8])));
     }
 }
