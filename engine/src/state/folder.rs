@@ -162,7 +162,10 @@ fn write_whole(
     pulse: &Pulse,
 ) -> io::Result<()> {
     let mut unsynced_bytes = 0;
-    for piece in encode(bytes, field).iter().flat_map(|part| part.chunks(PIECE_BYTES)) {
+    for piece in encode(bytes, field)
+        .iter()
+        .flat_map(|part| part.chunks(PIECE_BYTES))
+    {
         file.write_all(piece)?;
         unsynced_bytes += piece.len();
         if unsynced_bytes >= UNSYNCED_BYTES_MAX {

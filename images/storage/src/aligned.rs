@@ -71,17 +71,21 @@ impl Aligned {
         self.length().max(end)
     }
 
-    /// What a change of `range` has to have for itself: its blocks, and all behind them if it makes the file too long.
+    /// What a change of `range` has to have for itself: its blocks, all behind them if it makes the file too long, and all behind
+    /// the length that callers know if something has to be cut off there: a neighbour may be adding to it.
     fn reach(&self, range: ByteRange) -> ByteRange {
         if self.passes(range) {
             return range;
         }
         let outer = range.align_outward(self.alignment);
-        let too_long = outer.end() > self.length_with(range) && !self.inner.facts().fixed_length;
-        if too_long || self.leftover(range).is_some() {
-            return ByteRange::between(outer.offset(), u64::MAX);
+        if let Some(length) = self.leftover(range) {
+            return ByteRange::between(outer.offset().min(length), u64::MAX);
         }
-        outer
+        let too_long = outer.end() > self.length_with(range) && !self.inner.facts().fixed_length;
+        match too_long {
+            true => ByteRange::between(outer.offset(), u64::MAX),
+            false => outer,
+        }
     }
 
     /// Whether a request for `range` can pass as it is.

@@ -157,6 +157,28 @@ fn a_write_that_waits_for_the_file_to_shrink_finds_its_new_end() {
     }
 }
 
+/// What a failed write has left behind the end is cut off by the next one, not together with what a neighbour adds there.
+#[test]
+fn what_a_neighbour_adds_is_not_cut_with_what_a_failed_write_has_left() {
+    for seed in 0..100 {
+        let world = World::new(seed);
+        let (disk, storage) = ones(&world, 7 * 512);
+        let storage = &*storage;
+        world.add_fault(Fault::fails(EIO).of(Operation::Resize));
+        let twice: Job<'_> = Box::pin(async move {
+            let failed = write(storage, 4196, 100, 3).await;
+            assert_eq!(failed.expect_err("as told").errno, EIO);
+            write(storage, 4196, 100, 3).await
+        });
+        // Up to the end of a block, so that it adds nothing that has to be cut off again.
+        let neighbour = write(storage, 3500, 596, 2);
+        assert_eq!(all(&world, vec![neighbour, twice]), [Ok(()), Ok(())]);
+        let mut wanted = overwritten(7 * 512, &[(3500, 596, 2), (4196, 100, 3)]);
+        wanted.resize(9 * 512, 0);
+        assert!(disk.bytes() == wanted, "seed {seed}");
+    }
+}
+
 #[test]
 fn what_is_added_after_a_failed_write_counts() {
     for operation in [Operation::Write, Operation::Resize] {
