@@ -39,6 +39,8 @@ struct History {
     source: Vec<u8>,
     length: u64,
     layers: Vec<Layer>,
+    /// Whether each backup compresses, or one of four.
+    compresses: bool,
 }
 
 /// What has been seen in all histories.
@@ -55,7 +57,7 @@ fn count(counter: &Cell<usize>) {
 }
 
 impl History {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, compresses: bool) -> Self {
         let dice = Seed::new(seed ^ 0x00c4_a12b);
         let length = 512 * (20 + dice.below(200));
         let granularity = *dice.pick(&[512, 2048, 4096, 16_384, 65_536]);
@@ -76,6 +78,7 @@ impl History {
             source,
             length,
             layers: Vec::new(),
+            compresses,
             dice,
         }
     }
@@ -152,7 +155,7 @@ impl History {
         let setup = Setup::random(self.seed.wrapping_mul(100).wrapping_add(nth));
         Setup {
             sync: SyncMode::Incremental,
-            compress: self.dice.one_in(4),
+            compress: self.dice.one_in(4) || self.compresses,
             operations: 1 + setup.operations / 8,
             ..setup
         }
@@ -240,26 +243,27 @@ impl History {
     }
 }
 
+/// Makes so many histories, and looks at each of their backups.
+fn try_chains(name: &str, count: u64, compresses: bool) -> Seen {
+    let seen = Seen::default();
+    each_seed("blockyard-engine", name, count, |seed| {
+        let mut history = History::new(seed, compresses);
+        let mut nth = 0;
+        while history.layers.len() < BACKUPS {
+            history.back_up(nth, &seen);
+            nth += 1;
+            assert!(nth < 400, "most of them fail, seed {seed}");
+        }
+        for count in 1..=BACKUPS {
+            history.assert_shown(count);
+        }
+    });
+    seen
+}
+
 #[test]
 fn each_backup_of_a_chain_of_images_shows_its_point_in_time() {
-    let seen = Seen::default();
-    each_seed(
-        "blockyard-engine",
-        "each_backup_of_a_chain_of_images",
-        200,
-        |seed| {
-            let mut history = History::new(seed);
-            let mut nth = 0;
-            while history.layers.len() < BACKUPS {
-                history.back_up(nth, &seen);
-                nth += 1;
-                assert!(nth < 400, "most of them fail, seed {seed}");
-            }
-            for count in 1..=BACKUPS {
-                history.assert_shown(count);
-            }
-        },
-    );
+    let seen = try_chains("each_backup_of_a_chain_of_images", 200, false);
     let seen = [
         &seen.failed,
         &seen.cancelled,
@@ -268,4 +272,11 @@ fn each_backup_of_a_chain_of_images_shows_its_point_in_time() {
     ];
     let seen = seen.map(Cell::get);
     assert!(seen.iter().all(|count| *count > 100), "{seen:?}");
+}
+
+#[test]
+fn each_backup_of_a_chain_of_compressed_images_shows_its_point_in_time() {
+    let seen = try_chains("each_backup_of_a_chain_of_compressed_images", 50, true);
+    let seen = [&seen.failed, &seen.cancelled].map(Cell::get);
+    assert!(seen.iter().all(|count| *count > 25), "{seen:?}");
 }
