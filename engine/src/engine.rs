@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 pub use blockyard_ring::heap::share_one_heap;
 pub use blockyard_ring::inherited::inherited_descriptor;
@@ -11,13 +12,14 @@ use blockyard_storage::buffer::BufferPool;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
 
+use crate::bitmap::LOOK_PAUSE;
 use crate::data::ThreadSet;
 use crate::error::EngineError;
 use crate::event::Event;
 use crate::graph::Graph;
 use crate::image_policy::ImagePolicy;
 use crate::limits::BUFFER_BUDGET_BYTES;
-use crate::manager::{Call, Manager, serve};
+use crate::manager::{Call, Manager, keep_records_short, serve};
 use crate::node::news::News;
 use crate::reply::Reply;
 use crate::request::Request;
@@ -37,6 +39,8 @@ pub struct EngineConfig {
     pub images: ImagePolicy,
     /// The directory that keeps what has to be found again after the daemon was killed; none: that is not kept.
     pub state_dir: Option<PathBuf>,
+    /// How often it is looked at whether what that says of bitmaps is to be written down anew.
+    pub state_look_pause: Duration,
 }
 
 impl Default for EngineConfig {
@@ -49,6 +53,7 @@ impl Default for EngineConfig {
             backend: BackendChoice::Auto,
             images: ImagePolicy::default(),
             state_dir: None,
+            state_look_pause: LOOK_PAUSE,
         }
     }
 }
@@ -91,10 +96,12 @@ impl Engine {
                         return;
                     }
                 };
+                let pause = config.state_look_pause;
                 LocalSet::new().block_on(&runtime, async move {
                     match Manager::new(config) {
                         Ok(manager) => {
                             let _ = started.send(Ok(()));
+                            tokio::task::spawn_local(keep_records_short(manager.clone(), pause));
                             serve(manager, incoming).await;
                         }
                         Err(error) => {

@@ -19,6 +19,7 @@ use blockyard_images::qcow2::layout::extensions::ActivityId;
 use blockyard_storage::ByteRange;
 
 use crate::bitmap::NodeBitmaps;
+use crate::bitmap::anew::Anew;
 use crate::state::{HeldName, MarkField, MarkedRecord, StateDir};
 
 /// Regions of a disk at most: 128 KiB for the field.
@@ -42,6 +43,9 @@ pub(super) struct Activity {
     is_recorded: AtomicBool,
     inner: Mutex<Inner>,
     writing_down: tokio::sync::Mutex<()>,
+    anew: Mutex<Anew>,
+    /// The state directory has failed, and nothing is recorded although something could be.
+    is_given_up: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -227,6 +231,28 @@ impl NodeBitmaps {
     /// Keeps everybody else from writing down what an image keeps, or ending it, as long as the guard is there.
     pub(crate) async fn write_down_alone(&self) -> tokio::sync::MutexGuard<'_, ()> {
         self.activity.writing_down.lock().await
+    }
+
+    /// The state directory has failed: what was recorded in it, or was to be, is not, until it is tried again.
+    pub(crate) fn set_given_up(&self, is_given_up: bool) {
+        self.activity
+            .is_given_up
+            .store(is_given_up, Ordering::Release);
+    }
+
+    /// Whether what an image keeps is to be written down anew, although nobody has changed it: so much has changed since it was last
+    /// that it pays, or it could not be. To be asked again and again, each [`LOOK_PAUSE`](super::LOOK_PAUSE).
+    pub(crate) fn is_due(&self) -> bool {
+        if !self.is_recorded() {
+            return self.activity.is_given_up.load(Ordering::Acquire);
+        }
+        let touched = {
+            let inner = self.activity.lock();
+            inner.fields.last().map(|field| field.durable.clone())
+        };
+        let anew = self.activity.anew.lock();
+        let mut anew = anew.unwrap_or_else(PoisonError::into_inner);
+        touched.is_some_and(|touched| anew.is_due(touched))
     }
 
     /// The name that changes were recorded under first, if any are.

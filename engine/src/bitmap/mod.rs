@@ -4,6 +4,7 @@
 //! it or has it replaced while a write is on its way finds that write marked afterwards: no change is ever missed.
 
 mod activity;
+mod anew;
 mod frozen;
 mod one;
 mod persistent;
@@ -21,6 +22,7 @@ use crate::error::EngineError;
 use crate::node::dirty_map::DirtyMap;
 
 pub(crate) use activity::Regions;
+pub(crate) use anew::LOOK_PAUSE;
 pub use frozen::FrozenBitmap;
 pub(crate) use frozen::JobEnd;
 pub(crate) use one::Bitmap;

@@ -107,22 +107,6 @@ impl Graph {
         self.record_bitmaps_of(node).await;
     }
 
-    pub(super) async fn record_bitmaps_of(&self, node: NodeId) {
-        if self.state.is_none() {
-            return;
-        }
-        let recorded = self.threads.run(self.thread_of(node), move |context| {
-            Box::pin(async move {
-                if let Some(node) = context.node(node) {
-                    node.record_bitmaps().await;
-                }
-            })
-        });
-        if let Err(error) = recorded.await {
-            tracing::error!(%error, "bitmaps are not written down");
-        }
-    }
-
     /// SHA-256 of a bitmap's bits.
     ///
     /// # Errors

@@ -50,9 +50,11 @@ mod roots;
 mod snapshots;
 mod throttling;
 mod views;
+mod writing_down;
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use blockyard_storage::error::errno_text;
 use tokio::sync::{Mutex, MutexGuard, Notify};
@@ -62,6 +64,7 @@ use crate::error::{EngineError, NodeError};
 use crate::graph::objects::Objects;
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, NodeRecord, Records, Resizing, User};
+use crate::graph::writing_down::WritingDown;
 use crate::image_policy::ImagePolicy;
 use crate::limits::NODE_LENGTH_MAX;
 use crate::node::NodeFacts;
@@ -77,6 +80,9 @@ pub use overlaying::PutOverlay;
 pub use reopen::Writable;
 pub use roots::RootPlace;
 
+/// How long closing a node waits for its bitmaps to be written down as they were before.
+const WRITING_DOWN_WAIT: Duration = Duration::from_secs(30);
+
 /// The node graph.
 pub struct Graph {
     records: RefCell<Records>,
@@ -88,6 +94,7 @@ pub struct Graph {
     changes: Mutex<()>,
     /// Told when nodes have arrived on another thread, and when a command has changed one.
     arrived: Notify,
+    writing_down: WritingDown,
 }
 
 impl Graph {
@@ -101,6 +108,7 @@ impl Graph {
             state,
             changes: Mutex::default(),
             arrived: Notify::new(),
+            writing_down: WritingDown::default(),
         })
     }
 
@@ -218,6 +226,10 @@ impl Graph {
     async fn let_go(&self, unlinked: Unlinked) {
         let mut closing = vec![unlinked];
         while let Some(Unlinked { node, children }) = closing.pop() {
+            // Stored after that, its image says so.
+            let closes = [node.id];
+            let ended = self.writing_down.ended(&closes);
+            let _ = tokio::time::timeout(WRITING_DOWN_WAIT, ended).await;
             self.drop_node(node.thread, node.id, &node.name).await;
             drop(node);
             for child in children {

@@ -108,6 +108,12 @@ impl Graph {
         thread: ThreadId,
     ) -> Result<Vec<(NodeId, ThreadId)>, EngineError> {
         let _unlimited = self.suspend_limits(component);
+        let ended = self.writing_down.ended(component);
+        if tokio::time::timeout(MOVE_WAIT, ended).await.is_err() {
+            let text =
+                "Bitmaps of a node that has to move to another data thread are being written down";
+            return Err(EngineError::generic(text));
+        }
         let moving = component.iter().map(|id| (*id, self.thread_of(*id)));
         let moving: Vec<(NodeId, ThreadId)> = moving.filter(|(_, from)| *from != thread).collect();
         // Overlays first: what they write goes through the nodes below.

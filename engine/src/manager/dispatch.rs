@@ -115,6 +115,20 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
     }
 }
 
+/// Lets what is recorded of bitmaps be written down anew where that pays, until the daemon ends.
+pub(crate) async fn keep_records_short(manager: Rc<Manager>, pause: Duration) {
+    if manager.graph.state().is_none() {
+        return;
+    }
+    loop {
+        tokio::time::sleep(pause).await;
+        if manager.ending.get() {
+            return;
+        }
+        manager.graph.write_down_what_is_due().await;
+    }
+}
+
 impl Manager {
     async fn handle(self: Rc<Self>, request: Request) -> Result<Reply, EngineError> {
         let _between_transactions = match comes_between(&request) {

@@ -36,7 +36,7 @@ use crate::export::Exports;
 use crate::graph::Graph;
 use crate::job::context::{JobKey, Report};
 
-pub(crate) use dispatch::{Call, serve};
+pub(crate) use dispatch::{Call, keep_records_short, serve};
 
 /// The manager: every job, and what jobs need.
 pub(crate) struct Manager {

@@ -67,6 +67,7 @@ impl RecordingNode {
             let key = bitmaps.begin_change(range);
             if let Err(error) = bitmaps.touch(range).await {
                 stop_recording(&*node, &error).await;
+                bitmaps.set_given_up(true);
             }
             let changed = change(Rc::clone(&node)).await;
             // As of now: one that has come meanwhile records what ends now.

@@ -5,13 +5,14 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 
 use crate::error::EngineError;
 use crate::state::lane::Pulse;
 use crate::state::record::{decode, encode};
-use crate::state::{MARKS_SUFFIX, RecordKind};
+use crate::state::{LEFT_SUFFIX, MARKS_SUFFIX, RecordKind};
 
 /// The file that says that a daemon uses the directory.
 const LOCK_NAME: &str = "lock";
@@ -19,6 +20,8 @@ const LOCK_NAME: &str = "lock";
 const NEW_NAME: &str = ".new";
 /// Longest record in bytes: the bits of all bitmaps of an image.
 const RECORD_BYTES_MAX: u64 = 8 << 30;
+/// How long bitmaps are kept for an image that a crash has left and nobody has opened since, from the next start of a daemon on.
+const LEFT_MAX: Duration = Duration::from_secs(180 * 24 * 3600);
 /// What is read or written before that counts as progress.
 const PIECE_BYTES: usize = 1 << 20;
 /// What is written before it is synced, so that no sync takes as long as a whole record.
@@ -42,7 +45,7 @@ impl Folder {
     ///
     /// # Errors
     /// Another daemon uses it; what the file system says.
-    pub(super) fn open(path: &Path) -> Result<Self, EngineError> {
+    pub(super) fn open(path: &Path, now: SystemTime) -> Result<Self, EngineError> {
         let folders = [path.to_owned()].into_iter();
         let kinds = RecordKind::ALL.map(|kind| path.join(kind.folder()));
         for folder in folders.chain(kinds) {
@@ -77,6 +80,10 @@ impl Folder {
             .iter()
             .try_for_each(|kind| folder.tidy(*kind));
         tidied.map_err(|error| failed(path, "it cannot be read", error))?;
+        if let Err(error) = folder.expire(now) {
+            // It costs room, no more.
+            tracing::warn!(%error, "what nobody asks for stays in the state directory");
+        }
         Ok(folder)
     }
 
@@ -86,11 +93,62 @@ impl Folder {
             let Ok(name) = entry?.file_name().into_string() else {
                 continue;
             };
-            let record = name.strip_suffix(MARKS_SUFFIX);
+            let suffixes = [MARKS_SUFFIX, LEFT_SUFFIX].iter();
+            let record = suffixes
+                .filter_map(|suffix| name.strip_suffix(suffix))
+                .next();
             let is_alone = record.map(|record| self.place(kind, record).try_exists());
             if name == NEW_NAME || matches!(is_alone.transpose()?, Some(false)) {
                 fs::remove_file(self.place(kind, &name))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Notes which bitmaps wait for their images, and takes those away that have been noted long ago. Their images may be gone, or on a
+    /// disk that is not here: nobody can tell.
+    fn expire(&self, now: SystemTime) -> io::Result<()> {
+        let kind = RecordKind::Bitmaps;
+        let (mut count, mut bytes): (u64, u64) = (0, 0);
+        for entry in fs::read_dir(self.path.join(kind.folder()))? {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().into_string() else {
+                continue;
+            };
+            if [MARKS_SUFFIX, LEFT_SUFFIX]
+                .iter()
+                .any(|suffix| name.ends_with(suffix))
+            {
+                continue;
+            }
+            let left = format!("{name}{LEFT_SUFFIX}");
+            let since = match fs::metadata(self.place(kind, &left)) {
+                Ok(noted) => noted.modified()?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    File::create(self.place(kind, &left))?.set_modified(now)?;
+                    now
+                }
+                Err(error) => return Err(error),
+            };
+            if now.duration_since(since).unwrap_or_default() < LEFT_MAX {
+                count += 1;
+                bytes = bytes.saturating_add(entry.metadata()?.len());
+                continue;
+            }
+            tracing::warn!(
+                name,
+                "bitmaps of an image that nobody has opened for long are forgotten"
+            );
+            for name in [name.clone(), format!("{name}{MARKS_SUFFIX}"), left] {
+                self.remove(kind, &name)?;
+            }
+        }
+        if count > 0 {
+            tracing::info!(
+                count,
+                bytes,
+                "bitmaps in the state directory wait for their images"
+            );
         }
         Ok(())
     }

@@ -47,6 +47,19 @@ impl MarkField {
         bits.all(|bit| self.has(bit))
     }
 
+    /// Bits that are set.
+    pub(crate) fn count(&self) -> u64 {
+        let ones = self.bytes.iter().map(|byte| u64::from(byte.count_ones()));
+        ones.sum()
+    }
+
+    /// Bits that are set here and there.
+    pub(crate) fn count_common(&self, other: &Self) -> u64 {
+        let both = self.bytes.iter().zip(&other.bytes);
+        both.map(|(one, other)| u64::from((one & other).count_ones()))
+            .sum()
+    }
+
     /// Sets bits; those behind the end do not count.
     pub(crate) fn set(&mut self, bits: Range<u64>) {
         for bit in bits.start..bits.end.min(self.bits) {

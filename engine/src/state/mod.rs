@@ -22,6 +22,7 @@ use std::collections::HashSet;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use crate::error::EngineError;
 
@@ -32,6 +33,8 @@ use marks::{Marking, carry_out};
 
 /// What the name of a record ends with that only has marks which belong to the record without it.
 pub(crate) const MARKS_SUFFIX: &str = "-touched";
+/// What the name of a record ends with that only says since when the record without it waits to be asked for.
+pub(crate) const LEFT_SUFFIX: &str = "-left";
 /// Longest name of a record in bytes.
 const NAME_BYTES_MAX: usize = 64;
 /// Bytes of a region of a disk whose changes are recorded. After a crash each region that was written counts as changed; each costs
@@ -98,7 +101,7 @@ impl StateDir {
     /// # Errors
     /// Another daemon uses it; what the file system says.
     pub fn open(path: &Path) -> Result<Self, EngineError> {
-        let folder = Folder::open(path)?;
+        let folder = Folder::open(path, SystemTime::now())?;
         let threads = || {
             let calls = Lane::start("state", PATIENCE, move |asked| serve(&folder, asked))?;
             Ok((calls, Lane::start("state-marks", PATIENCE, serve_marks)?))
@@ -114,7 +117,7 @@ impl StateDir {
     /// The same, where everything is done at once by whoever asks.
     #[cfg(test)]
     pub(crate) fn open_here(path: &Path) -> Result<Self, EngineError> {
-        let here = tests::Here::new(Folder::open(path)?);
+        let here = tests::Here::new(Folder::open(path, SystemTime::now())?);
         Ok(Self {
             hand: Hand::Here(Arc::new(here)),
             held: Arc::default(),
@@ -167,9 +170,25 @@ impl StateDir {
         name: &str,
         bytes: Vec<u8>,
     ) -> io::Result<()> {
+        self.write_made(kind, name, move || bytes).await
+    }
+
+    /// The same, made on the directory's thread: nobody else waits for that.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    ///
+    /// # Cancel safety
+    /// As [`write`](Self::write).
+    pub(crate) async fn write_made(
+        &self,
+        kind: RecordKind,
+        name: &str,
+        make: impl FnOnce() -> Vec<u8> + Send + 'static,
+    ) -> io::Result<()> {
         let name = checked(name)?;
         let written = self.call(move |folder, pulse| {
-            let file = folder.write((kind, &name), &bytes, None, pulse);
+            let file = folder.write((kind, &name), &make(), None, pulse);
             file.map(drop)
         });
         written.await
@@ -283,6 +302,8 @@ mod tests {
 
     const KIND: RecordKind = RecordKind::Bitmaps;
 
+    const DAY: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
+
     /// For disks of some KiB.
     pub(super) const REGION_BYTES: u64 = 4096;
 
@@ -351,7 +372,7 @@ mod tests {
     fn what_is_half_done_goes() {
         let folder = tempdir().expect("a folder");
         fs::create_dir(folder.path().join("bitmaps")).expect("made");
-        for name in ["a", "a-touched", "b-touched", "c", ".new"] {
+        for name in ["a", "a-touched", "b-touched", "b-left", "c", ".new"] {
             fs::write(folder.path().join("bitmaps").join(name), "").expect("written");
         }
         let opened = StateDir::open(folder.path()).expect("it is there");
@@ -361,8 +382,49 @@ mod tests {
             .map(|name| name.into_string().expect("text"))
             .collect();
         names.sort_unstable();
-        assert_eq!(names, ["a", "a-touched", "c"]);
+        assert_eq!(names, ["a", "a-left", "a-touched", "c", "c-left"]);
         drop(opened);
+    }
+
+    /// Records that nobody asks for go in the end, counted from the first start at which they were there; none goes that was asked for.
+    #[test]
+    fn what_nobody_asks_for_goes_half_a_year_later() {
+        let folder = tempdir().expect("a folder");
+        let now = SystemTime::now();
+        let bitmaps = folder.path().join("bitmaps");
+        fs::create_dir(&bitmaps).expect("made");
+        let is_there = |name: &str| bitmaps.join(name).exists();
+        for name in ["a", "a-touched", "b", "b-touched"] {
+            let file = fs::File::create(bitmaps.join(name)).expect("written");
+            // However long nothing was touched while the daemon ran.
+            file.set_modified(now - 1000 * DAY).expect("older");
+        }
+        let start = |days: u32| drop(Folder::open(folder.path(), now + days * DAY).expect("there"));
+        start(0);
+        start(179);
+        assert!(
+            ["a", "a-touched", "a-left", "b"]
+                .iter()
+                .all(|name| is_there(name))
+        );
+        // Its image was opened.
+        fs::remove_file(bitmaps.join("b-left")).expect("noted");
+        start(180);
+        assert!(
+            ["a", "a-touched", "a-left"]
+                .iter()
+                .all(|name| !is_there(name))
+        );
+        assert!(
+            ["b", "b-touched", "b-left"]
+                .iter()
+                .all(|name| is_there(name))
+        );
+        // A clock that was put back takes nothing away.
+        start(0);
+        assert!(is_there("b"));
+        start(360);
+        assert!(!is_there("b") && !is_there("b-left"));
     }
 
     #[tokio::test]

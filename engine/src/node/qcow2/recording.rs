@@ -18,7 +18,7 @@ use blockyard_images::qcow2::layout::extensions::ActivityId;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::bitmap::{BitmapInMemory, NodeBitmaps, Regions, decode, encode};
-use crate::state::{MARKS_SUFFIX, MarkField, RecordKind, StateDir};
+use crate::state::{LEFT_SUFFIX, MARKS_SUFFIX, MarkField, RecordKind, StateDir};
 
 const KIND: RecordKind = RecordKind::Bitmaps;
 
@@ -60,6 +60,9 @@ pub(super) async fn recover(
         }
         Err(error) => return Err(error),
     };
+    if let Err(error) = state.remove(KIND, &left_name_of(id)).await {
+        tracing::warn!(%error, "it is not noted that an image has been opened");
+    }
     let length_bytes = image.length_bytes();
     let recovered = decode(&content, &field, length_bytes);
     match &recovered {
@@ -95,6 +98,7 @@ pub(super) async fn write_down(image: &Qcow2, bitmaps: &NodeBitmaps) {
         return;
     };
     let _alone = bitmaps.write_down_alone().await;
+    bitmaps.set_given_up(false);
     let before = image.header().activity();
     let outcome = match bitmaps.to_store() {
         kept if kept.is_empty() => Ok(None),
@@ -151,16 +155,21 @@ async fn begin(
 ) -> Result<ActivityId, String> {
     let length_bytes = image.length_bytes();
     let regions = Regions::of(length_bytes, state.region_bytes());
+    let failed = |error: io::Error| {
+        // It may be another time.
+        bitmaps.set_given_up(true);
+        text(error)
+    };
     let id = new_id().map_err(text)?;
     let field = MarkField::new(regions.bits());
     let name = field_name_of(id);
     let field = state.write_marked(KIND, &name, Vec::new(), field);
-    let field = field.await.map_err(text)?;
+    let field = field.await.map_err(failed)?;
     let held = state.hold(&name_of(id));
     let under_way = bitmaps.add_field(id, regions, field.clone(), held);
     let written = async {
         for bits in under_way {
-            field.mark(bits).await.map_err(text)?;
+            field.mark(bits).await.map_err(failed)?;
         }
         let kept = bitmaps.to_store();
         let memory = kept.iter().map(|bitmap| bitmap.map.memory_bytes());
@@ -168,9 +177,10 @@ async fn begin(
         if bytes > WRITTEN_DOWN_BYTES_MAX {
             return Err(format!("they take {bytes} bytes of memory"));
         }
-        let content = encode(length_bytes, regions, &kept);
         let name = name_of(id);
-        state.write(KIND, &name, content).await.map_err(text)?;
+        let content = move || encode(length_bytes, regions, &kept);
+        let written = state.write_made(KIND, &name, content).await;
+        written.map_err(failed)?;
         image.begin_activity(id).await.map_err(text)
     };
     match written.await {
@@ -191,7 +201,7 @@ async fn forget(state: &StateDir, ids: impl IntoIterator<Item = ActivityId>) {
         if state.is_held(&name_of(id)) {
             continue;
         }
-        for name in [name_of(id), field_name_of(id)] {
+        for name in [name_of(id), field_name_of(id), left_name_of(id)] {
             if let Err(error) = state.remove(KIND, &name).await {
                 tracing::warn!(%error, name, "a file of the state directory is left over");
             }
@@ -218,6 +228,10 @@ fn name_of(ActivityId(id): ActivityId) -> String {
 
 fn field_name_of(id: ActivityId) -> String {
     format!("{}{MARKS_SUFFIX}", name_of(id))
+}
+
+fn left_name_of(id: ActivityId) -> String {
+    format!("{}{LEFT_SUFFIX}", name_of(id))
 }
 
 fn text(error: impl std::fmt::Display) -> String {

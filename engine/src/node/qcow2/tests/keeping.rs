@@ -9,6 +9,7 @@ use std::sync::Arc;
 use blockyard_images::qcow2::units::Version;
 use blockyard_simulator::{Seed, each_seed};
 use blockyard_storage::{Buffer, ByteRange, ZeroMode};
+use futures_util::future::join3;
 use tempfile::{TempDir, tempdir, tempdir_in};
 
 use super::reopening::plan;
@@ -78,7 +79,7 @@ async fn session(
         let offset = GRANULE * dice.below(length / GRANULE);
         let longest = (length - offset).min(5 << 10);
         let range = ByteRange::new(offset, 1 + dice.below(longest));
-        match dice.below(8) {
+        match dice.below(9) {
             0 => opened.node.flush().await.expect("flushed"),
             1 => {
                 for read_only in [true, false] {
@@ -93,6 +94,18 @@ async fn session(
                 written.borrow_mut().push(range);
                 let zeroed = opened.node.zero(range, ZeroMode::default()).await;
                 zeroed.expect("zeroed");
+            }
+            4 => {
+                // As of its own accord, while others write.
+                let other = ByteRange::new(GRANULE * dice.below(length / GRANULE), GRANULE);
+                written.borrow_mut().extend([range, other]);
+                let write = |range: ByteRange| {
+                    let bytes = vec![dice.any() as u8; range.length() as usize];
+                    opened.node.write(range.offset(), Buffer::copy_of(&bytes))
+                };
+                let anew = opened.node.record_bitmaps();
+                let (first, (), second) = join3(write(range), anew, write(other)).await;
+                first.outcome.and(second.outcome).expect("written");
             }
             _ => {
                 written.borrow_mut().push(range);
@@ -407,4 +420,73 @@ fn a_record_that_cannot_be_read_is_kept() {
             }
         });
     }
+}
+
+/// What was touched long ago counts as changed after a crash only until the bitmaps are written down anew; when it pays is known.
+#[test]
+fn what_has_gone_cold_is_forgotten_when_bitmaps_are_written_down_anew() {
+    let region = 4096;
+    let yard = Yard::new(Setup {
+        size_bytes: 200 * region,
+        ..Setup::new(5, 12)
+    });
+    let folder = in_memory();
+    let state = StateDir::open_here(folder.path()).expect("made");
+    let write = async |opened: &Opened, offset: u64| {
+        let wrote = opened.node.write(offset, Buffer::copy_of(&[7; 512])).await;
+        wrote.outcome.expect("written");
+    };
+    yard.drive(async {
+        let opened = open_with(&yard, false, Some(&state)).await;
+        let length = opened.node.facts().length_bytes;
+        let mut bitmap = Bitmap::new(NAME.to_owned(), length, GRANULE);
+        bitmap.keep();
+        opened.bitmaps.add(bitmap).expect("added");
+        opened.node.record_bitmaps().await;
+        for region_number in (0..120).step_by(2) {
+            write(&opened, region_number * region).await;
+        }
+        assert!(!opened.bitmaps.is_due(), "little is left as it is");
+        for region_number in (120..200).step_by(2) {
+            write(&opened, region_number * region).await;
+        }
+        assert!(opened.bitmaps.is_due());
+        opened.node.record_bitmaps().await;
+        assert!(!opened.bitmaps.is_due());
+        write(&opened, 150 * region).await;
+        opened.node.flush().await.expect("flushed");
+    });
+    yard.cut_power();
+    let map = yard.drive(async {
+        let opened = open_with(&yard, true, Some(&state)).await;
+        opened.changed().expect("it is good")
+    });
+    for region_number in 0..200 {
+        let start = region_number * region;
+        let dirty = (start..start + region)
+            .step_by(512)
+            .filter(|at| map.run_in(ByteRange::new(*at, 512)).is_some());
+        let expected = match region_number {
+            150 => region / 512,
+            even if even % 2 == 0 => 1,
+            _ => 0,
+        };
+        assert_eq!(dirty.count() as u64, expected, "{region_number}");
+    }
+    // Where the directory fails, it is tried again.
+    yard.drive(async {
+        let opened = open_with(&yard, false, Some(&state)).await;
+        state.fail_marks(true);
+        write(&opened, 60 * region).await;
+        assert!(!opened.bitmaps.is_recorded() && opened.bitmaps.is_due());
+        state.fail_marks(false);
+        opened.node.record_bitmaps().await;
+        assert!(opened.bitmaps.is_recorded() && !opened.bitmaps.is_due());
+    });
+    yard.cut_power();
+    let map = yard.drive(async {
+        let opened = open_with(&yard, true, Some(&state)).await;
+        opened.changed().expect("it is good again")
+    });
+    assert!(map.run_in(ByteRange::new(60 * region, 512)).is_some());
 }
