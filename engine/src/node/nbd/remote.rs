@@ -1,7 +1,7 @@
 //! [`Remote`]: an NBD server as every thread knows it, and its open connections.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use blockyard_nbd::transmission::{Command, Request};
 use blockyard_storage::error::EIO;
 use rustix::net::{SendFlags, Shutdown};
 
+use crate::clock::Moment;
 use crate::nbd::channel::SharedEncryption;
 use crate::node::nbd::NbdTarget;
 
@@ -108,6 +109,9 @@ pub struct Remote {
     agreement: Agreement,
     reconnect_delay: Duration,
     connections: Vec<Mutex<Option<Arc<NbdConnection>>>>,
+    /// Until when requests wait in the outage that is now, in milliseconds since the start of the data threads' clocks. 0: there is
+    /// none.
+    outage_until_ms: AtomicU64,
     /// The node is there. Without it nobody has to connect any more.
     closed: Arc<AtomicBool>,
     /// Writes that the server has answered since the last flush.
@@ -135,6 +139,7 @@ impl Remote {
             agreement,
             reconnect_delay,
             connections,
+            outage_until_ms: AtomicU64::new(0),
             closed: Arc::default(),
             unflushed: AtomicBool::new(false),
             flush_errno: AtomicI32::new(0),
@@ -183,7 +188,27 @@ impl Remote {
         if let Some(mut place) = self.place(index) {
             *place = Some(Arc::new(new));
         }
+        self.connected();
         Ok(())
+    }
+
+    /// Somebody wants a connection and finds none: until when everybody waits for one. An outage has one delay, which begins with
+    /// the first who notices; whoever comes behind its end does not wait.
+    pub(super) fn outage_until(&self, now: Moment) -> Moment {
+        let millis = |moment: Moment| u64::try_from(moment.since_start().as_millis());
+        let until_ms = millis(now.after(self.reconnect_delay)).unwrap_or(u64::MAX);
+        let (none, new) = (0, until_ms.max(1));
+        let told =
+            self.outage_until_ms
+                .compare_exchange(none, new, Ordering::AcqRel, Ordering::Acquire);
+        Moment::new(Duration::from_millis(told.err().unwrap_or(new)))
+    }
+
+    /// There is a connection: the next outage is another one.
+    pub(super) fn connected(&self) {
+        if self.outage_until_ms.load(Ordering::Relaxed) != 0 {
+            self.outage_until_ms.store(0, Ordering::Release);
+        }
     }
 
     fn check_same(&self, new: &Agreement) -> Result<(), String> {
@@ -280,8 +305,21 @@ mod tests {
     }
 
     #[test]
-    fn several_connections_stay_with_a_server_whose_flushes_are_for_all_of_them() {
-        let target = NbdTarget {
+    fn an_outage_has_one_delay() {
+        let target = target();
+        let remote = Remote::new(target, connection(0), Duration::from_secs(5), 1);
+        let at = |seconds| Moment::new(Duration::from_secs(seconds));
+        for (now, until) in [(10, 15), (12, 15), (300, 15)] {
+            assert_eq!(remote.outage_until(at(now)), at(until), "{now}");
+        }
+        remote.connected();
+        assert_eq!(remote.outage_until(at(301)), at(306));
+        remote.replace(0, connection(0)).expect("the same");
+        assert_eq!(remote.outage_until(at(302)), at(307));
+    }
+
+    fn target() -> NbdTarget {
+        NbdTarget {
             address: Address::Path("none".to_owned()),
             wishes: Wishes {
                 export_name: String::new(),
@@ -290,7 +328,12 @@ mod tests {
                 mode_max: Mode::Simple,
             },
             encryption: None,
-        };
+        }
+    }
+
+    #[test]
+    fn several_connections_stay_with_a_server_whose_flushes_are_for_all_of_them() {
+        let target = target();
         let both = SEND_FLUSH | CAN_MULTI_CONN;
         for (connections, flags, is_taken) in [
             (1, SEND_FLUSH, true),

@@ -96,17 +96,21 @@ impl NbdStorage {
             let now = self.around.clock.now();
             let delay = self.remote.reconnect_delay();
             let lane = self.lane();
-            // A request that finds no connection, or whose connection broke, waits once.
+            // Whoever finds no connection waits as long as this outage may last; whoever lost one after the other, once.
             let link = match lane.and_then(|lane| lane.ready()) {
                 Some(link) => Some(link),
                 None => {
-                    let until = *give_up_at.get_or_insert(now.after(delay));
+                    let until = self.remote.outage_until(now);
+                    let until = until.min(*give_up_at.get_or_insert(until));
                     match lane {
                         Some(lane) => lane.ready_until(until).await,
                         None => None,
                     }
                 }
             };
+            if link.is_some() {
+                self.remote.connected();
+            }
             let Some(link) = link else {
                 let ended = Ended {
                     buffer,

@@ -252,6 +252,46 @@ fn without_a_delay_requests_fail_at_once_and_later_ones_find_the_server_again() 
 }
 
 #[test]
+fn an_outage_is_waited_for_once_by_all_requests_together() {
+    const DELAY: Duration = Duration::from_millis(300);
+    const REQUESTS: u32 = 60;
+    let threads = threads(1, BackendChoice::Auto);
+    let server = Server::start(facts(16384), &[]);
+    let length = handshake_bytes(&server);
+    let fate = Fate {
+        sent_max: Some(length),
+        ..Fate::default()
+    };
+    let server = Server::start(facts(16384), &[fate]);
+    let remote = remote(&server, Mode::Simple, DELAY, 1);
+    let (here, away) = (server.path.clone(), server.path.with_extension("away"));
+    std::fs::rename(&here, &away).expect("nobody is let in any more");
+    on_thread(&threads, threads.choose(), &remote, |storage| async move {
+        for round in 0..2 {
+            let started = Instant::now();
+            // Those that come at once wait together; those that come later do not wait at all.
+            let (one, other) =
+                futures_util::future::join(read(&storage, 0, 512), read(&storage, 512, 512)).await;
+            assert_eq!((one, other), (Err(EIO), Err(EIO)), "{round}");
+            assert!(round > 0 || started.elapsed() >= DELAY, "it is waited for");
+            for _ in 0..REQUESTS {
+                assert_eq!(read(&storage, 0, 512).await, Err(EIO), "{round}");
+            }
+            let took = started.elapsed();
+            assert!(took < DELAY * REQUESTS / 2, "{took:?} for one outage");
+        }
+        std::fs::rename(&away, &here).expect("it is back");
+        while read(&storage, 0, 512).await == Err(EIO) {
+            tokio::task::yield_now().await;
+        }
+        write(&storage, 0, &[1; 512])
+            .await
+            .expect("it goes on as before");
+    });
+    threads.end();
+}
+
+#[test]
 fn writes_that_were_not_safe_when_a_connection_broke_make_every_flush_fail() {
     let threads = threads(1, BackendChoice::Auto);
     // Two simple replies after a handshake whose length is known.
