@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::client::{Client, DEADLINE};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, wait_until_exists};
 use crate::nbd::{
     DISCONNECT, FLUSH, FUA, Nbd, READ, TRIM, WRITE, ZERO, connect, export, go, greeting, option,
     receive, request, start_server, until_end,
 };
+use crate::nbd_nodes::serve;
 use crate::oracle::data_file;
+use crate::tools;
 
 const LENGTH: u64 = 40 << 20;
 
@@ -235,6 +237,62 @@ fn clients_that_read_nothing_starve_nobody() {
     drop((greedy, other));
     yard.delete_when_unused();
     yard.daemon.quit();
+}
+
+/// A disk whose every block is told by itself would keep a question about all of it going for an hour.
+#[test]
+fn nobody_looks_at_a_disk_for_a_client_that_has_left() {
+    if !tools::have("nbdkit", "nbdkit") {
+        return;
+    }
+    let daemon = Daemon::start();
+    let asked = daemon.path("asked");
+    let extents = format!("extents=echo >> {}; echo $4 4096", asked.display());
+    let arguments = [
+        "-f",
+        "-U",
+        "server.sock",
+        "eval",
+        "get_size=echo 4G",
+        "pread=exit 1",
+        "can_extents=exit 0",
+        &extents,
+    ];
+    let server = serve(&daemon.path(""), "nbdkit", &arguments);
+    let mut client = daemon.client();
+    let address = json!({"type": "unix", "path": "server.sock"});
+    client.run(
+        "blockdev-add",
+        json!({"driver": "nbd", "node-name": "disk", "server": address, "open-timeout": 20, "read-only": true}),
+    );
+    start_server(&daemon, &mut client, 0);
+    client.run(
+        "block-export-add",
+        json!({"type": "nbd", "id": "disk", "node-name": "disk"}),
+    );
+    let mut stream = connect(&daemon.path("nbd.sock"));
+    let name = b"\0\0\0\x04disk\0\0\0\x01\0\0\0\x0fbase:allocation";
+    let all = (0, 4096 * (u32::MAX / 4096));
+    for bytes in [
+        greeting().as_slice(),
+        // Structured replies, one context, this export.
+        &option(8, &[]),
+        &option(10, name),
+        &option(7, &go("disk")),
+        &request(7, 0, 1, all),
+    ] {
+        stream.write_all(bytes).expect("sent");
+    }
+    wait_until_exists(&asked);
+    drop(stream);
+    let mut yard = Yard {
+        socket: daemon.path("nbd.sock"),
+        daemon,
+        client,
+    };
+    yard.delete_when_unused();
+    yard.daemon.quit();
+    drop(server);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
 use slab::Slab;
 
-use crate::socket::{Fill, Part, Received, Sent, Socket, length_of, slices_behind};
+use crate::socket::{Fill, Part, Received, Sent, Socket, length_of, peer_has_ended, slices_behind};
 
 /// What the kernel tells at once.
 const EVENTS_MAX: usize = 64;
@@ -241,6 +241,10 @@ impl Socket for PolledSocket {
     fn shutdown(&self) {
         // One that has ended already has nothing to end.
         let _ = rustix::net::shutdown(self.state.socket.as_fd(), Shutdown::Both);
+    }
+
+    fn peer_has_ended(&self) -> bool {
+        peer_has_ended(&self.state.socket)
     }
 
     fn keep(&self) {

@@ -10,7 +10,7 @@ use blockyard_storage::{Buffer, LocalFuture};
 use io_uring::{opcode, types};
 use rustix::net::Shutdown;
 
-use crate::socket::{Fill, Part, Received, Sent, Socket, length_of, slices_behind};
+use crate::socket::{Fill, Part, Received, Sent, Socket, length_of, peer_has_ended, slices_behind};
 use crate::uring::{Held, Uring};
 
 /// `EINTR`: interrupted.
@@ -97,6 +97,10 @@ impl Socket for RingSocket {
     fn shutdown(&self) {
         // One that has ended already has nothing to end.
         let _ = rustix::net::shutdown(&*self.socket, Shutdown::Both);
+    }
+
+    fn peer_has_ended(&self) -> bool {
+        peer_has_ended(&self.socket)
     }
 
     fn keep(&self) {

@@ -3,7 +3,10 @@
 //! Buffers go in and come back, as with files: what the kernel may touch is never the caller's meanwhile. One receive and one
 //! send may be in flight at a time. What is in flight ends when the socket is [shut down](Socket::shutdown) or dropped.
 
+use std::os::fd::OwnedFd;
+
 use blockyard_storage::{Buffer, LocalFuture};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Parts of one send at most; more are sent by several calls of the kernel.
 pub(crate) const PARTS_MAX: usize = 512;
@@ -72,9 +75,20 @@ pub trait Socket {
     /// Ends both directions: whatever is in flight ends, the peer sees the end of the stream.
     fn shutdown(&self);
 
+    /// Whether the peer will say nothing any more: it has ended its direction, is gone, or the connection is broken. What it has
+    /// said before may still wait to be received. Asks the kernel and never waits.
+    fn peer_has_ended(&self) -> bool;
+
     /// Leaves the connection open when this is dropped, for somebody who has the descriptor, too. Nothing may be in flight
     /// then.
     fn keep(&self);
+}
+
+/// See [`Socket::peer_has_ended`].
+pub(crate) fn peer_has_ended(socket: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
+    // HUP and ERR are always told. What cannot be asked for is found out by the next call.
+    matches!(poll(&mut polled, Some(&Timespec::default())), Ok(1..))
 }
 
 /// What is left of `parts` behind the first `skip` bytes: at most [`PARTS_MAX`] slices, none of them empty.

@@ -57,6 +57,25 @@ async fn send(socket: &Rc<dyn Socket>, parts: Vec<Part>, skip: usize) -> Result<
 }
 
 #[test]
+fn the_end_of_a_peer_is_seen_without_receiving() {
+    on_each_backend(|reactor| {
+        let (one, other) = pair(reactor);
+        assert!(!one.peer_has_ended());
+        block_on(reactor, async {
+            // Whatever has not been received yet.
+            let sent = send(&other, vec![Part::Bytes(vec![7])], 0).await;
+            assert_eq!(sent, Ok(()));
+        });
+        assert!(!one.peer_has_ended());
+        drop(other);
+        assert!(one.peer_has_ended());
+        let (one, _other) = pair(reactor);
+        one.shutdown();
+        assert!(one.peer_has_ended());
+    });
+}
+
+#[test]
 fn far_more_than_the_kernel_queues_arrives_in_order() {
     on_each_backend(|reactor| {
         let (one, other) = pair(reactor);

@@ -89,6 +89,11 @@ impl Channel {
         self.socket.shutdown();
     }
 
+    /// Whether the other side will say nothing any more. As [`Socket::peer_has_ended`].
+    pub fn peer_has_ended(&self) -> bool {
+        self.socket.peer_has_ended()
+    }
+
     /// Leaves the connection open when this is dropped. As [`Socket::keep`].
     pub fn keep(&self) {
         self.socket.keep();

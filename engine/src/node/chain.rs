@@ -34,9 +34,14 @@ pub struct ChainExtent {
     pub depth: usize,
 }
 
+/// Extents that one question looks at, before neighbours are merged: a fragmented disk whose clusters are all alike is no reason to
+/// keep everybody waiting until all of it has been looked at.
+const LOOKS_MAX: usize = 1024;
+
 /// What kind of content `range` of `top` has in its first `layers_max` layers (`None`: in all of them, and then nothing is
-/// unallocated). Where [turns](Node::turn_to_look) are taken nobody changes it meanwhile. Ascending from the first byte of `range`, neighbours of one kind and layer merged; covers at least that
-/// byte and may stop early after `extents_max` extents.
+/// unallocated). Where [turns](Node::turn_to_look) are taken nobody changes it meanwhile. Ascending from the first byte of `range`,
+/// neighbours of one kind and layer merged; covers at least that byte and may stop early after `extents_max` extents, or after
+/// [`LOOKS_MAX`] looks.
 ///
 /// # Errors
 /// When a layer cannot tell of the first byte.
@@ -58,7 +63,10 @@ pub async fn chain_status(
         None => Content::Zero,
     };
     let (mut rest, mut found) = (range, Vec::<ChainExtent>::new());
-    while !rest.is_empty() {
+    for _ in 0..LOOKS_MAX {
+        if rest.is_empty() {
+            break;
+        }
         let question = Question {
             rest,
             beyond,

@@ -277,6 +277,28 @@ fn what_a_shorter_layer_hides_is_not_seen() {
 }
 
 #[test]
+fn many_short_answers_that_are_all_alike_are_told_in_parts() {
+    let mut layer = LayerNode::new(vec![Some(1); 3 * LOOKS_MAX + 7], None);
+    layer.status_max = 1;
+    let layer = Rc::new(layer);
+    let top: Rc<dyn Node> = layer.clone();
+    let mut rest = ByteRange::new(0, top.facts().length_bytes);
+    for blocks in [LOOKS_MAX, LOOKS_MAX, LOOKS_MAX, 7] {
+        let (range, behind) = rest.split_at(blocks as u64 * BLOCK);
+        let before = layer.asked.get();
+        let found = run(chain_status(&top, None, rest, 256));
+        let expected = ChainExtent {
+            range,
+            content: Content::Data,
+            depth: 0,
+        };
+        assert_eq!(found, Ok(vec![expected]));
+        assert!(layer.asked.get() - before <= LOOKS_MAX);
+        rest = behind;
+    }
+}
+
+#[test]
 fn each_of_many_layers_is_asked_a_few_times_only() {
     const LAYERS: usize = 200;
     const BLOCKS: usize = 2000;

@@ -57,6 +57,10 @@ impl Connection {
             }
             let known = found.last().map_or(end, |last| last.range.end());
             rest = ByteRange::between(known, end);
+            if self.channel.peer_has_ended() {
+                // It may be all of a long disk for nobody. Whoever still listens asks again.
+                break;
+            }
             give_way().await;
         }
         let mut head = Vec::new();
