@@ -3,12 +3,19 @@
 /// Bytes of all transfer buffers of the daemon together.
 pub const BUFFER_BUDGET_BYTES: usize = 48 << 20;
 
-/// Bytes of all buffers of exports together, besides one slot for each connection. They have a pool of their own: a writer that
+/// Bytes of all buffers of exports together, besides [`CLIENT_OWN_BYTES`] for each connection. They have a pool of their own: a writer that
 /// waits for a job's copy holds its buffer, and the copy must get one.
 pub const EXPORT_BUDGET_BYTES: usize = 64 << 20;
 
 /// Bytes of those that one connection holds at most.
 pub const CLIENT_SHARE_BYTES: usize = 8 << 20;
+
+/// Bytes of the one buffer of a connection that no other can take: what it goes on with, in pieces, where all others are taken.
+pub const CLIENT_OWN_BYTES: usize = 64 << 10;
+
+/// Connections to the NBD server at once, whatever its client allows; those beyond wait to be let in. Each has a buffer of its own,
+/// 32 KiB received ahead, as much again of heads that are not sent, and 256 KiB where it is encrypted: 400 MiB for all of them.
+pub const CONNECTIONS_MAX: usize = 1024;
 
 /// Requests of one connection that are carried out at once; those behind are not read yet.
 pub const CLIENT_REQUESTS_MAX: usize = 16;
@@ -51,5 +58,6 @@ pub const BLKDEBUG_ALIGN_MAX_BYTES: u64 = 1 << 20;
 /// Longest file of rules of a `blkdebug` node, in bytes.
 pub const FAULT_CONFIG_BYTES_MAX: usize = 64 << 10;
 
+const _: () = assert!(CLIENT_OWN_BYTES <= CLIENT_SHARE_BYTES);
 const _: () = assert!(COPY_CHUNK_BYTES as usize * 4 <= BUFFER_BUDGET_BYTES);
 const _: () = assert!(COPY_CHUNK_BYTES.is_multiple_of(SECTOR_BYTES));

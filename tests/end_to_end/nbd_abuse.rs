@@ -239,6 +239,41 @@ fn clients_that_read_nothing_starve_nobody() {
     yard.daemon.quit();
 }
 
+/// However many of them do nothing but hold what they have been given, it is little.
+#[test]
+fn a_crowd_that_stops_in_the_middle_of_its_writes_costs_little() {
+    const CROWD: usize = 500;
+    let mut yard = Yard::new(0);
+    let mut other = yard.open();
+    let all = std::fs::read(yard.daemon.path("disk.raw")).expect("read");
+    let data = &all[..1 << 20];
+    let crowd: Vec<Nbd> = (0..CROWD)
+        .map(|_| {
+            let mut nbd = yard.open();
+            nbd.send(WRITE, 0, (0, 1 << 20), &data[..data.len() - 1]);
+            nbd
+        })
+        .collect();
+    // Data that is longer than what each has of its own comes whole, in both directions.
+    for round in 0..5_u64 {
+        assert!(
+            other.read(round << 20, 3 << 20)
+                == all[usize::try_from(round << 20).expect("small")..][..3 << 20]
+        );
+        other.write(
+            round << 20,
+            &all[usize::try_from(round << 20).expect("small")..][..2 << 20],
+            0,
+        );
+        works(&mut other);
+    }
+    let used = yard.daemon.resident_bytes();
+    assert!(used < 300 << 20, "{used} bytes of memory");
+    drop((crowd, other));
+    yard.delete_when_unused();
+    yard.daemon.quit();
+}
+
 /// A disk whose every block is told by itself would keep a question about all of it going for an hour.
 #[test]
 fn nobody_looks_at_a_disk_for_a_client_that_has_left() {

@@ -3,17 +3,20 @@
 use blockyard_nbd::NbdError;
 use blockyard_nbd::constants::{allocation, dirty_bitmap};
 use blockyard_nbd::handshake::ContextKind;
-use blockyard_nbd::handshake::FIRST_BITMAP_ID;
+use blockyard_nbd::handshake::{FIRST_BITMAP_ID, Mode};
 use blockyard_nbd::transmission::{Extent, Reply, Request, StatusExtents, StatusQuery};
 use blockyard_storage::ByteRange;
 
 use super::connection::{Connection, Slot};
-use super::memory::give_way;
-use crate::limits::STATUS_EXTENTS_MAX;
+use super::memory::{Loan, give_way};
+use crate::limits::{CLIENT_OWN_BYTES, STATUS_EXTENTS_MAX};
 use crate::node::chain::{ChainExtent, Content};
 
-/// Extents of one reply at most. A client that wants to know more asks again from where the reply ends.
-const REPLY_EXTENTS_MAX: usize = 8192;
+/// Bytes of one reply at most. A client that wants to know more asks again from where the reply ends.
+const REPLY_BYTES_MAX: usize = CLIENT_OWN_BYTES;
+
+/// Bytes of a reply for each context, besides its extents.
+const CONTEXT_BYTES: usize = 40;
 
 impl Connection {
     /// Answers a status request that has passed its check.
@@ -22,12 +25,15 @@ impl Connection {
             Ok(query) => query,
             Err(refusal) => return self.refuse(request, &refusal, slot),
         };
+        // Taken before anything is found out, so that requests which wait for memory hold none.
+        let loan = self.memory.take(REPLY_BYTES_MAX).await;
+        let extents_max = extents_max(self.mode(), query.contexts.len());
         let mut answers: Vec<Answer> = query
             .contexts
             .iter()
             .map(|context| {
                 let extents = StatusExtents::new(self.mode(), request, query.length_bytes);
-                Answer::new(context.id, &context.kind, extents)
+                Answer::new(context.id, &context.kind, extents, extents_max)
             })
             .collect();
         let end = request.offset + query.length_bytes;
@@ -70,7 +76,17 @@ impl Connection {
             let is_last = number + 1 == count;
             reply.status(answer.id, &answer.extents, is_last, &mut head);
         }
-        self.outbox.push(head, None, Some(slot));
+        let Loan { mut buffer, share } = loan;
+        match buffer.as_mut_slice().get_mut(..head.len()) {
+            Some(room) => {
+                room.copy_from_slice(&head);
+                buffer.set_length(head.len());
+                let loan = Loan { buffer, share };
+                self.outbox.push(Vec::new(), Some(loan), Some(slot));
+            }
+            // One extent for each of very many contexts.
+            None => self.outbox.push(head, None, Some(slot)),
+        }
     }
 
     /// Adds what a bitmap says of `range`; `false`: the bitmap is lost, which is a bug.
@@ -101,15 +117,17 @@ struct Answer<'a> {
     id: u32,
     kind: &'a ContextKind,
     extents: StatusExtents,
+    extents_max: usize,
     wants_more: bool,
 }
 
 impl<'a> Answer<'a> {
-    fn new(id: u32, kind: &'a ContextKind, extents: StatusExtents) -> Self {
+    fn new(id: u32, kind: &'a ContextKind, extents: StatusExtents, extents_max: usize) -> Self {
         Self {
             id,
             kind,
             extents,
+            extents_max,
             wants_more: true,
         }
     }
@@ -128,8 +146,18 @@ impl<'a> Answer<'a> {
             length_bytes,
             status,
         });
-        self.wants_more = more && self.extents.extents().len() < REPLY_EXTENTS_MAX;
+        self.wants_more = more && self.extents.extents().len() < self.extents_max;
     }
+}
+
+/// How many extents of each context have room in a reply.
+fn extents_max(mode: Mode, contexts: usize) -> usize {
+    let extent_bytes = match mode {
+        Mode::Simple | Mode::Structured => 8,
+        Mode::Extended => 16,
+    };
+    let each_bytes = (REPLY_BYTES_MAX / contexts.max(1)).saturating_sub(CONTEXT_BYTES);
+    (each_bytes / extent_bytes).max(1)
 }
 
 /// What a context says of a part of a chain; `None`: nothing.
@@ -150,6 +178,19 @@ fn status_of(kind: &ContextKind, extent: &ChainExtent) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reply_of_so_many_contexts_has_room_for_so_many_extents() {
+        for (mode, contexts, expected) in [
+            (Mode::Structured, 1, 8187),
+            (Mode::Extended, 1, 4093),
+            (Mode::Extended, 2, 2045),
+            (Mode::Structured, 100_000, 1),
+        ] {
+            let most = extents_max(mode, contexts);
+            assert_eq!(most, expected, "{mode:?}, {contexts}");
+        }
+    }
 
     #[test]
     fn each_context_says_its_own() {

@@ -16,7 +16,7 @@ use blockyard_nbd::transmission::{Command, Refusal, Reply, Request};
 use blockyard_nbd::{NbdError, Session};
 use blockyard_ring::Fill;
 use blockyard_storage::Buffer;
-use blockyard_storage::buffer::{BUFFER_SLOT_BYTES, BufferPool};
+use blockyard_storage::buffer::BufferPool;
 use futures_util::future::{join, select};
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -193,7 +193,14 @@ impl Connection {
         }
         match request.command {
             Command::Write => return self.receive_write(request, slot, inbox).await,
-            Command::Read if self.reads_alone(&request) => {
+            Command::Read if self.reads_in_one(&request) => {
+                // Bounded by the check.
+                let length = usize::try_from(request.length_bytes).unwrap_or(usize::MAX);
+                if let Some(loan) = self.memory.take_shared(length) {
+                    let connection = Rc::clone(self);
+                    self.start(async move { connection.read_into(&request, loan, slot).await });
+                    return Next::Request;
+                }
                 self.slots.until_used(|used| used == 1).await;
                 return match self.read_alone(&request, slot).await {
                     true => Next::Request,
@@ -231,7 +238,7 @@ impl Connection {
         let mut at = 0;
         while at < request.payload_bytes {
             let rest = usize::try_from(request.payload_bytes - at).unwrap_or(usize::MAX);
-            let Loan { buffer, share } = self.memory.take(rest.min(BUFFER_SLOT_BYTES)).await;
+            let Loan { buffer, share } = self.memory.take(rest).await;
             let length = buffer.len() as u64;
             let Some(buffer) = inbox.fill(buffer, &self.channel).await else {
                 // It is not answered: nobody is there.

@@ -1,17 +1,20 @@
 //! [`Memory`]: where the requests of one connection get buffers from.
 //!
 //! Clients share a pool, so that memory is bounded however many they are. One that does not take its replies would hold all of
-//! it; so each has a little of its own, which nobody can take away, and never holds more than a share of what all have.
+//! it; so each has a little of its own, which nobody can take away, and never holds more than a share of what all have. That
+//! little is small, as there may be many of them: whoever goes on with it does so in smaller pieces.
 
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 
 use blockyard_storage::Buffer;
 use blockyard_storage::buffer::{BUFFER_SLOT_BYTES, BufferPool};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::limits::CLIENT_SHARE_BYTES;
+use crate::limits::{CLIENT_OWN_BYTES, CLIENT_SHARE_BYTES};
 
 /// Buffers for one connection.
 pub(super) struct Memory {
@@ -19,8 +22,8 @@ pub(super) struct Memory {
     shared: BufferPool,
     /// Bytes of it that this one holds.
     held_bytes: Rc<Cell<usize>>,
-    /// One slot.
-    own: BufferPool,
+    /// Who has the one buffer that is its own, of [`CLIENT_OWN_BYTES`] at most.
+    own: Arc<Semaphore>,
 }
 
 /// A buffer, and what it counts for.
@@ -35,6 +38,7 @@ pub(super) struct Loan {
 pub(super) struct Share {
     held_bytes: Rc<Cell<usize>>,
     bytes: usize,
+    _own: Option<OwnedSemaphorePermit>,
 }
 
 impl Memory {
@@ -43,43 +47,45 @@ impl Memory {
         Self {
             shared,
             held_bytes: Rc::default(),
-            own: BufferPool::new(BUFFER_SLOT_BYTES),
+            own: Arc::new(Semaphore::new(1)),
         }
     }
 
-    /// A buffer of `length_bytes`, cut to one slot, from the shared pool if there is one left, else from the connection's own
-    /// as soon as that has one.
-    pub(super) async fn take(&self, length_bytes: usize) -> Loan {
-        if self.held_bytes.get() + length_bytes <= CLIENT_SHARE_BYTES
-            && let Some(buffer) = self.shared.try_take(length_bytes)
-        {
-            let bytes = buffer.capacity();
-            self.held_bytes.set(self.held_bytes.get() + bytes);
-            return Loan {
-                buffer,
-                share: Share {
-                    held_bytes: Rc::clone(&self.held_bytes),
-                    bytes,
-                },
-            };
+    /// A buffer of `length_bytes` from the shared pool, if there is one left and the connection may have more; `None` also for
+    /// more than a slot.
+    pub(super) fn take_shared(&self, length_bytes: usize) -> Option<Loan> {
+        let held_bytes = self.held_bytes.get();
+        if length_bytes > BUFFER_SLOT_BYTES || held_bytes + length_bytes > CLIENT_SHARE_BYTES {
+            return None;
         }
-        let buffer = self.own.take(length_bytes).await;
+        let buffer = self.shared.try_take(length_bytes)?;
+        let bytes = buffer.capacity();
+        self.held_bytes.set(held_bytes + bytes);
+        let held_bytes = Rc::clone(&self.held_bytes);
+        let share = Share {
+            held_bytes,
+            bytes,
+            _own: None,
+        };
+        Some(Loan { buffer, share })
+    }
+
+    /// A buffer of `length_bytes`, cut to one slot, from the shared pool if there is one left; else the connection's own as soon
+    /// as that is free, which may be shorter than what is wanted.
+    pub(super) async fn take(&self, length_bytes: usize) -> Loan {
+        let length_bytes = length_bytes.min(BUFFER_SLOT_BYTES);
+        if let Some(loan) = self.take_shared(length_bytes) {
+            return loan;
+        }
+        // It is never closed.
+        let own = Arc::clone(&self.own).acquire_owned().await.ok();
         let share = Share {
             held_bytes: Rc::clone(&self.held_bytes),
             bytes: 0,
+            _own: own,
         };
+        let buffer = Buffer::zeroed(length_bytes.min(CLIENT_OWN_BYTES));
         Loan { buffer, share }
-    }
-}
-
-impl Loan {
-    /// A buffer that counts for nothing.
-    pub(super) fn outside(buffer: Buffer) -> Self {
-        let share = Share {
-            held_bytes: Rc::default(),
-            bytes: 0,
-        };
-        Self { buffer, share }
     }
 }
 
@@ -113,6 +119,8 @@ mod tests {
         future.poll(&mut Context::from_waker(Waker::noop()))
     }
 
+    const SHARED_MAX: usize = CLIENT_SHARE_BYTES / BUFFER_SLOT_BYTES;
+
     fn take(memory: &Memory, length: usize) -> Option<Loan> {
         match poll(pin!(memory.take(length))) {
             Poll::Ready(loan) => Some(loan),
@@ -128,10 +136,15 @@ mod tests {
         while let Some(loan) = take(&memory, BUFFER_SLOT_BYTES) {
             held.push(loan);
         }
-        assert_eq!(held.len(), CLIENT_SHARE_BYTES / BUFFER_SLOT_BYTES + 1);
+        let lengths: Vec<_> = held.iter().map(|loan| loan.buffer.len()).collect();
+        assert_eq!(lengths[..SHARED_MAX], [BUFFER_SLOT_BYTES; SHARED_MAX]);
+        assert_eq!(lengths[SHARED_MAX..], [CLIENT_OWN_BYTES]);
         assert_eq!(shared.in_use_bytes(), CLIENT_SHARE_BYTES);
         held.remove(0);
-        assert!(take(&memory, BUFFER_SLOT_BYTES).is_some());
+        let again = take(&memory, BUFFER_SLOT_BYTES).expect("given back");
+        assert_eq!(again.buffer.len(), BUFFER_SLOT_BYTES);
+        drop(again);
+        assert!(memory.take_shared(BUFFER_SLOT_BYTES + 1).is_none());
         drop(held);
         assert_eq!(shared.in_use_bytes(), 0);
         assert_eq!(memory.held_bytes.get(), 0);

@@ -5,7 +5,6 @@ use std::future::poll_fn;
 use std::task::{Poll, Waker};
 
 use blockyard_ring::Part;
-use blockyard_storage::Buffer;
 
 use super::connection::Slot;
 use super::memory::{Loan, Share};
@@ -53,15 +52,6 @@ impl Outbox {
         waiting.slots.extend(slot);
         drop(waiting);
         self.wake();
-    }
-
-    /// Takes zeroes that stand for data which could not be read.
-    pub(super) fn push_zeroes(&self, length_bytes: usize) {
-        self.push(
-            Vec::new(),
-            Some(Loan::outside(Buffer::zeroed(length_bytes))),
-            None,
-        );
     }
 
     /// Nothing comes behind what is there.

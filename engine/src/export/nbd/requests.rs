@@ -13,7 +13,8 @@ use futures_util::StreamExt;
 use futures_util::stream::iter;
 
 use super::connection::{Connection, Slot};
-use super::memory::{Loan, give_way};
+use super::memory::Loan;
+use crate::limits::CLIENT_OWN_BYTES;
 use crate::node::zeroes::is_zero;
 
 /// Pieces of one read that are under way at once.
@@ -82,7 +83,6 @@ impl Connection {
     async fn read(&self, request: &Request, slot: Slot) {
         let reply = Reply::to(request, self.mode());
         let mut head = Vec::new();
-        let longest = BUFFER_SLOT_BYTES as u64;
         if request.length_bytes == 0 {
             match self.mode() {
                 Mode::Simple => reply.done(&mut head),
@@ -90,18 +90,25 @@ impl Connection {
             }
             return self.outbox.push(head, None, Some(slot));
         }
-        if request.length_bytes <= longest {
-            let range = ByteRange::new(request.offset, request.length_bytes);
-            return match self.read_piece(range).await {
-                Ok(loan) => self.push_piece(&reply, range, loan, Some(slot)),
-                Err(errno) => self.answer(request, Err(errno), READING, slot),
-            };
+        let length = usize::try_from(request.length_bytes).unwrap_or(usize::MAX);
+        if length <= BUFFER_SLOT_BYTES {
+            let loan = self.memory.take(length).await;
+            if loan.buffer.len() == length {
+                return self.read_into(request, loan, slot).await;
+            }
         }
         // Each piece is a chunk of its own, and goes as soon as it is there. Memory is taken piece by piece and given back when
         // it is sent, so that requests cannot wait for each other.
-        let outcomes = iter(pieces(request, longest)).map(|range| async move {
-            let loan = self.read_piece(range).await?;
-            self.push_piece(&reply, range, loan, None);
+        let each = &reply;
+        let outcomes = iter(pieces(request, BUFFER_SLOT_BYTES as u64)).map(|range| async move {
+            let mut rest = range;
+            while !rest.is_empty() && !self.outbox.is_broken() {
+                let (loan, outcome) = self.read_some(rest).await;
+                outcome?;
+                let at = rest.offset();
+                rest = rest.split_at(loan.buffer.len() as u64).1;
+                self.push_piece(each, at, loan, None);
+            }
             Ok(())
         });
         let mut outcomes = outcomes.buffer_unordered(PIECES_MAX);
@@ -122,10 +129,24 @@ impl Connection {
         }
     }
 
-    /// Whether a read can only be answered in one piece, which is too long for a buffer.
-    pub(super) fn reads_alone(&self, request: &Request) -> bool {
+    /// Reads all that is asked for into a buffer that is just as long, and answers.
+    pub(super) async fn read_into(&self, request: &Request, loan: Loan, slot: Slot) {
+        let Loan { buffer, share } = loan;
+        let read = self.root.read(request.offset, buffer).await;
+        let buffer = read.buffer;
+        match read.outcome {
+            Ok(()) => {
+                let reply = Reply::to(request, self.mode());
+                self.push_piece(&reply, request.offset, Loan { buffer, share }, Some(slot));
+            }
+            Err(error) => self.answer(request, Err(errno(error)), READING, slot),
+        }
+    }
+
+    /// Whether a read can only be answered in one piece, for which the connection's own buffer is too short.
+    pub(super) fn reads_in_one(&self, request: &Request) -> bool {
         let in_one = self.mode() == Mode::Simple || request.has(flags::DF);
-        in_one && request.length_bytes > BUFFER_SLOT_BYTES as u64
+        in_one && request.length_bytes > CLIENT_OWN_BYTES as u64
     }
 
     /// Carries out such a read while no other request is: its data follows the head piece by piece. `false`: the connection is of
@@ -136,28 +157,37 @@ impl Connection {
         let length = u32::try_from(request.length_bytes).unwrap_or(u32::MAX);
         let (mut head, mut failed) = (Vec::new(), None);
         reply.data(request.offset, length, false, &mut head);
-        for (number, range) in pieces(request, BUFFER_SLOT_BYTES as u64).enumerate() {
-            let outcome = match failed {
-                None => self.read_piece(range).await,
-                Some(_) => Err(NbdError::Io.errno()),
+        let mut rest = ByteRange::new(request.offset, request.length_bytes);
+        while !rest.is_empty() {
+            let loan = match failed {
+                None => {
+                    let (mut loan, outcome) = self.read_some(rest).await;
+                    match outcome {
+                        Ok(()) => {}
+                        Err(errno) if rest.offset() == request.offset => {
+                            drop(loan);
+                            self.answer(request, Err(errno), READING, slot);
+                            return true;
+                        }
+                        // Nothing but the end can tell of a failure once a simple reply has begun.
+                        Err(_) if self.mode() == Mode::Simple => return false,
+                        Err(errno) => {
+                            failed = Some((rest.offset(), errno));
+                            loan.buffer.as_mut_slice().fill(0);
+                        }
+                    }
+                    loan
+                }
+                // Something has to stand for the rest.
+                Some(_) => {
+                    let mut loan = self.memory.take(length_of(rest)).await;
+                    loan.buffer.as_mut_slice().fill(0);
+                    loan
+                }
             };
-            match outcome {
-                Ok(loan) => self
-                    .outbox
-                    .push(std::mem::take(&mut head), Some(loan), None),
-                Err(errno) if number == 0 => {
-                    self.answer(request, Err(errno), READING, slot);
-                    return true;
-                }
-                // Nothing but the end can tell of a failure once a simple reply has begun.
-                Err(_) if self.mode() == Mode::Simple => return false,
-                Err(errno) => {
-                    failed = failed.or(Some((range.offset(), errno)));
-                    let length = usize::try_from(range.length()).unwrap_or(0);
-                    self.outbox.push_zeroes(length);
-                    give_way().await;
-                }
-            }
+            rest = rest.split_at(loan.buffer.len() as u64).1;
+            self.outbox
+                .push(std::mem::take(&mut head), Some(loan), None);
             if self.outbox.is_broken() {
                 return false;
             }
@@ -175,32 +205,34 @@ impl Connection {
         true
     }
 
-    async fn read_piece(&self, range: ByteRange) -> Result<Loan, i32> {
-        let length = usize::try_from(range.length()).unwrap_or(usize::MAX);
-        let Loan { buffer, share } = self.memory.take(length).await;
+    /// Reads the first bytes of `range`, as many as there is memory for.
+    async fn read_some(&self, range: ByteRange) -> (Loan, Result<(), i32>) {
+        let Loan { buffer, share } = self.memory.take(length_of(range)).await;
         let read = self.root.read(range.offset(), buffer).await;
         let buffer = read.buffer;
-        read.outcome.map_err(errno)?;
-        Ok(Loan { buffer, share })
+        (Loan { buffer, share }, read.outcome.map_err(errno))
     }
 
     /// Sends what a piece holds. Zeroes are said, where that is possible.
-    fn push_piece(&self, reply: &Reply, range: ByteRange, loan: Loan, slot: Option<Slot>) {
-        let length = u32::try_from(range.length()).unwrap_or(u32::MAX);
+    fn push_piece(&self, reply: &Reply, offset: u64, loan: Loan, slot: Option<Slot>) {
+        let length = u32::try_from(loan.buffer.len()).unwrap_or(u32::MAX);
         let (mut head, is_last) = (Vec::new(), slot.is_some());
         if self.mode() != Mode::Simple && is_zero(loan.buffer.as_slice()) {
-            reply.hole(range.offset(), length, is_last, &mut head);
+            reply.hole(offset, length, is_last, &mut head);
             drop(loan);
             return self.outbox.push(head, None, slot);
         }
-        reply.data(range.offset(), length, is_last, &mut head);
+        reply.data(offset, length, is_last, &mut head);
         self.outbox.push(head, Some(loan), slot);
     }
 
     /// Reads, so that what is below may keep it.
     async fn cache(&self, request: &Request) -> Result<(), i32> {
-        for range in pieces(request, BUFFER_SLOT_BYTES as u64) {
-            self.read_piece(range).await?;
+        let mut rest = ByteRange::new(request.offset, request.length_bytes);
+        while !rest.is_empty() {
+            let (loan, outcome) = self.read_some(rest).await;
+            outcome?;
+            rest = rest.split_at(loan.buffer.len() as u64).1;
         }
         Ok(())
     }
@@ -283,6 +315,11 @@ fn pieces(request: &Request, longest: u64) -> impl Iterator<Item = ByteRange> + 
         at = piece.end();
         (!piece.is_empty()).then_some(piece)
     })
+}
+
+/// How long a range is, or the longest buffer.
+fn length_of(range: ByteRange) -> usize {
+    usize::try_from(range.length()).unwrap_or(usize::MAX)
 }
 
 fn errno(error: crate::error::NodeError) -> i32 {

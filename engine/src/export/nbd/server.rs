@@ -22,7 +22,7 @@ use super::connection::{Arrival, serve};
 use super::talk::{Encryption, Talk};
 use crate::error::EngineError;
 use crate::export::spec::NbdServerSpec;
-use crate::limits::HALF_OPEN_MAX;
+use crate::limits::{CONNECTIONS_MAX, HALF_OPEN_MAX};
 use crate::sockets::{Listener, Stream};
 use crate::tls::authorization::Authorizations;
 
@@ -41,7 +41,7 @@ pub(crate) struct TlsGate {
 
 /// A running server. Stopped when it is dropped, without waiting for that.
 pub(crate) struct NbdServer {
-    /// Connections at once; 0: as many as come.
+    /// Connections at once; 0: as many as come, up to [`CONNECTIONS_MAX`].
     connections_max: u32,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -128,14 +128,12 @@ fn run(
                 return;
             }
         };
-        let connections = match spec.connections_max {
-            0 => Semaphore::MAX_PERMITS,
-            most => usize::try_from(most).unwrap_or(Semaphore::MAX_PERMITS),
-        };
+        let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let connections = places(spec.connections_max, descriptors);
         let patience = u64::from(spec.handshake_seconds_max);
         let reception = Arc::new(Reception {
             directory,
-            connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
+            connections: Arc::new(Semaphore::new(connections)),
             half_open: Arc::new(Semaphore::new(HALF_OPEN_MAX)),
             patience: (patience > 0).then(|| Duration::from_secs(patience)),
             tls,
@@ -151,6 +149,18 @@ fn run(
     });
     // A name that is still looked up holds nobody up.
     runtime.shutdown_background();
+}
+
+/// How many connections there may be at once: never so many that all memory is theirs, or every descriptor (`None`: these have no
+/// limit), which files and clients of QMP need, too.
+fn places(connections_max: u32, descriptors: Option<u64>) -> usize {
+    let wanted = match connections_max {
+        0 => CONNECTIONS_MAX,
+        most => usize::try_from(most).unwrap_or(usize::MAX),
+    };
+    let half = descriptors.and_then(|most| usize::try_from(most / 2).ok());
+    let possible = half.map_or(CONNECTIONS_MAX, |half| half.clamp(1, CONNECTIONS_MAX));
+    wanted.min(possible)
 }
 
 async fn listen(spec: &NbdServerSpec) -> Result<Listener, EngineError> {
@@ -294,5 +304,26 @@ impl Reception {
             tracing::warn!("TLS x509 authz check for {name} is denied");
         }
         allowed.then_some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_never_more_than_there_is_memory_and_descriptors_for() {
+        for (connections_max, descriptors, expected) in [
+            (100, Some(20_000), 100),
+            (0, Some(20_000), CONNECTIONS_MAX),
+            (1_000_000, Some(20_000), CONNECTIONS_MAX),
+            (0, None, CONNECTIONS_MAX),
+            (0, Some(1024), 512),
+            (600, Some(1024), 512),
+            (1, Some(1), 1),
+        ] {
+            let places = places(connections_max, descriptors);
+            assert_eq!(places, expected, "{connections_max}, {descriptors:?}");
+        }
     }
 }
