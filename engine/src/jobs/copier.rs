@@ -25,17 +25,12 @@ use crate::jobs::in_flight::{
 use crate::jobs::plan::{Layers, Plan, Step, StepKind};
 use crate::jobs::steps::Failure;
 use crate::jobs::verifying::Verification;
+use crate::jobs::window_size::WindowSize;
 use crate::manifest::{EXTENT_BYTES, Recorder};
 use crate::node::Node;
 use crate::node::copy_before_write::{Fate, Saver};
 use crate::node::mirror_top::Tracker;
 use crate::node::turns::{Doing, Turn};
-
-/// Requests in flight at first, before it is known how slow they are.
-const WINDOW_START: usize = 4;
-
-/// A request slower than this shrinks the window.
-const SLOW: Duration = Duration::from_millis(100);
 
 /// After an ignored error the next try waits this long at first, and twice as long each further time.
 const IGNORE_DELAY: Duration = Duration::from_millis(10);
@@ -53,7 +48,7 @@ pub(crate) struct Copier {
     options: CopyOptions,
     plan: Plan,
     retry: VecDeque<Step>,
-    window_now: usize,
+    window_size: WindowSize,
     ignored_in_a_row: u32,
     hold_until: Option<Moment>,
     in_flight: Vec<ByteRange>,
@@ -90,7 +85,7 @@ impl Copier {
         Self {
             source,
             target,
-            window_now: options.window_max.clamp(1, WINDOW_START),
+            window_size: WindowSize::new(options.window_max),
             options,
             plan,
             retry: VecDeque::new(),
@@ -284,6 +279,9 @@ impl Copier {
             let stopping =
                 failed.is_some() || round_error.is_some() || interrupted || cx.must_stop();
             let stopping = stopping || self.must_verify();
+            if stopping {
+                self.window_size.interrupted();
+            }
             if stopping && window.is_empty() {
                 if let Some((range, side, error)) = round_error.take() {
                     failed = self.by_policy(cx, range, side, error).await;
@@ -309,11 +307,12 @@ impl Copier {
             // Planning takes its time: an order may come meanwhile.
             while !stopping
                 && !cx.must_stop()
-                && window.len() < self.window_now
+                && window.len() < self.window_size.requests()
                 && !self.must_verify()
             {
                 wait_until = self.held_until(cx);
                 if wait_until.is_some() {
+                    self.window_size.interrupted();
                     break;
                 }
                 let Some(step) = window.beside(self.next_step(cx)).await else {
@@ -327,6 +326,7 @@ impl Copier {
                     cx.charge(step.range.length());
                 }
                 self.in_flight.push(step.range);
+                self.window_size.begun(cx.clock().now());
                 if let Some(saver) = self.saver.clone() {
                     let nodes = (&source, &*target);
                     let how = (self.options, self.recorder.clone());
@@ -367,7 +367,7 @@ impl Copier {
                         cx.progress().done(ended.step.range.length());
                     }
                     cx.latency().count(ended.took);
-                    self.adapt(ended.took);
+                    self.measure(cx, &ended, window.len());
                     self.moved_bytes += ended.step.range.length();
                     self.plan.took(ended.step.kind, ended.took, ended.waited);
                     if failed.is_none() {
@@ -375,10 +375,12 @@ impl Copier {
                     }
                 }
                 Err(Failure::NotShared) => {
+                    self.window_size.interrupted();
                     self.plan.give_back_unshared(ended.step.range);
                     self.tell_planned(false);
                 }
                 Err(Failure::Io(side, error)) => {
+                    self.window_size.interrupted();
                     interrupted = self.holds_writers();
                     match &self.changes {
                         // It may have changed by the time that it is tried again.
@@ -592,12 +594,17 @@ impl Copier {
         }
     }
 
-    /// Slow requests make the window smaller, quick ones larger again.
-    fn adapt(&mut self, took: Duration) {
-        if took > SLOW {
-            self.window_now = (self.window_now - 1).max(1);
-        } else if took < SLOW / 2 && self.window_now < self.options.window_max {
-            self.window_now += 1;
+    /// Learns from a range that has ended how many there should be in flight; so many are left.
+    fn measure(&mut self, cx: &JobContext, ended: &Ended, left: usize) {
+        let was_full = left + 1 >= self.window_size.requests();
+        self.window_size.took(ended.took);
+        match ended.step.kind {
+            StepKind::Copy | StepKind::Parts | StepKind::Fill(_) if was_full => {
+                let bytes = ended.step.range.length();
+                self.window_size.ended(cx.clock().now(), bytes);
+            }
+            _ if !was_full => self.window_size.interrupted(),
+            _ => {}
         }
     }
 

@@ -23,6 +23,7 @@ pub(crate) mod stream;
 #[cfg(test)]
 pub(crate) mod test_support;
 mod verifying;
+mod window_size;
 
 use std::rc::Rc;
 

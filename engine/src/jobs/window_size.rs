@@ -1,0 +1,435 @@
+//! [`WindowSize`]: as many requests in flight as the disks need and no more, found by measuring what moves.
+//!
+//! A far end wants many in flight. A disk that is quick and takes one after the other gets slower the more wait for it: their
+//! bytes have left the processor's caches by the time that they are written, and a guest's request waits behind all of them.
+//! So the number doubles at first for as long as more moves; later a few more or a few less are tried by turns.
+
+use std::time::Duration;
+
+use crate::clock::Moment;
+
+/// Requests in flight at first, before anything is known.
+const START: usize = 4;
+
+/// A request slower than this makes fewer of them, so that a pause takes a fraction of a second.
+const SLOW: Duration = Duration::from_millis(100);
+
+/// What twice as many requests have to move to be doubled again, in hundredths of before.
+const GROWN_PERCENT: u128 = 125;
+
+/// Rounds that may move less than that: one may have been held up by something else.
+const GROWN_IN_VAIN_MAX: u32 = 2;
+
+/// What more requests have to move to be kept, in hundredths.
+const BETTER_PERCENT: u128 = 103;
+
+/// What fewer requests have to move to be kept, in hundredths.
+const EQUAL_PERCENT: u128 = 100;
+
+/// Shortest time in which a number of requests is measured.
+const MEASURED: Duration = Duration::from_millis(4);
+
+/// Requests by which a number of them is measured, at least.
+const MEASURED_REQUESTS: usize = 16;
+
+/// Measurements between two trials at most, when none brings anything.
+const REST_MAX: u32 = 64;
+
+/// Measurements until the first trial where more requests have moved more up to the last.
+const REST_GROWN: u32 = 4;
+
+/// How many requests one copy has in flight.
+#[derive(Clone, Debug)]
+pub(super) struct WindowSize {
+    count: usize,
+    count_max: usize,
+    /// Slow requests hold the number down to this.
+    ceiling: usize,
+    phase: Phase,
+    measure: Measure,
+}
+
+#[derive(Clone, Debug)]
+enum Phase {
+    /// One more for each that ends, in rounds, while that moves more.
+    Growing {
+        /// In flight when this round began.
+        round: usize,
+        best: Option<(usize, Rate)>,
+        in_vain: u32,
+    },
+    Trying(Trial),
+}
+
+/// A number of requests and a somewhat different one, by turns.
+#[derive(Clone, Copy, Debug)]
+struct Trial {
+    base: usize,
+    other: usize,
+    /// Of `base`, `other` and `base`, as far as they are known.
+    rates: [Option<Rate>; 3],
+    /// Measurements until it begins.
+    rest: u32,
+    /// Twice or half as many; else a third or a quarter.
+    is_wide: bool,
+    /// Trials in a row that have brought nothing.
+    in_vain: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    bytes: u64,
+    time: Duration,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Measure {
+    /// Requests to let pass before it begins, as they were begun beside another number.
+    to_pass: usize,
+    from: Option<Moment>,
+    bytes: u64,
+    requests: usize,
+}
+
+impl WindowSize {
+    /// At most `count_max`, and at least one.
+    pub(super) fn new(count_max: usize) -> Self {
+        let count_max = count_max.max(1);
+        let count = count_max.min(START);
+        Self {
+            count,
+            count_max,
+            ceiling: count_max,
+            phase: Phase::Growing {
+                round: count,
+                best: None,
+                in_vain: 0,
+            },
+            measure: Measure::default(),
+        }
+    }
+
+    /// Requests to have in flight, at least one.
+    pub(super) fn requests(&self) -> usize {
+        self.count.min(self.ceiling)
+    }
+
+    /// A copy begins.
+    pub(super) fn begun(&mut self, now: Moment) {
+        if self.measure.to_pass == 0 {
+            self.measure.from.get_or_insert(now);
+        }
+    }
+
+    /// A request took this long.
+    pub(super) fn took(&mut self, time: Duration) {
+        if time > SLOW {
+            self.ceiling = (self.requests() - 1).max(1);
+        } else if time < SLOW / 2 && self.ceiling < self.count_max {
+            self.ceiling += 1;
+        }
+        if self.count > self.ceiling {
+            self.interrupted();
+        }
+    }
+
+    /// A copy of `bytes` has ended, beside which there were as many as there may be.
+    pub(super) fn ended(&mut self, now: Moment, bytes: u64) {
+        if self.count > self.ceiling {
+            return;
+        }
+        if let Phase::Growing { .. } = self.phase {
+            self.count = (self.count + 1).min(self.count_max);
+        }
+        let Some(rate) = self.measured(now, bytes) else {
+            return;
+        };
+        match self.phase {
+            Phase::Growing {
+                round,
+                best,
+                in_vain,
+            } => self.grow((round, rate), best, in_vain),
+            Phase::Trying(trial) => self.try_on(trial, rate),
+        }
+        self.measure.from = Some(now);
+    }
+
+    /// Something else than the disks has held up the copy, as an order, a rate limit or an error does.
+    pub(super) fn interrupted(&mut self) {
+        self.measure_anew(self.requests());
+    }
+
+    fn measure_anew(&mut self, to_pass: usize) {
+        self.measure = Measure {
+            to_pass,
+            ..Measure::default()
+        };
+    }
+
+    /// What has moved, once it is enough.
+    fn measured(&mut self, now: Moment, bytes: u64) -> Option<Rate> {
+        let measure = &mut self.measure;
+        if measure.to_pass > 0 {
+            measure.to_pass -= 1;
+            measure.from = (measure.to_pass == 0).then_some(now);
+            return None;
+        }
+        let time = now.since(measure.from?);
+        measure.bytes += bytes;
+        measure.requests += 1;
+        let is_enough = match self.phase {
+            Phase::Growing { round, .. } => measure.requests >= round,
+            Phase::Trying(_) => {
+                // What ends together, as at a far end, counts whole.
+                let rounds = MEASURED_REQUESTS.div_ceil(self.count);
+                measure.requests >= rounds * self.count && time >= MEASURED
+            }
+        };
+        let bytes = measure.bytes;
+        is_enough.then(|| {
+            self.measure_anew(0);
+            Rate { bytes, time }
+        })
+    }
+
+    /// A round has ended in which the number grew.
+    fn grow(&mut self, this: (usize, Rate), best: Option<(usize, Rate)>, in_vain: u32) {
+        let has_grown = best.is_none_or(|(_, best)| this.1.is_at_least(GROWN_PERCENT, best));
+        let (best, in_vain) = match best {
+            Some(best) if !has_grown => (best, in_vain + 1),
+            _ => (this, 0),
+        };
+        if in_vain < GROWN_IN_VAIN_MAX && this.0 < self.count_max {
+            self.phase = Phase::Growing {
+                round: self.count,
+                best: Some(best),
+                in_vain,
+            };
+            return;
+        }
+        // Where all that there may be has moved the most, fewer will hardly do.
+        let rest = if in_vain == 0 { REST_GROWN } else { 0 };
+        self.start(Trial {
+            base: best.0,
+            other: fewer(best.0, true),
+            rates: [None; 3],
+            rest,
+            is_wide: true,
+            in_vain: 0,
+        });
+    }
+
+    /// One of a trial's numbers has been measured.
+    fn try_on(&mut self, mut trial: Trial, rate: Rate) {
+        if trial.rest > 0 {
+            trial.rest -= 1;
+            self.phase = Phase::Trying(trial);
+            return;
+        }
+        let [Some(base), Some(other), Some(base_again)] = trial.rates else {
+            if let Some(next) = trial.rates.iter_mut().find(|rate| rate.is_none()) {
+                *next = Some(rate);
+            }
+            self.start(trial);
+            return;
+        };
+        let wanted_percent = match trial.other > trial.base {
+            true => BETTER_PERCENT,
+            false => EQUAL_PERCENT,
+        };
+        let is_kept =
+            other.is_at_least(wanted_percent, base) && rate.is_at_least(wanted_percent, base_again);
+        let next = self.next_trial(trial, is_kept);
+        self.start(next);
+    }
+
+    /// On in the same direction from what is kept, else in the other one.
+    fn next_trial(&self, trial: Trial, is_kept: bool) -> Trial {
+        let base = if is_kept { trial.other } else { trial.base };
+        let in_vain = if is_kept { 0 } else { trial.in_vain + 1 };
+        let is_wide = trial.is_wide && in_vain < 2;
+        let goes_up = (trial.other > trial.base) == is_kept;
+        let can_go_up = base < self.count_max;
+        let other = match can_go_up && (goes_up || base == 1) {
+            true => more(base, is_wide).min(self.count_max),
+            false => fewer(base, is_wide),
+        };
+        let rest = match in_vain {
+            0 | 1 => 0,
+            many => 2_u32.saturating_pow(many).min(REST_MAX),
+        };
+        Trial {
+            base,
+            other,
+            rates: [None; 3],
+            rest,
+            is_wide,
+            in_vain,
+        }
+    }
+
+    fn start(&mut self, trial: Trial) {
+        let known = trial.rates.iter().flatten().count();
+        let before = std::mem::replace(
+            &mut self.count,
+            match known % 2 {
+                0 => trial.base,
+                _ => trial.other,
+            },
+        );
+        self.phase = Phase::Trying(trial);
+        if before != self.count {
+            self.measure_anew(before.max(self.count));
+        }
+    }
+}
+
+fn more(base: usize, is_wide: bool) -> usize {
+    base + (base / if is_wide { 1 } else { 3 }).max(1)
+}
+
+fn fewer(base: usize, is_wide: bool) -> usize {
+    (base - (base / if is_wide { 2 } else { 4 }).max(1)).max(1)
+}
+
+impl Rate {
+    /// Whether it is as much as so many hundredths of another.
+    fn is_at_least(self, percent: u128, other: Rate) -> bool {
+        let times = |rate: Rate, of: Rate| u128::from(rate.bytes) * of.time.as_nanos();
+        times(self, other) * 100 >= times(other, self) * percent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes `lanes` requests at a time, and each so long.
+    struct Disk<F: Fn(usize) -> Duration> {
+        lanes: usize,
+        service: F,
+        noise_percent: u64,
+    }
+
+    const MIB: u64 = 1 << 20;
+
+    /// Runs so many requests; what was in flight over the last quarter of them, on average.
+    fn settled<F: Fn(usize) -> Duration>(
+        size: &mut WindowSize,
+        disk: &Disk<F>,
+        requests: u64,
+    ) -> f64 {
+        let mut now = Duration::ZERO;
+        let mut state = 7_u64;
+        let mut lanes = vec![Duration::ZERO; disk.lanes];
+        let mut flying: Vec<(Duration, Duration)> = Vec::new();
+        let (mut sum, mut seen) = (0, 0);
+        for number in 0..requests {
+            while flying.len() < size.requests() {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                let noise = 100 + (state >> 33) % (disk.noise_percent + 1);
+                let time = (disk.service)(flying.len() + 1) * u32::try_from(noise).unwrap() / 100;
+                let lane = lanes.iter_mut().min().unwrap();
+                *lane = now.max(*lane) + time;
+                flying.push((*lane, now));
+                size.begun(Moment::new(now));
+            }
+            flying.sort();
+            let (end, begun) = flying.remove(0);
+            let was_full = flying.len() + 1 >= size.requests();
+            now = end;
+            size.took(end.saturating_sub(begun));
+            if was_full {
+                size.ended(Moment::new(now), MIB);
+            }
+            if number >= requests - requests / 4 {
+                sum += size.requests();
+                seen += 1;
+            }
+        }
+        sum as f64 / f64::from(seen)
+    }
+
+    #[test]
+    fn a_far_end_gets_all_there_may_be_within_few_round_trips() {
+        let far = Disk {
+            lanes: 1000,
+            service: |_| Duration::from_millis(10),
+            noise_percent: 5,
+        };
+        for count_max in [1, 3, 16, 64] {
+            let mut size = WindowSize::new(count_max);
+            settled(&mut size, &far, 2 * count_max as u64);
+            assert_eq!(size.requests(), count_max);
+            let long = settled(&mut size, &far, 40_000);
+            assert!(long > 0.7 * count_max as f64, "{long} of {count_max}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_takes_one_after_the_other_gets_few() {
+        for noise_percent in [0, 10, 40] {
+            let one = Disk {
+                lanes: 1,
+                service: |waiting| Duration::from_micros(280 + 6 * waiting as u64),
+                noise_percent,
+            };
+            let mut size = WindowSize::new(16);
+            settled(&mut size, &one, 64);
+            assert!(size.requests() <= 8, "{}", size.requests());
+            let long = settled(&mut size, &one, 20_000);
+            assert!(long <= 6.0, "{long} with {noise_percent} % of noise");
+        }
+    }
+
+    #[test]
+    fn a_disk_of_eight_lanes_gets_about_eight() {
+        for noise_percent in [0, 10, 40] {
+            let lanes = Disk {
+                lanes: 8,
+                service: |_| Duration::from_millis(1),
+                noise_percent,
+            };
+            let mut size = WindowSize::new(64);
+            let long = settled(&mut size, &lanes, 40_000);
+            assert!(
+                (6.0..=14.0).contains(&long),
+                "{long} with {noise_percent} % of noise"
+            );
+        }
+    }
+
+    #[test]
+    fn slow_requests_make_it_few_and_quick_ones_many_again() {
+        let mut size = WindowSize::new(16);
+        let slow = Disk {
+            lanes: 1000,
+            service: |_| Duration::from_millis(300),
+            noise_percent: 0,
+        };
+        settled(&mut size, &slow, 64);
+        assert_eq!(size.requests(), 1);
+        let far = Disk {
+            lanes: 1000,
+            service: |_| Duration::from_millis(10),
+            noise_percent: 0,
+        };
+        settled(&mut size, &far, 2_000);
+        assert!(size.requests() >= 12, "{}", size.requests());
+    }
+
+    #[test]
+    fn a_copy_that_something_else_holds_up_is_no_measure() {
+        let mut size = WindowSize::new(16);
+        for second in 0..1_000 {
+            size.begun(Moment::new(Duration::from_secs(second)));
+            size.took(Duration::from_millis(1));
+            size.ended(Moment::new(Duration::from_secs(second)), MIB);
+            size.interrupted();
+        }
+        assert!(size.requests() >= START, "{}", size.requests());
+    }
+}
