@@ -601,7 +601,7 @@ impl Copier {
         match ended.step.kind {
             StepKind::Copy | StepKind::Parts | StepKind::Fill(_) if was_full => {
                 let bytes = ended.step.range.length();
-                self.window_size.ended(cx.clock().now(), bytes);
+                self.window_size.ended(cx.clock().now(), bytes, ended.took);
             }
             _ if !was_full => self.window_size.interrupted(),
             _ => {}

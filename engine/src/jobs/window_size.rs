@@ -35,8 +35,12 @@ const MEASURED_REQUESTS: usize = 16;
 /// Measurements between two trials at most, when none brings anything.
 const REST_MAX: u32 = 64;
 
-/// Measurements until the first trial where more requests have moved more up to the last.
-const REST_GROWN: u32 = 4;
+/// How much longer requests may take with all that there may be in flight than with the first few, in hundredths, where a
+/// distance is what they wait for and not each other.
+const FAR_PERCENT: u32 = 140;
+
+/// Measurements until the first trial there.
+const REST_FAR: u32 = 32;
 
 /// How many requests one copy has in flight.
 #[derive(Clone, Debug)]
@@ -56,6 +60,8 @@ enum Phase {
         /// In flight when this round began.
         round: usize,
         best: Option<(usize, Rate)>,
+        /// How long requests took in the first round.
+        first_took: Option<Duration>,
         in_vain: u32,
     },
     Trying(Trial),
@@ -80,6 +86,8 @@ struct Trial {
 struct Rate {
     bytes: u64,
     time: Duration,
+    /// Each request, on average.
+    took: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -89,6 +97,7 @@ struct Measure {
     from: Option<Moment>,
     bytes: u64,
     requests: usize,
+    took: Duration,
 }
 
 impl WindowSize {
@@ -103,6 +112,7 @@ impl WindowSize {
             phase: Phase::Growing {
                 round: count,
                 best: None,
+                first_took: None,
                 in_vain: 0,
             },
             measure: Measure::default(),
@@ -133,23 +143,19 @@ impl WindowSize {
         }
     }
 
-    /// A copy of `bytes` has ended, beside which there were as many as there may be.
-    pub(super) fn ended(&mut self, now: Moment, bytes: u64) {
+    /// A copy of `bytes` has ended that took this long, beside which there were as many as there may be.
+    pub(super) fn ended(&mut self, now: Moment, bytes: u64, took: Duration) {
         if self.count > self.ceiling {
             return;
         }
         if let Phase::Growing { .. } = self.phase {
             self.count = (self.count + 1).min(self.count_max);
         }
-        let Some(rate) = self.measured(now, bytes) else {
+        let Some(rate) = self.measured(now, bytes, took) else {
             return;
         };
         match self.phase {
-            Phase::Growing {
-                round,
-                best,
-                in_vain,
-            } => self.grow((round, rate), best, in_vain),
+            Phase::Growing { .. } => self.grow(rate),
             Phase::Trying(trial) => self.try_on(trial, rate),
         }
         self.measure.from = Some(now);
@@ -168,7 +174,7 @@ impl WindowSize {
     }
 
     /// What has moved, once it is enough.
-    fn measured(&mut self, now: Moment, bytes: u64) -> Option<Rate> {
+    fn measured(&mut self, now: Moment, bytes: u64, took: Duration) -> Option<Rate> {
         let measure = &mut self.measure;
         if measure.to_pass > 0 {
             measure.to_pass -= 1;
@@ -178,6 +184,7 @@ impl WindowSize {
         let time = now.since(measure.from?);
         measure.bytes += bytes;
         measure.requests += 1;
+        measure.took += took;
         let is_enough = match self.phase {
             Phase::Growing { round, .. } => measure.requests >= round,
             Phase::Trying(_) => {
@@ -186,35 +193,51 @@ impl WindowSize {
                 measure.requests >= rounds * self.count && time >= MEASURED
             }
         };
-        let bytes = measure.bytes;
-        is_enough.then(|| {
-            self.measure_anew(0);
-            Rate { bytes, time }
-        })
+        if !is_enough {
+            return None;
+        }
+        let Measure {
+            bytes,
+            requests,
+            took,
+            ..
+        } = std::mem::take(measure);
+        let took = took / u32::try_from(requests).unwrap_or(u32::MAX);
+        Some(Rate { bytes, time, took })
     }
 
     /// A round has ended in which the number grew.
-    fn grow(&mut self, this: (usize, Rate), best: Option<(usize, Rate)>, in_vain: u32) {
-        let has_grown = best.is_none_or(|(_, best)| this.1.is_at_least(GROWN_PERCENT, best));
+    fn grow(&mut self, rate: Rate) {
+        let Phase::Growing {
+            round,
+            best,
+            first_took,
+            in_vain,
+        } = self.phase
+        else {
+            return;
+        };
+        let first_took = first_took.unwrap_or(rate.took);
+        let has_grown = best.is_none_or(|(_, best)| rate.is_at_least(GROWN_PERCENT, best));
         let (best, in_vain) = match best {
             Some(best) if !has_grown => (best, in_vain + 1),
-            _ => (this, 0),
+            _ => ((round, rate), 0),
         };
-        if in_vain < GROWN_IN_VAIN_MAX && this.0 < self.count_max {
+        if in_vain < GROWN_IN_VAIN_MAX && round < self.count_max {
             self.phase = Phase::Growing {
                 round: self.count,
                 best: Some(best),
+                first_took: Some(first_took),
                 in_vain,
             };
             return;
         }
-        // Where all that there may be has moved the most, fewer will hardly do.
-        let rest = if in_vain == 0 { REST_GROWN } else { 0 };
+        let is_far = in_vain == 0 && rate.took * 100 <= first_took * FAR_PERCENT;
         self.start(Trial {
             base: best.0,
             other: fewer(best.0, true),
             rates: [None; 3],
-            rest,
+            rest: if is_far { REST_FAR } else { 0 },
             is_wide: true,
             in_vain: 0,
         });
@@ -341,9 +364,10 @@ mod tests {
             let (end, begun) = flying.remove(0);
             let was_full = flying.len() + 1 >= size.requests();
             now = end;
-            size.took(end.saturating_sub(begun));
+            let took = end.saturating_sub(begun);
+            size.took(took);
             if was_full {
-                size.ended(Moment::new(now), MIB);
+                size.ended(Moment::new(now), MIB, took);
             }
             if number >= requests - requests / 4 {
                 sum += size.requests();
@@ -427,7 +451,11 @@ mod tests {
         for second in 0..1_000 {
             size.begun(Moment::new(Duration::from_secs(second)));
             size.took(Duration::from_millis(1));
-            size.ended(Moment::new(Duration::from_secs(second)), MIB);
+            size.ended(
+                Moment::new(Duration::from_secs(second)),
+                MIB,
+                Duration::ZERO,
+            );
             size.interrupted();
         }
         assert!(size.requests() >= START, "{}", size.requests());
