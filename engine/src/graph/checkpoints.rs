@@ -17,6 +17,7 @@ use crate::error::EngineError;
 use crate::graph::Graph;
 use crate::graph::records::{NodeRecord, Records};
 use crate::node::build::NodePlan;
+use crate::node::dirty_map::DirtyMap;
 use crate::request::{BitmapChange, BitmapName};
 
 /// Which file holds an image: its path, and its device and inode.
@@ -60,7 +61,76 @@ pub struct PendingDisk {
     held: Vec<HeldBitmap>,
 }
 
+/// What has changed since a checkpoint according to its bitmap, as of now.
+///
+/// # Errors
+/// In QEMU's words; also where it does not record.
+pub(crate) fn changed_since(
+    bitmaps: &NodeBitmaps,
+    previous: Option<&str>,
+) -> Result<Option<DirtyMap>, EngineError> {
+    let before = previous.map(|previous| {
+        let read = |one: &mut Bitmap| (one.map().clone(), one.records());
+        let (map, records) = bitmaps.with(previous, Need::Read, read)?;
+        match records {
+            true => Ok(map),
+            false => Err(EngineError::generic(format!(
+                "Bitmap '{previous}' does not record: what has changed since then is not known"
+            ))),
+        }
+    });
+    before.transpose()
+}
+
 impl PendingDisk {
+    /// A disk whose new bitmap has just been added; `before`: what has changed since the checkpoint before.
+    ///
+    /// # Errors
+    /// In QEMU's words; the new bitmap is gone then, too.
+    pub(crate) fn begin(
+        id: &str,
+        spec: &CheckpointDiskSpec,
+        bitmaps: Arc<NodeBitmaps>,
+        before: Option<DirtyMap>,
+        persistent: bool,
+    ) -> Result<Self, EngineError> {
+        let granularity_bytes = bitmaps.with(&spec.bitmap, Need::Show, |one| {
+            one.keep_not_yet();
+            one.map().granularity_bytes()
+        })?;
+        let mut disk = Self {
+            granularity_bytes,
+            view: CheckpointDiskView {
+                node: spec.node.clone(),
+                bitmap: spec.bitmap.clone(),
+                previous: spec.previous.clone(),
+                changed: None,
+                persistent,
+            },
+            bitmaps,
+            held: Vec::new(),
+        };
+        let done = before.map_or(Ok(None), |map| {
+            let name = format!("x-checkpoint-{id}");
+            let (length, granularity) = (map.length_bytes(), map.granularity_bytes());
+            let mut copy = Bitmap::new(name.clone(), length, granularity);
+            copy.set_recording(false);
+            copy.merge(&map);
+            disk.bitmaps.add(copy).map(|()| Some(name))
+        });
+        let done = done.and_then(|changed| {
+            disk.view.changed = changed;
+            disk.hold()
+        });
+        match done {
+            Ok(()) => Ok(disk),
+            Err(error) => {
+                disk.abort();
+                Err(error)
+            }
+        }
+    }
+
     /// What clients see of it.
     pub fn view(&self) -> &CheckpointDiskView {
         &self.view
@@ -146,57 +216,14 @@ impl Graph {
         (name, bitmaps): (BitmapName, Arc<NodeBitmaps>),
         persistent: Option<bool>,
     ) -> Result<PendingDisk, EngineError> {
-        let before = spec.previous.as_deref().map(|previous| {
-            let read = |one: &mut Bitmap| (one.map().clone(), one.records());
-            let (map, records) = bitmaps.with(previous, Need::Read, read)?;
-            match records {
-                true => Ok(map),
-                false => Err(EngineError::generic(format!(
-                    "Bitmap '{previous}' does not record: what has changed since then is not known"
-                ))),
-            }
-        });
-        let before = before.transpose()?;
-        let persistent = self.add_pending(&bitmaps, spec, name, persistent).await?;
-        let mut disk = PendingDisk {
-            granularity_bytes: bitmaps.with(&spec.bitmap, Need::Show, |one| {
-                one.map().granularity_bytes()
-            })?,
-            view: CheckpointDiskView {
-                node: spec.node.clone(),
-                bitmap: spec.bitmap.clone(),
-                previous: spec.previous.clone(),
-                changed: None,
-                persistent,
-            },
-            bitmaps: Arc::clone(&bitmaps),
-            held: Vec::new(),
-        };
-        let done = before.map_or(Ok(None), |map| {
-            let name = format!("x-checkpoint-{id}");
-            let (length, granularity) = (map.length_bytes(), map.granularity_bytes());
-            let mut copy = Bitmap::new(name.clone(), length, granularity);
-            copy.set_recording(false);
-            copy.merge(&map);
-            bitmaps.add(copy).map(|()| Some(name))
-        });
-        let done = done.and_then(|changed| {
-            disk.view.changed = changed;
-            disk.hold()
-        });
-        match done {
-            Ok(()) => Ok(disk),
-            Err(error) => {
-                disk.abort();
-                Err(error)
-            }
-        }
+        let before = changed_since(&bitmaps, spec.previous.as_deref())?;
+        let persistent = self.add_pending(spec, name, persistent).await?;
+        PendingDisk::begin(id, spec, bitmaps, before, persistent)
     }
 
     /// Adds a bitmap that no image keeps yet. Whether one will.
     async fn add_pending(
         &self,
-        bitmaps: &NodeBitmaps,
         spec: &CheckpointDiskSpec,
         name: BitmapName,
         persistent: Option<bool>,
@@ -208,19 +235,17 @@ impl Graph {
             disabled: false,
         };
         let wanted = persistent.unwrap_or(true);
-        let added = match self.change_bitmap(&add(wanted)).await {
+        match self.change_bitmap(&add(wanted)).await {
             // Where nobody insists, memory will do.
             Err(_) if persistent.is_none() => {
                 self.change_bitmap(&add(false)).await?.settle();
-                false
+                Ok(false)
             }
             added => {
                 added?.settle();
-                wanted
+                Ok(wanted)
             }
-        };
-        bitmaps.with(&spec.bitmap, Need::Show, Bitmap::keep_not_yet)?;
-        Ok(added)
+        }
     }
 
     /// Whether a checkpoint can be committed on one disk.

@@ -73,6 +73,8 @@ use crate::state::StateDir;
 
 pub use bitmaps::ChangedBitmap;
 pub use chain_jobs::ChainPart;
+#[cfg(test)]
+pub(crate) use checkpoints::changed_since;
 pub use checkpoints::{ImageFile, PendingDisk};
 pub use jobs::JobNodes;
 pub(crate) use names::is_identifier;

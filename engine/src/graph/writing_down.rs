@@ -54,7 +54,7 @@ impl WritingDown {
 
 impl Graph {
     /// Writes down what an image keeps of bitmaps as it is now; see [`record_bitmaps`](Self::record_bitmaps).
-    pub(super) async fn record_bitmaps_of(&self, node: NodeId) {
+    pub async fn record_bitmaps_of(&self, node: NodeId) {
         if self.state.is_none() {
             return;
         }
@@ -89,17 +89,12 @@ impl Graph {
         }
     }
 
-    /// Writes down anew what counts as changed after a crash although it has long gone cold, and what could not be written down
-    /// before. To be called again and again.
-    pub async fn write_down_what_is_due(&self) {
-        let due: Vec<NodeId> = {
-            let records = self.records.borrow();
-            let nodes = records.nodes.iter().filter(|node| node.bitmaps.is_due());
-            nodes.map(|node| node.id).collect()
-        };
-        for node in due {
-            self.record_bitmaps_of(node).await;
-        }
+    /// Nodes of which so much counts as changed after a crash that has long gone cold that it pays to write their bitmaps down anew,
+    /// and those whose could not be written down before. To be asked again and again.
+    pub fn due_to_be_written_down(&self) -> Vec<NodeId> {
+        let records = self.records.borrow();
+        let nodes = records.nodes.iter().filter(|node| node.bitmaps.is_due());
+        nodes.map(|node| node.id).collect()
     }
 }
 

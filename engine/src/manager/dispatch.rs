@@ -122,10 +122,14 @@ pub(crate) async fn keep_records_short(manager: Rc<Manager>, pause: Duration) {
     }
     loop {
         tokio::time::sleep(pause).await;
-        if manager.ending.get() {
-            return;
+        for node in manager.graph.due_to_be_written_down() {
+            // What a transaction has made of a bitmap may yet be taken back.
+            let _between_transactions = manager.transacting.read().await;
+            if manager.ending.get() {
+                return;
+            }
+            manager.graph.record_bitmaps_of(node).await;
         }
-        manager.graph.write_down_what_is_due().await;
     }
 }
 

@@ -12,6 +12,8 @@
 //! lifecycle take the step and publish it. The status never claims what is not yet so. Everything here runs on the
 //! manager's thread; borrows of the table never cross an await.
 
+#[cfg(test)]
+mod checkpoint_cuts;
 mod checkpoints;
 mod decisions;
 mod dispatch;

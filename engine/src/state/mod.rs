@@ -148,6 +148,15 @@ impl StateDir {
         }
     }
 
+    /// A directory of [`open_here`](Self::open_here) does so much more, and leaves everything after that undone and unanswered, as if
+    /// the power had gone; what was left undone before is forgotten.
+    #[cfg(test)]
+    pub(crate) fn stop_after(&self, works: u64) {
+        if let Hand::Here(here) = &self.hand {
+            here.stop_after(works);
+        }
+    }
+
     /// Bytes of a region of a disk whose changes are recorded here, at least.
     pub(crate) const fn region_bytes(&self) -> u64 {
         match self.hand {
@@ -293,7 +302,7 @@ fn gone() -> io::Error {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
     use futures_util::future::join_all;
     use tempfile::tempdir;
@@ -312,6 +321,20 @@ mod tests {
     pub(super) struct Here {
         folder: Folder,
         marks_fail: AtomicBool,
+        works_left: AtomicU64,
+        undone: Mutex<Vec<Undone>>,
+    }
+
+    /// What is dropped is answered.
+    enum Undone {
+        Call(#[expect(dead_code, reason = "it is kept")] Call),
+        Mark(#[expect(dead_code, reason = "it is kept")] Marking),
+    }
+
+    impl std::fmt::Debug for Undone {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("Undone")
+        }
     }
 
     impl Here {
@@ -319,7 +342,29 @@ mod tests {
             Self {
                 folder,
                 marks_fail: AtomicBool::new(false),
+                works_left: AtomicU64::new(u64::MAX),
+                undone: Mutex::default(),
             }
+        }
+
+        pub(super) fn stop_after(&self, works: u64) {
+            self.works_left.store(works, Ordering::Relaxed);
+            let mut undone = self.undone.lock().expect("nobody has panicked");
+            undone.clear();
+        }
+
+        /// Whether one more is done.
+        fn goes_on(&self) -> bool {
+            let less = |left: u64| left.checked_sub(1);
+            let left = self
+                .works_left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+            left.is_ok()
+        }
+
+        fn leave(&self, undone: Undone) {
+            let mut all = self.undone.lock().expect("nobody has panicked");
+            all.push(undone);
         }
 
         pub(super) fn fail_marks(&self, fail: bool) {
@@ -327,12 +372,19 @@ mod tests {
         }
 
         pub(super) fn call(&self, call: Call) {
+            if !self.goes_on() {
+                return self.leave(Undone::Call(call));
+            }
             call(&self.folder, &Pulse::default());
         }
 
         pub(super) fn mark(&self, marking: Marking) -> io::Result<()> {
             if self.marks_fail.load(Ordering::Relaxed) {
                 return Err(io::ErrorKind::StorageFull.into());
+            }
+            if !self.goes_on() {
+                self.leave(Undone::Mark(marking));
+                return Ok(());
             }
             carry_out(vec![marking], &Pulse::default());
             Ok(())

@@ -112,7 +112,8 @@ fn good_again(bitmap: BitmapInMemory) -> Bitmap {
     Bitmap::loaded(bitmap.name_in_image, bitmap.map, bitmap.records, false)
 }
 
-/// Puts into an image what it is to keep. What was written down of that outside of it is not needed any more.
+/// Puts into an image what it is to keep, once all is durable that has been written: a crash takes nothing back of what bitmaps had said
+/// before they were cleared. What was written down of that outside of it is not needed any more.
 ///
 /// # Errors
 /// As [`Qcow2::store_bitmaps`].
@@ -138,6 +139,7 @@ pub(super) async fn store(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), Im
     }
     let _alone = bitmaps.write_down_alone().await;
     let recorded_as = image.header().activity();
+    image.flush().await?;
     image.store_bitmaps(&to_store).await?;
     recording::end(bitmaps, recorded_as).await;
     Ok(())

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   1  a field of bits begins under a new name; changes are recorded there as well from now on
-//!   2  what is under way is set in it; the bitmaps are written down as they are now
+//!   2  what is under way is set in it; what has ended before is made durable; the bitmaps are written down as they are now
 //!   3  the image's header leads to the new name
 //!   4  what was there under other names goes
 //! ```
@@ -171,6 +171,8 @@ async fn begin(
         for bits in under_way {
             field.mark(bits).await.map_err(failed)?;
         }
+        // Bitmaps may have been cleared since: what a crash takes back of what they said would be in none of them.
+        image.flush().await.map_err(text)?;
         let kept = bitmaps.to_store();
         let memory = kept.iter().map(|bitmap| bitmap.map.memory_bytes());
         let bytes: u64 = memory.sum();

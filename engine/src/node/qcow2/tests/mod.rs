@@ -7,7 +7,7 @@ mod keeping;
 pub(crate) mod model;
 mod oracle;
 mod random;
-mod reopening;
+pub(crate) mod reopening;
 mod snapshots;
 mod sweeps;
 pub(crate) mod yard;

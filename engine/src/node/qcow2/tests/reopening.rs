@@ -24,7 +24,7 @@ const DATA_FILE: NodeId = NodeId(2);
 const BACKING: NodeId = NodeId(3);
 
 /// Puts new nodes for the files where they are found, and says how the image is opened on them.
-pub(super) fn plan(yard: &Yard, read_only: bool, l2_cache_bytes: u64) -> NodePlan {
+pub(crate) fn plan(yard: &Yard, read_only: bool, l2_cache_bytes: u64) -> NodePlan {
     let context = &yard.context;
     context.insert_node(FILE, yard.file("file", &yard.image, read_only));
     if let Some(data) = &yard.data {
