@@ -18,13 +18,13 @@ use crate::images::run;
 use crate::nbd::{Nbd, export, start_server};
 use crate::tools;
 
-const DISKS: [&str; 3] = ["a", "b", "c"];
-const GRANULE: u64 = 65536;
+pub(crate) const DISKS: [&str; 3] = ["a", "b", "c"];
+pub(crate) const GRANULE: u64 = 65536;
 const GRANULES: u64 = 1024;
 const OPTIONS: [&str; 4] = ["--state-dir", "state", "--data-threads", "2"];
 
 /// Granules that were written, each on all disks in turn, and on how many of them that ended.
-type Writes = Arc<Mutex<Vec<(u64, usize)>>>;
+pub(crate) type Writes = Arc<Mutex<Vec<(u64, usize)>>>;
 
 /// What is known of the disks, whatever was killed.
 #[derive(Default)]
@@ -38,7 +38,7 @@ struct Known {
     asked: Option<u64>,
 }
 
-fn new_disks() -> Option<TempDir> {
+pub(crate) fn new_disks() -> Option<TempDir> {
     if !tools::have("qemu-img", "qemu-utils") || !tools::have("nbdinfo", "libnbd-bin") {
         return None;
     }
@@ -51,10 +51,15 @@ fn new_disks() -> Option<TempDir> {
 }
 
 fn start(folder: TempDir) -> (Daemon, Client) {
+    start_with(folder, &OPTIONS)
+}
+
+/// A daemon that has the disks as nodes and exports.
+pub(crate) fn start_with(folder: TempDir, options: &[&str]) -> (Daemon, Client) {
     for left in ["qmp.sock", "pid", "nbd.sock"] {
         let _ = std::fs::remove_file(folder.path().join(left));
     }
-    let daemon = Daemon::start_in(folder, &OPTIONS);
+    let daemon = Daemon::start_in(folder, options);
     let mut client = daemon.client();
     start_server(&daemon, &mut client, 100);
     for disk in DISKS {
@@ -129,15 +134,15 @@ fn check(daemon: &Daemon, client: &mut Client, known: &mut Known) {
     let writes = known.writes.lock().expect("kept");
     for (place, disk) in DISKS.iter().enumerate() {
         let since = writes.iter().skip(begun).filter(|(_, came)| *came > place);
-        let dirty = dirty(daemon, client, disk, known.committed);
+        let dirty = dirty(daemon, client, disk, &format!("c{}", known.committed));
         for (granule, _) in since {
             assert!(dirty[*granule as usize], "{disk}: {granule} is missing");
         }
     }
 }
 
-fn dirty(daemon: &Daemon, client: &mut Client, disk: &str, number: u64) -> Vec<bool> {
-    let name = format!("c{number}");
+/// Which granules of a disk have changed according to a bitmap.
+pub(crate) fn dirty(daemon: &Daemon, client: &mut Client, disk: &str, name: &str) -> Vec<bool> {
     client.run(
         "block-export-add",
         json!({"type": "nbd", "id": "shown", "node-name": disk, "name": "shown", "writable": true,
@@ -173,11 +178,11 @@ fn dirty(daemon: &Daemon, client: &mut Client, disk: &str, number: u64) -> Vec<b
     dirty
 }
 
-fn opened(daemon: &Daemon) -> [Nbd; 3] {
+pub(crate) fn opened(daemon: &Daemon) -> [Nbd; 3] {
     DISKS.map(|disk| Nbd::open(&daemon.path("nbd.sock"), disk))
 }
 
-fn random(state: &mut u64) -> u64 {
+pub(crate) fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
     *state ^= *state << 17;
@@ -185,7 +190,7 @@ fn random(state: &mut u64) -> u64 {
 }
 
 /// Writes here and there until the daemon is killed or that is enough.
-fn write_on(mut disks: [Nbd; 3], writes: &Writes, stop: &AtomicBool, mut seed: u64) {
+pub(crate) fn write_on(mut disks: [Nbd; 3], writes: &Writes, stop: &AtomicBool, mut seed: u64) {
     while !stop.load(Ordering::Relaxed) {
         // Close together, as each region of 16 MiB counts as a whole after a crash.
         let granule = random(&mut seed) % 32 + 256 * (random(&mut seed) % 2);
@@ -203,7 +208,7 @@ fn write_on(mut disks: [Nbd; 3], writes: &Writes, stop: &AtomicBool, mut seed: u
     }
 }
 
-fn kill(pid: u32) {
+pub(crate) fn kill(pid: u32) {
     let pid = Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("a pid");
     // It may have ended already.
     let _ = kill_process(pid, Signal::KILL);
