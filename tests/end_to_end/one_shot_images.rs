@@ -159,7 +159,8 @@ fn a_chain_of_backups_is_the_disk_at_each_of_them() {
     }
     let place = Place::new();
     disk(&place);
-    place.succeed(&["backup", "-f", "qcow2", "-O", "qcow2", "disk", "day0"]);
+    let full = ["backup", "-f", "qcow2", "-O", "qcow2", "--manifest"];
+    place.succeed(&[&full[..], &["sums0", "disk", "day0"]].concat());
     let mut previous = "day0".to_owned();
     for day in 1..=4_u8 {
         let pieces = [
@@ -170,6 +171,7 @@ fn a_chain_of_backups_is_the_disk_at_each_of_them() {
         write(&place, "disk", &pieces);
         assert_eq!(bitmap(&place, "disk", "b").0, 3 << 16);
         let (target, kept) = (format!("day{day}"), format!("disk{day}"));
+        let (sums, sums_before) = (format!("sums{day}"), format!("sums{}", day - 1));
         let onto = [
             "backup",
             "--verify",
@@ -177,6 +179,10 @@ fn a_chain_of_backups_is_the_disk_at_each_of_them() {
             "b",
             "--onto",
             &previous,
+            "--manifest",
+            &sums,
+            "--onto-manifest",
+            &sums_before,
         ];
         let output = place.succeed(&[&onto[..], &["--json", "disk", &target]].concat());
         let last = events(&output.stdout).pop().expect("an end");
@@ -187,9 +193,14 @@ fn a_chain_of_backups_is_the_disk_at_each_of_them() {
         require_sound(&place, "disk");
         require_sound(&place, &target);
         std::fs::copy(place.path("disk"), place.path(&kept)).expect("copied");
+        // There is one for each content, however little of it was read.
+        place.succeed(&[&full[..], &["whole", "--force", "disk", "other"]].concat());
+        assert!(place.read(&sums) == place.read("whole"), "{sums}");
         previous = target;
     }
     for day in 1..=4 {
+        let (target, sums) = (format!("day{day}"), format!("sums{day}"));
+        place.succeed(&["verify", "-f", "qcow2", &target, &sums]);
         let (target, kept) = (format!("day{day}"), format!("disk{day}"));
         require_equal(&place, ("qcow2", &target), ("qcow2", &kept));
     }
@@ -201,6 +212,14 @@ fn a_chain_of_backups_is_the_disk_at_each_of_them() {
     let facts: Value = serde_json::from_str(&facts).expect("JSON");
     assert_eq!(facts["backing-filename"], "day3");
     assert_eq!(facts["backing-filename-format"], "qcow2");
+    // What has changed below is seen from above.
+    write(&place, "day1", &[(640, 9)]);
+    let output = place.run(&["verify", "-f", "qcow2", "day4", "sums4"]);
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        code(&output) != 0 && told.contains("Differs: 65536 bytes at offset 655360"),
+        "{told}"
+    );
 }
 
 #[test]

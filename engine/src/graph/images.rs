@@ -1,5 +1,8 @@
 //! Nodes that work on whole images uses: kept where they are, and from everybody else, until it has ended.
 
+use std::rc::Rc;
+
+use crate::bitmap::Need;
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::Graph;
@@ -7,7 +10,9 @@ use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, User};
 use crate::images::plan::{Moved, TargetForm};
 use crate::images::rebase::{self, Pass};
-use crate::images::{self, ImageReply, ImageSpec, ImageWatcher, ImageWork, RebaseSpec, RebaseView};
+use crate::images::{
+    self, ImageReply, ImageSpec, ImageWatcher, ImageWork, Means, RebaseSpec, RebaseView,
+};
 use crate::request::Permission;
 
 impl Graph {
@@ -82,14 +87,26 @@ impl Graph {
         {
             return Ok(ImageReply::Rebased(view));
         }
+        let changed = match &spec.work {
+            ImageWork::ManifestOnto(onto) => {
+                let bitmaps = self.bitmaps_on(*first)?;
+                Some(bitmaps.with(&onto.bitmap, Need::Read, |one| one.map().clone())?)
+            }
+            _ => None,
+        };
         self.threads
             .run(thread, move |context| {
                 Box::pin(async move {
                     let mut nodes = ids.iter().filter_map(|id| context.node(*id));
                     match nodes.next() {
                         Some(node) => {
-                            let (other, cpu) = (nodes.next(), context.cpu().clone());
-                            images::run(node, other, spec.work, spec.watcher, cpu).await
+                            let other = nodes.next();
+                            let with = Means {
+                                cpu: context.cpu().clone(),
+                                files: Rc::clone(context.files()),
+                                changed,
+                            };
+                            images::run(node, other, spec.work, spec.watcher, with).await
                         }
                         None => Err(EngineError::generic("Internal error: a node is lost (bug)")),
                     }

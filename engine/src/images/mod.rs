@@ -8,6 +8,7 @@ pub mod check;
 pub mod compare;
 pub mod create;
 pub mod info;
+pub mod manifest_onto;
 pub mod map;
 pub mod measure;
 pub(crate) mod plan;
@@ -22,14 +23,16 @@ use std::rc::Rc;
 use blockyard_images::ImageError;
 use blockyard_storage::error::{ECANCELED, errno_text};
 
-use crate::data::CpuPool;
+use crate::data::{CpuPool, HostFiles};
 use crate::error::EngineError;
 use crate::node::Node;
+use crate::node::dirty_map::DirtyMap;
 
 pub use bitmaps::{BitmapsSpec, DirtyExtent, KeptBitmapView};
 pub use check::{CheckSpec, CheckView, FindingView, RepairChoice, Severity};
 pub use compare::{CompareSpec, CompareView, Difference};
 pub use info::{InfoSpec, InfoView};
+pub use manifest_onto::ManifestOntoSpec;
 pub use map::{MapExtent, MapSpec};
 pub use measure::{MeasureSpec, MeasureTarget, MeasureView};
 pub use rebase::{RebaseSpec, RebaseView};
@@ -69,6 +72,8 @@ pub enum ImageWork {
     Compare(CompareSpec),
     /// Tells what an image says of itself.
     Info(InfoSpec),
+    /// Writes a checksum manifest of the disk, of which most is taken over from an earlier one.
+    ManifestOnto(ManifestOntoSpec),
     /// Tells where the disk is kept.
     Map(MapSpec),
     /// Finds out how much room an image with the same content needs.
@@ -93,6 +98,7 @@ impl ImageWork {
             ImageWork::Bitmaps(_)
             | ImageWork::Compare(_)
             | ImageWork::Info(_)
+            | ImageWork::ManifestOnto(_)
             | ImageWork::Map(_)
             | ImageWork::Measure(_)
             | ImageWork::Verify(_) => false,
@@ -103,6 +109,7 @@ impl ImageWork {
     pub(crate) fn other(&self) -> Option<&str> {
         match self {
             ImageWork::Compare(spec) => Some(&spec.other),
+            ImageWork::ManifestOnto(spec) => Some(&spec.previous),
             ImageWork::Rebase(spec) => spec.backing.as_deref(),
             ImageWork::Verify(spec) => Some(&spec.manifest),
             _ => None,
@@ -121,6 +128,8 @@ pub enum ImageReply {
     Compared(CompareView),
     /// Of [`ImageWork::Info`].
     Described(Box<InfoView>),
+    /// Of [`ImageWork::ManifestOnto`]: it is there.
+    ManifestWritten,
     /// Of [`ImageWork::Map`], once all of it has been told.
     Mapped,
     /// Of [`ImageWork::Measure`].
@@ -135,6 +144,16 @@ pub enum ImageReply {
     Verified(VerifyView),
 }
 
+/// What work is done with.
+pub(crate) struct Means {
+    /// Whoever keeps a core busy.
+    pub(crate) cpu: CpuPool,
+    /// Whoever makes files.
+    pub(crate) files: Rc<dyn HostFiles>,
+    /// What has changed of the first node's disk, where the work goes by a bitmap.
+    pub(crate) changed: Option<DirtyMap>,
+}
+
 /// Carries the work out on the nodes' thread.
 ///
 /// # Errors
@@ -144,7 +163,7 @@ pub(crate) async fn run(
     other: Option<Rc<dyn Node>>,
     work: ImageWork,
     watcher: ImageWatcher,
-    cpu: CpuPool,
+    with: Means,
 ) -> Result<ImageReply, EngineError> {
     match work {
         ImageWork::Bitmaps(spec) => bitmaps::run(node, spec, &watcher)
@@ -161,6 +180,14 @@ pub(crate) async fn run(
         ImageWork::Info(spec) => {
             let view = info::run(node, spec).await?;
             Ok(ImageReply::Described(Box::new(view)))
+        }
+        ImageWork::ManifestOnto(spec) => {
+            let (Some(previous), Some(changed)) = (other, with.changed) else {
+                return Err(EngineError::generic("A node or a bitmap is missing (bug)"));
+            };
+            let with = (with.cpu, with.files);
+            manifest_onto::run(node, previous, changed, spec, with, &watcher).await?;
+            Ok(ImageReply::ManifestWritten)
         }
         ImageWork::Map(spec) => {
             map::run(node, spec, &watcher).await?;
@@ -180,7 +207,7 @@ pub(crate) async fn run(
             .map(ImageReply::Resized),
         ImageWork::Verify(_) => {
             let manifest = other.ok_or_else(|| EngineError::generic("A node is missing (bug)"))?;
-            let verified = verify::run(node, manifest, cpu, &watcher).await;
+            let verified = verify::run(node, manifest, with.cpu, &watcher).await;
             verified.map(ImageReply::Verified)
         }
     }

@@ -63,7 +63,7 @@ pub(super) async fn run(
         let _ = record;
         check_cancelled(watcher)?;
     }
-    let manifest_bytes = whole.reader.length_bytes();
+    let manifest_bytes = whole.length_bytes();
     whole.finish()?;
 
     let disk_bytes = node.facts().length_bytes;
@@ -92,7 +92,7 @@ pub(super) async fn run(
     })
 }
 
-fn check_cancelled(watcher: &ImageWatcher) -> Result<(), EngineError> {
+pub(super) fn check_cancelled(watcher: &ImageWatcher) -> Result<(), EngineError> {
     match watcher.is_cancelled() {
         true => Err(cancelled()),
         false => Ok(()),
@@ -100,7 +100,7 @@ fn check_cancelled(watcher: &ImageWatcher) -> Result<(), EngineError> {
 }
 
 /// The lines of a manifest.
-struct Lines {
+pub(super) struct Lines {
     node: Rc<dyn Node>,
     length_bytes: u64,
     position: u64,
@@ -111,7 +111,8 @@ struct Lines {
 }
 
 impl Lines {
-    fn of(node: Rc<dyn Node>) -> Self {
+    /// Of the manifest on a node.
+    pub(super) fn of(node: Rc<dyn Node>) -> Self {
         Self {
             length_bytes: node.exact_length_bytes(),
             node,
@@ -122,8 +123,16 @@ impl Lines {
         }
     }
 
+    /// Length of the disk that it tells of, in bytes, once a record was read.
+    pub(super) fn length_bytes(&self) -> u64 {
+        self.reader.length_bytes()
+    }
+
     /// What the next line with a record says; `None`: there is none.
-    async fn next(&mut self) -> Result<Option<Record>, EngineError> {
+    ///
+    /// # Errors
+    /// It cannot be read, or is none.
+    pub(super) async fn next(&mut self) -> Result<Option<Record>, EngineError> {
         loop {
             let rest = self.text.get(self.taken..).unwrap_or_default();
             if let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
@@ -164,7 +173,11 @@ impl Lines {
         Ok(())
     }
 
-    fn finish(self) -> Result<(), EngineError> {
+    /// Everything was read.
+    ///
+    /// # Errors
+    /// It is no whole manifest, or has changed.
+    pub(super) fn finish(self) -> Result<(), EngineError> {
         self.reader.finish().map_err(bad)
     }
 }
@@ -299,7 +312,8 @@ async fn differing(
     }
 }
 
-async fn is_known_zero(node: &Rc<dyn Node>, range: ByteRange) -> bool {
+/// Whether all of a range is zeroes, without reading.
+pub(super) async fn is_known_zero(node: &Rc<dyn Node>, range: ByteRange) -> bool {
     let told = chain_status(node, None, range, 1).await.unwrap_or_default();
     told.first()
         .is_some_and(|extent| extent.content != Content::Data && extent.range.contains(&range))
@@ -355,7 +369,8 @@ async fn look_for_data(
     Ok(())
 }
 
-async fn read(node: &Rc<dyn Node>, range: ByteRange) -> Result<Buffer, EngineError> {
+/// The bytes of a range.
+pub(super) async fn read(node: &Rc<dyn Node>, range: ByteRange) -> Result<Buffer, EngineError> {
     // No longer than COPY_CHUNK_BYTES.
     let buffer = Buffer::zeroed(usize::try_from(range.length()).unwrap_or(usize::MAX));
     let read = node.read(range.offset(), buffer).await;
@@ -375,4 +390,4 @@ fn unreadable(what: &str, range: ByteRange, error: &NodeError) -> EngineError {
 
 #[cfg(test)]
 #[path = "verify_tests.rs"]
-mod tests;
+pub(super) mod tests;

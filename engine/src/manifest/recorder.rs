@@ -23,7 +23,7 @@ const INLINE_MAX_BYTES: usize = 64 << 10;
 const READ_EXTENTS: u64 = 4096;
 
 /// Text that is written at once, in bytes.
-const TEXT_BYTES: usize = 256 << 10;
+pub(crate) const TEXT_BYTES: usize = 256 << 10;
 
 /// What a job has read.
 pub(crate) struct Recorder {
@@ -209,7 +209,12 @@ fn place_of(offset: u64) -> u64 {
     offset / EXTENT_BYTES * SUM_BYTES as u64
 }
 
-async fn write_text(output: &dyn Storage, offset: u64, text: &str) -> Result<u64, JobError> {
+/// Writes the next piece of a manifest's text; how long that is.
+pub(crate) async fn write_text(
+    output: &dyn Storage,
+    offset: u64,
+    text: &str,
+) -> Result<u64, JobError> {
     let written = output.write(offset, Buffer::copy_of(text.as_bytes())).await;
     match written.outcome {
         Ok(()) => Ok(text.len() as u64),

@@ -111,6 +111,13 @@ impl Writer {
         sums.push(sum);
     }
 
+    /// What comes next is a line of another manifest, in a block of which nothing else is different.
+    pub(crate) fn record(&mut self, data: &DataRecord) {
+        self.end_zeroes();
+        self.end_data();
+        self.data_line(data.range, data.crc32.iter().copied(), &data.digest);
+    }
+
     fn end_zeroes(&mut self) {
         let range = std::mem::take(&mut self.zeroes);
         if !range.is_empty() {
@@ -123,12 +130,16 @@ impl Writer {
         if sums.is_empty() {
             return;
         }
+        self.data_line(range, sums.iter().map(|sum| sum.crc32), &digest_of(&sums));
+    }
+
+    fn data_line(&mut self, range: ByteRange, crc32: impl Iterator<Item = u32>, digest: &[u8; 32]) {
         let mut line = format!("data {} {}", range.offset(), range.length());
-        for sum in &sums {
+        for crc32 in crc32 {
             // Writing to a string does not fail.
-            let _ = write!(line, " {:08x}", sum.crc32);
+            let _ = write!(line, " {crc32:08x}");
         }
-        let _ = write!(line, " {}", hex(&digest_of(&sums)));
+        let _ = write!(line, " {}", hex(digest));
         self.line(&line);
     }
 

@@ -11,7 +11,7 @@ use blockyard_storage::error::{EIO, ENOSPC};
 use super::chain::{Chain, Nodes};
 use crate::data::CpuPool;
 use crate::error::EngineError;
-use crate::images::{self, ImageReply, ImageWatcher, ImageWork, RebaseSpec};
+use crate::images::{self, ImageReply, ImageWatcher, ImageWork, Means, RebaseSpec};
 use crate::node::Node;
 
 /// The name of the new backing file.
@@ -89,7 +89,11 @@ impl Place {
             self.new_backing(),
             work,
             ImageWatcher::alone(),
-            CpuPool::on_the_spot(),
+            Means {
+                cpu: CpuPool::on_the_spot(),
+                files: Rc::clone(self.chain.yards[0].context.files()),
+                changed: None,
+            },
         );
         let ended = run(work, || goes_on() && self.step())?;
         Some(ended.map(|reply| assert!(matches!(reply, ImageReply::Rebased(_)))))

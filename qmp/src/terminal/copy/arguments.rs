@@ -53,6 +53,9 @@ pub(crate) struct ChangesArguments {
     /// Format of PREVIOUS
     #[arg(long, short = 'F', value_enum, value_name = "FORMAT", requires = "onto", default_value_t = Format::Qcow2)]
     pub(crate) onto_format: Format,
+    /// The manifest of PREVIOUS: what --manifest says of all that has not changed is taken over from it
+    #[arg(long, value_name = "FILE", requires = "onto", requires = "manifest")]
+    pub(crate) onto_manifest: Option<PathBuf>,
     /// Do not clear the bitmap
     #[arg(long, requires = "incremental")]
     pub(crate) keep_bitmap: bool,
@@ -73,6 +76,8 @@ pub(crate) struct Changes<'a> {
     pub(crate) bitmap: &'a str,
     /// The backup before, and its format.
     pub(crate) onto: Option<(&'a Path, Format)>,
+    /// The manifest of that.
+    pub(crate) onto_manifest: Option<&'a Path>,
     pub(crate) keeps_bitmap: bool,
 }
 
@@ -239,6 +244,7 @@ impl BackupArguments {
             incremental,
             onto,
             onto_format,
+            onto_manifest,
             keep_bitmap,
         } = &self.changes;
         Asked {
@@ -248,6 +254,7 @@ impl BackupArguments {
             changes: incremental.as_deref().map(|bitmap| Changes {
                 bitmap,
                 onto: onto.as_deref().map(|onto| (onto, *onto_format)),
+                onto_manifest: onto_manifest.as_deref(),
                 keeps_bitmap: *keep_bitmap,
             }),
         }
@@ -299,9 +306,12 @@ impl Asked<'_> {
             if self.source_format() != Some(Format::Qcow2) || target != Format::Qcow2 {
                 return refused("--incremental is for qcow2 images: a raw one keeps no bitmap");
             }
-            if copy.manifest.is_some() {
+            let is_alone = self
+                .changes
+                .is_some_and(|changes| changes.onto_manifest.is_none());
+            if copy.manifest.is_some() && is_alone {
                 return refused(
-                    "--manifest is of whole disks, and --incremental copies a part of one",
+                    "--manifest tells of a whole disk; with --incremental it needs --onto, and --onto-manifest, the manifest of that",
                 );
             }
             let is_on_nothing = self.changes.is_some_and(|changes| changes.onto.is_none());
@@ -330,6 +340,11 @@ impl Asked<'_> {
         // Whole disks are compared afterwards, as the files have them then.
         let integrity = IntegritySpec {
             verify: false,
+            // The job does not read all of the disk that it would tell of.
+            manifest: options
+                .integrity
+                .manifest
+                .filter(|_| self.changes.is_none()),
             ..options.integrity
         };
         match self.kind.work(options.speed, options.on_error, integrity) {

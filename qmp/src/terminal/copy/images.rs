@@ -1,14 +1,14 @@
 //! Copies where a side is a qcow2 image: of the whole disk, or of what a bitmap of SRC says has changed.
 //!
 //! ```text
-//!   look at SRC, its bitmap, PREVIOUS -> make DST on PREVIOUS -> job -> close DST, sync -> verify -> clear the bitmap
+//!   look at SRC, its bitmap, PREVIOUS -> make DST on PREVIOUS -> job -> close DST, sync -> verify -> manifest -> clear the bitmap
 //! ```
 //! SRC is opened for reading only until DST is durable, so that whatever ends the command earlier leaves its bitmap as it was.
 //! If only clearing it fails DST stays: nobody can tell then which of the two the medium has.
 
 use std::time::Instant;
 
-use blockyard_engine::images::{CompareSpec, Difference, ImageReply, ImageWork};
+use blockyard_engine::images::{CompareSpec, Difference, ImageReply, ImageWork, ManifestOntoSpec};
 use blockyard_engine::request::{BackingRef, DetectZeroes, Discard, NamedBy, NodeRef};
 
 use crate::size;
@@ -25,6 +25,9 @@ use crate::terminal::images::create_options::ImageOptions;
 
 /// Name of the node of PREVIOUS.
 const ONTO: &str = "onto";
+
+/// Name of the node of its manifest.
+const ONTO_MANIFEST: &str = "onto-manifest";
 
 /// What is copied, and what it becomes.
 struct Copy<'a> {
@@ -52,7 +55,10 @@ pub(super) async fn copy(embedded: &mut Embedded, asked: &Asked<'_>) -> Copied {
     };
     if copied.outcome != Outcome::Completed {
         copied.clean_up(&target, arguments.keep_partial);
-        copied.remove_manifest(&options);
+        // That of an increment comes last, and only if all is well.
+        if asked.changes.is_none() {
+            copied.remove_manifest(&options);
+        }
         return copied;
     }
     if let Err(text) = copy.clear_bitmap(embedded, &mut copied).await {
@@ -177,7 +183,18 @@ impl<'a> Copy<'a> {
             sharing: Sharing::Readers,
             named_by: NamedBy::Client,
         };
-        disk.open(embedded).await.map(drop)
+        disk.open(embedded).await?;
+        let Some(path) = changes.onto_manifest else {
+            return Ok(());
+        };
+        let manifest = Disk {
+            node: ONTO_MANIFEST,
+            path,
+            format: Some(Format::Raw),
+            option: "--onto-manifest",
+            ..disk
+        };
+        manifest.open(embedded).await.map(drop)
     }
 
     async fn copy_onto(&self, embedded: &mut Embedded, target: &Target) -> Copied {
@@ -228,7 +245,32 @@ impl<'a> Copy<'a> {
         if copied.outcome == Outcome::Completed {
             check_unmodified(embedded, &self.source, target, verifies, &mut copied);
         }
+        if copied.outcome == Outcome::Completed
+            && let Err(outcome) = self.write_manifest(embedded).await
+        {
+            copied.outcome = outcome;
+        }
         copied
+    }
+
+    /// Puts down what the whole disk holds, if that is wanted and the job has not: what has changed is read again.
+    async fn write_manifest(&self, embedded: &mut Embedded) -> Result<(), Outcome> {
+        let options = self.asked.copy.options(self.asked.kind);
+        let (Some(changes), Some(path)) = (self.asked.changes, options.integrity.manifest) else {
+            return Ok(());
+        };
+        let work = ImageWork::ManifestOnto(ManifestOntoSpec {
+            previous: ONTO_MANIFEST.to_owned(),
+            bitmap: changes.bitmap.to_owned(),
+            path,
+            replaces: options.integrity.replaces_manifest,
+        });
+        let written = embedded.work_on_image("manifest", SOURCE, work, |_, _| ());
+        match written.await {
+            Ok(_) => Ok(()),
+            Err(_) if embedded.interrupt.is_asked() => Err(Outcome::Cancelled),
+            Err(error) => Err(Outcome::failed(error.text)),
+        }
     }
 
     /// Gives the target what it needs of room and tables, and opens its node.
