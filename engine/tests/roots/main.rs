@@ -3,6 +3,7 @@
 
 mod backups;
 mod fleecing;
+mod records;
 mod yard;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

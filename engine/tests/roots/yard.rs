@@ -31,16 +31,21 @@ pub(crate) struct Yard {
 
 impl Yard {
     pub(crate) fn new() -> Self {
+        Self::with(|_| EngineConfig::default())
+    }
+
+    /// The same, whose folder says how the engine is set up.
+    pub(crate) fn with(config: impl FnOnce(&Path) -> EngineConfig) -> Self {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let config = EngineConfig {
             data_threads: 2,
-            ..EngineConfig::default()
+            ..config(folder.path())
         };
         let engine = Engine::start(config).expect("the engine starts").handle();
         let (heard, events) = channel();
         engine.subscribe(Box::new(move |event| {
             let _ = heard.send(event.clone());
         }));
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         Self {
             engine,
             events: events.into(),
@@ -191,6 +196,11 @@ pub(crate) fn holds(path: &Path, range: ByteRange, byte: u8) -> bool {
 impl Yard {
     /// Adds a qcow2 node over a new image without a backing file.
     pub(crate) async fn add_image(&self, name: &str) {
+        self.add_long_image(name, LENGTH).await;
+    }
+
+    /// The same of this length in bytes.
+    pub(crate) async fn add_long_image(&self, name: &str, size: u64) {
         let path = self.path(name);
         std::fs::File::create(&path).expect("made");
         let file = NodeSpec {
@@ -208,7 +218,7 @@ impl Yard {
             data_file: None,
             data_file_raw: false,
             extended_l2: false,
-            size: LENGTH,
+            size,
             version_2: false,
             backing_file: None,
             backing_fmt: None,
