@@ -135,16 +135,31 @@ pub struct PlanView {
     pub copy_bytes: u64,
     /// Bytes that become zeroes.
     pub zero_bytes: u64,
-    /// What the target takes on its file system for data, in bytes.
+    /// The room that the target takes for it.
+    pub room: RoomView,
+}
+
+/// The room that an image takes in addition on its file system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoomView {
+    /// For data, in bytes.
     pub data_bytes: u64,
-    /// What it takes for tables at most, in bytes.
+    /// For tables at most, in bytes.
     pub metadata_bytes: u64,
-    /// What it takes for bitmaps, in bytes. None is kept up yet.
+    /// For the bitmaps that the image keeps at most, in bytes: they are stored anew, beside the old ones.
     pub bitmaps_bytes: u64,
     /// What is free where the data goes, in bytes; `None`: a device, or not known.
     pub free_bytes: Option<u64>,
     /// Whether there is enough; `None`: not known.
     pub fits: Option<bool>,
+}
+
+impl RoomView {
+    /// All of it together, in bytes.
+    pub fn needed_bytes(&self) -> u64 {
+        let parts = [self.data_bytes, self.metadata_bytes, self.bitmaps_bytes];
+        parts.into_iter().fold(0, u64::saturating_add)
+    }
 }
 
 /// What errors have done to a block job so far.

@@ -3,14 +3,13 @@
 use blockyard_storage::ByteRange;
 
 use crate::error::ImageError;
+use crate::qcow2::bitmaps::{BitmapSize, clusters_at_most};
 use crate::qcow2::create::{CreateOptions, CreatePlan, ImagePreallocation, Placement};
 use crate::qcow2::layout::header::L1_TABLE_BYTES_MAX;
 use crate::qcow2::units::{Geometry, Version};
 
 /// Lengths of disks are whole sectors.
 const SECTOR_BYTES: u64 = 512;
-/// Length of a bitmap's entry in the directory before its name, in bytes.
-const BITMAP_ENTRY_BYTES: u64 = 24;
 
 /// How much room an image needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -109,22 +108,12 @@ impl Qcow2Measure {
         self.counted_to = clusters.end();
     }
 
-    /// The source has these bitmaps, with granularity and length of the name in bytes each, or could have some.
-    pub fn bitmaps(&mut self, size_bytes: u64, bitmaps: impl IntoIterator<Item = (u64, u64)>) {
+    /// The source has these bitmaps, or could have some.
+    pub fn bitmaps(&mut self, size_bytes: u64, bitmaps: impl IntoIterator<Item = BitmapSize>) {
         if self.geometry.version() == Version::V2 {
             return;
         }
-        let clusters = |bytes| self.geometry.clusters_for(bytes).0;
-        let (mut total, mut directory_bytes) = (0_u64, 0_u64);
-        for (granularity_bytes, name_bytes) in bitmaps {
-            let bits = size_bytes.div_ceil(granularity_bytes.max(1));
-            let data = clusters(bits.div_ceil(8));
-            let table = clusters(data.saturating_mul(8));
-            total = total.saturating_add(data).saturating_add(table);
-            let entry = BITMAP_ENTRY_BYTES.saturating_add(name_bytes);
-            directory_bytes = directory_bytes.saturating_add(entry.div_ceil(8).saturating_mul(8));
-        }
-        let total = total.saturating_add(clusters(directory_bytes));
+        let total = clusters_at_most(&self.geometry, size_bytes, bitmaps).0;
         self.bitmaps_bytes = Some(total.saturating_mul(self.geometry.cluster_bytes()));
     }
 
@@ -243,17 +232,21 @@ mod tests {
     #[test]
     fn bitmaps_take_data_tables_and_a_directory() {
         let size = 10 << 20;
+        let bitmap = |granularity_bytes| BitmapSize {
+            granularity_bytes,
+            name_bytes: 2,
+        };
         for (cluster_bytes, expected) in [(65_536, 327_680), (512, 4608)] {
             let mut options = CreateOptions::new(size);
             options.cluster_bytes = cluster_bytes;
             let mut measure = Qcow2Measure::of_source(&options).expect("possible");
-            measure.bitmaps(size, [(65_536, 2), (512, 2)]);
+            measure.bitmaps(size, [bitmap(65_536), bitmap(512)]);
             assert_eq!(measure.finish().bitmaps_bytes, Some(expected));
             measure.bitmaps(size, []);
             assert_eq!(measure.finish().bitmaps_bytes, Some(0));
             options.version = Version::V2;
             let mut measure = Qcow2Measure::of_source(&options).expect("possible");
-            measure.bitmaps(size, [(512, 2)]);
+            measure.bitmaps(size, [bitmap(512)]);
             assert_eq!(measure.finish().bitmaps_bytes, None);
         }
     }

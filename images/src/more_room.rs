@@ -6,10 +6,12 @@
 //!   L1      the new table, if the disk gets longer
 //!   counts  ceil(new clusters / (entries of a block - 1)) + 2 blocks, as free clusters may be in parts of the file without one
 //!   table   3 * ceil(8 bytes * blocks of the whole file / cluster) + 1: it moves when it grows, by at least a half
+//!   bitmaps all bits of each that the image keeps, a table for each, a directory: they are stored beside the old ones
 //! ```
 
 use blockyard_storage::ByteRange;
 
+use crate::qcow2::bitmaps::{BitmapSize, clusters_at_most};
 use crate::qcow2::units::Geometry;
 
 /// What an image takes in addition, in bytes.
@@ -19,6 +21,8 @@ pub struct MoreRoom {
     pub data_bytes: u64,
     /// For tables, at most.
     pub metadata_bytes: u64,
+    /// For the bitmaps that it keeps, at most.
+    pub bitmaps_bytes: u64,
 }
 
 /// Counts what a qcow2 image takes while what will be written to it is looked through, in ascending order.
@@ -27,6 +31,7 @@ pub struct Qcow2MoreRoom {
     geometry: Geometry,
     data_clusters: u64,
     tables: u64,
+    bitmap_clusters: u64,
     /// Clusters before this byte are counted.
     data_counted_to: u64,
     /// Tables before this one are counted.
@@ -40,6 +45,7 @@ impl Qcow2MoreRoom {
             geometry,
             data_clusters: 0,
             tables: 0,
+            bitmap_clusters: 0,
             data_counted_to: 0,
             tables_counted_to: 0,
         }
@@ -74,6 +80,11 @@ impl Qcow2MoreRoom {
         }
     }
 
+    /// These bitmaps of a disk of that length are stored in it once.
+    pub fn bitmaps(&mut self, disk_bytes: u64, bitmaps: impl IntoIterator<Item = BitmapSize>) {
+        self.bitmap_clusters = clusters_at_most(&self.geometry, disk_bytes, bitmaps).0;
+    }
+
     /// The figures, for an image whose file has `file_bytes` now and whose disk will have `grown_to_bytes`, if it gets longer.
     pub fn finish(&self, file_bytes: u64, grown_to_bytes: Option<u64>) -> MoreRoom {
         let geometry = &self.geometry;
@@ -82,7 +93,10 @@ impl Qcow2MoreRoom {
             geometry.clusters_for(entries.saturating_mul(8)).0
         });
         let tables = self.tables.saturating_add(l1);
-        let new = self.data_clusters.saturating_add(tables);
+        let new = self
+            .data_clusters
+            .saturating_add(tables)
+            .saturating_add(self.bitmap_clusters);
         let counts = match new {
             0 => 0,
             new => self.counts(new, geometry.clusters_for(file_bytes).0),
@@ -91,6 +105,7 @@ impl Qcow2MoreRoom {
         MoreRoom {
             data_bytes: in_bytes(self.data_clusters),
             metadata_bytes: in_bytes(tables.saturating_add(counts)),
+            bitmaps_bytes: in_bytes(self.bitmap_clusters),
         }
     }
 
@@ -150,11 +165,32 @@ mod tests {
     }
 
     #[test]
+    fn bitmaps_take_bits_tables_a_directory_and_counts_of_them() {
+        let mut room = room();
+        let bitmap = |granularity_bytes| BitmapSize {
+            granularity_bytes,
+            name_bytes: 9,
+        };
+        // 2 Mi and 16 Mi bits: 4 and 32 clusters, two tables and one directory.
+        room.bitmaps(1 << 40, [bitmap(512 << 10), bitmap(64 << 10)]);
+        let bound = room.finish(0, None);
+        assert_eq!(bound.bitmaps_bytes, (4 + 32 + 2 + 1) * CLUSTER);
+        assert!(bound.metadata_bytes > 0 && bound.data_bytes == 0);
+        room.bitmaps(1 << 40, []);
+        assert_eq!(room.finish(0, None), MoreRoom::default());
+    }
+
+    #[test]
     fn no_figure_overflows() {
         for (bits, order) in [(9, 6), (21, 0)] {
             let geometry = Geometry::new(Version::V2, bits, order, false).expect("valid");
             let mut room = Qcow2MoreRoom::new(geometry);
             room.data(ByteRange::between(0, u64::MAX - (8 << 20)));
+            let bitmap = BitmapSize {
+                granularity_bytes: 0,
+                name_bytes: u64::MAX,
+            };
+            room.bitmaps(u64::MAX, [bitmap, bitmap]);
             let bound = room.finish(u64::MAX, Some(u64::MAX));
             assert!(bound.data_bytes > 1 << 60 && bound.metadata_bytes > 1 << 30);
         }

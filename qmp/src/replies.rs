@@ -3,7 +3,7 @@
 use blockyard_engine::reply::{
     BitmapInfo, BitmapView, BlockJobView, CheckpointView, Compression, Counted, ExportView, Format,
     FormatSpecific, GraphNodeKind, GraphView, ImageView, IoStatus, JobView, LayerView, NodeView,
-    PlanView, PropertyValue, Reply, Rule, SnapshotInfo, Version3Info,
+    PlanView, PropertyValue, Reply, RoomView, Rule, SnapshotInfo, Version3Info,
 };
 use blockyard_engine::request::{DetectZeroes, Permission};
 use serde_json::{Value, json};
@@ -99,19 +99,24 @@ pub(crate) fn plan(view: &PlanView) -> Value {
         "target": layer(&view.target),
         "bytes-to-copy": view.copy_bytes,
         "bytes-to-zero": view.zero_bytes,
-        "space-needed": {
-            "data": view.data_bytes,
-            "metadata": view.metadata_bytes,
-            "bitmaps": view.bitmaps_bytes,
-        },
     });
-    if let Some(bytes) = view.free_bytes {
+    add_room(&mut value, &view.room);
+    value
+}
+
+/// The room that something takes, and whether it is there.
+pub(crate) fn add_room(value: &mut Value, room: &RoomView) {
+    value["space-needed"] = json!({
+        "data": room.data_bytes,
+        "metadata": room.metadata_bytes,
+        "bitmaps": room.bitmaps_bytes,
+    });
+    if let Some(bytes) = room.free_bytes {
         value["space-free"] = json!(bytes);
     }
-    if let Some(fits) = view.fits {
+    if let Some(fits) = room.fits {
         value["fits"] = json!(fits);
     }
-    value
 }
 
 fn job(job: &JobView) -> Value {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use blockyard_images::qcow2::bitmaps::{BitSink, BitSource};
+use blockyard_images::qcow2::bitmaps::{BitSink, BitSource, BitmapSize};
 use blockyard_storage::ByteRange;
 
 use crate::bitmap::{Bitmap, Need, NodeBitmaps, check_new, next_place};
@@ -77,6 +77,23 @@ impl NodeBitmaps {
         let all = self.lock();
         let names = all.iter().filter_map(Bitmap::name_in_image);
         names.map(<[u8]>::len).collect()
+    }
+
+    /// What the image keeps once it may have changed, as far as its room goes; nothing if it stores none of them anew.
+    pub(crate) fn sizes_to_keep(&self) -> Vec<BitmapSize> {
+        let all = self.lock();
+        let kept: Vec<&Bitmap> = all
+            .iter()
+            .filter(|one| one.name_in_image().is_some())
+            .collect();
+        if kept.iter().all(|one| one.is_inconsistent()) {
+            return Vec::new();
+        }
+        let size = |one: &&Bitmap| BitmapSize {
+            granularity_bytes: one.map().granularity_bytes(),
+            name_bytes: one.name_in_image().map_or(0, |name| name.len() as u64),
+        };
+        kept.iter().map(size).collect()
     }
 
     /// Why the disk cannot get another length, in QEMU's words: an image keeps a bitmap that cannot be changed with it.

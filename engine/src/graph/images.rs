@@ -132,22 +132,19 @@ impl Graph {
         };
         let (form, ground) = self.ground(image).await;
         if !spec.dry_run {
-            let bound = self.plan_rebase(ids, form, Pass::Bound, watcher).await?;
-            if ground.fits(&bound) != Some(false) {
+            let bound = self.plan_rebase(ids, form.clone(), Pass::Bound, watcher);
+            if ground.view(&bound.await?.room).fits != Some(false) {
                 return Ok(None);
             }
         }
         let moved = self.plan_rebase(ids, form, Pass::Count, watcher).await?;
-        let fits = ground.fits(&moved);
-        let room = moved.room;
-        let is_asked_for = spec.dry_run || fits == Some(false);
+        let room = ground.view(&moved.room);
+        let is_asked_for = spec.dry_run || room.fits == Some(false);
         Ok(is_asked_for.then_some(RebaseView {
             copied_bytes: moved.copy_bytes,
             zeroed_bytes: moved.zero_bytes,
             is_done: false,
-            room_bytes: room.data_bytes.saturating_add(room.metadata_bytes),
-            free_bytes: ground.free_bytes(),
-            fits,
+            room,
         }))
     }
 

@@ -1,5 +1,6 @@
 //! What a commit or a stream would come to: its checks are made, nothing is started, and others go on meanwhile.
 
+use blockyard_images::more_room::MoreRoom;
 use blockyard_images::qcow2::info::ImageInfo;
 use blockyard_images::qcow2::units::{Geometry, Version};
 use blockyard_ring::FileKind;
@@ -13,10 +14,10 @@ use crate::graph::host_files::in_background;
 use crate::graph::jobs::JobNodes;
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, Records, User};
-use crate::images::plan::{self, Moved, TargetForm};
+use crate::images::plan::{self, TargetForm};
 use crate::jobs::commit::Commit;
 use crate::jobs::stream::Stream;
-use crate::reply::{LayerView, PlanView};
+use crate::reply::{LayerView, PlanView, RoomView};
 use crate::request::{PlanSpec, PlannedJob, WorkSpec};
 
 /// What is moved, and where to.
@@ -46,14 +47,15 @@ pub(super) struct Ground {
 }
 
 impl Ground {
-    /// What the file system has for the data, in bytes.
-    pub(super) fn free_bytes(&self) -> Option<u64> {
-        self.of_data?.free_bytes
-    }
-
-    /// Whether there is enough room; `None`: it is not known of a file that takes some.
-    pub(super) fn fits(&self, moved: &Moved) -> Option<bool> {
-        fits(moved, self.of_image, self.of_data)
+    /// Whether there is room for that.
+    pub(super) fn view(&self, room: &MoreRoom) -> RoomView {
+        RoomView {
+            data_bytes: room.data_bytes,
+            metadata_bytes: room.metadata_bytes,
+            bitmaps_bytes: room.bitmaps_bytes,
+            free_bytes: self.of_data.and_then(|file| file.free_bytes),
+            fits: fits(room, self.of_image, self.of_data),
+        }
     }
 }
 
@@ -127,11 +129,7 @@ impl Graph {
             target,
             copy_bytes: moved.copy_bytes,
             zero_bytes: moved.zero_bytes,
-            data_bytes: moved.room.data_bytes,
-            metadata_bytes: moved.room.metadata_bytes,
-            bitmaps_bytes: 0,
-            free_bytes: ground.free_bytes(),
-            fits: ground.fits(&moved),
+            room: ground.view(&moved.room),
         })
     }
 
@@ -160,7 +158,7 @@ impl Graph {
         moves: &Moves,
         form: TargetForm,
         spec: PlanSpec,
-    ) -> Result<Moved, EngineError> {
+    ) -> Result<plan::Moved, EngineError> {
         let (source, target) = (moves.source, moves.target);
         let (layers, seen_bytes) = (moves.part.layers, moves.part.seen_bytes);
         let planned = self.threads.run(self.thread_of(source), move |context| {
@@ -216,8 +214,10 @@ impl Records {
         let info = self
             .node(id)
             .and_then(|node| node.image.as_ref()?.info.as_ref());
+        let bitmaps = self.node(id).map(|node| node.bitmaps.sizes_to_keep());
         TargetForm {
             geometry: info.and_then(geometry),
+            bitmaps: bitmaps.unwrap_or_default(),
             has_snapshots: info.is_some_and(|info| !info.snapshots.is_empty()),
             ..TargetForm::default()
         }
@@ -244,8 +244,9 @@ fn geometry(info: &ImageInfo) -> Option<Geometry> {
 }
 
 /// Whether there is enough room; `None`: it is not known of a file that takes some.
-fn fits(moved: &Moved, image: Option<FileRoom>, data: Option<FileRoom>) -> Option<bool> {
-    let (for_data, for_tables) = (moved.room.data_bytes, moved.room.metadata_bytes);
+fn fits(room: &MoreRoom, image: Option<FileRoom>, data: Option<FileRoom>) -> Option<bool> {
+    let for_data = room.data_bytes;
+    let for_tables = room.metadata_bytes.saturating_add(room.bitmaps_bytes);
     let is_enough = |file: Option<FileRoom>, needed: u64| match needed {
         0 => Some(true),
         needed => Some(needed <= file?.free_bytes?),
@@ -274,18 +275,14 @@ fn looker(id: NodeId) -> Edge {
 
 #[cfg(test)]
 mod tests {
-    use blockyard_images::more_room::MoreRoom;
-
     use super::*;
 
     #[test]
     fn room_on_one_file_system_is_counted_together_and_what_is_unknown_is_not_enough_of() {
-        let moved = |data_bytes, metadata_bytes| Moved {
-            room: MoreRoom {
-                data_bytes,
-                metadata_bytes,
-            },
-            ..Moved::default()
+        let room = |data_bytes, other_bytes: u64| MoreRoom {
+            data_bytes,
+            metadata_bytes: other_bytes / 2,
+            bitmaps_bytes: other_bytes - other_bytes / 2,
         };
         let file = |system, free| {
             Some(FileRoom {
@@ -294,13 +291,13 @@ mod tests {
                 ..FileRoom::default()
             })
         };
-        assert_eq!(fits(&moved(6, 4), file(1, 10), file(1, 10)), Some(true));
-        assert_eq!(fits(&moved(6, 5), file(1, 10), file(1, 10)), Some(false));
-        assert_eq!(fits(&moved(6, 5), file(1, 5), file(2, 6)), Some(true));
-        assert_eq!(fits(&moved(6, 5), file(1, 4), file(2, 6)), Some(false));
-        assert_eq!(fits(&moved(6, 5), None, file(2, 5)), Some(false));
-        assert_eq!(fits(&moved(6, 5), None, file(2, 6)), None);
-        assert_eq!(fits(&moved(6, 0), None, None), None);
-        assert_eq!(fits(&moved(0, 0), None, None), Some(true));
+        assert_eq!(fits(&room(6, 4), file(1, 10), file(1, 10)), Some(true));
+        assert_eq!(fits(&room(6, 5), file(1, 10), file(1, 10)), Some(false));
+        assert_eq!(fits(&room(6, 5), file(1, 5), file(2, 6)), Some(true));
+        assert_eq!(fits(&room(6, 5), file(1, 4), file(2, 6)), Some(false));
+        assert_eq!(fits(&room(6, 5), None, file(2, 5)), Some(false));
+        assert_eq!(fits(&room(6, 5), None, file(2, 6)), None);
+        assert_eq!(fits(&room(6, 0), None, None), None);
+        assert_eq!(fits(&room(0, 0), None, None), Some(true));
     }
 }

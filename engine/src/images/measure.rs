@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use blockyard_images::measure::{Qcow2Measure, raw};
+use blockyard_images::qcow2::bitmaps::BitmapSize;
 use blockyard_images::qcow2::create::CreateOptions;
 use blockyard_storage::ByteRange;
 
@@ -64,7 +65,13 @@ pub(super) async fn run(
     };
     let mut measure = Qcow2Measure::of_source(&options).map_err(refused)?;
     if let Some(bitmaps) = spec.bitmaps {
-        measure.bitmaps(size_bytes, bitmaps);
+        let sizes = bitmaps
+            .into_iter()
+            .map(|(granularity_bytes, name_bytes)| BitmapSize {
+                granularity_bytes,
+                name_bytes,
+            });
+        measure.bitmaps(size_bytes, sizes);
     }
     let mut rest = ByteRange::new(0, size_bytes);
     while !rest.is_empty() {

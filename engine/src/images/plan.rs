@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use blockyard_images::more_room::{MoreRoom, Qcow2MoreRoom};
+use blockyard_images::qcow2::bitmaps::BitmapSize;
 use blockyard_images::qcow2::units::{Geometry, Version};
 use blockyard_storage::ByteRange;
 
@@ -17,15 +18,17 @@ use crate::node::{Fill, Node, Place};
 const STEP_MAX_BYTES: u64 = 64 << 20;
 
 /// File systems give room in blocks of at least so many bytes.
-const BLOCK_BYTES: u64 = 4096;
+pub(crate) const BLOCK_BYTES: u64 = 4096;
 
 /// What is known of the image that is written to before it is looked at.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct TargetForm {
     /// Of a qcow2 image; `None`: it is raw.
     pub(crate) geometry: Option<Geometry>,
     /// Internal snapshots have clusters in common with the disk: each that is written to takes another.
     pub(crate) has_snapshots: bool,
+    /// The bitmaps that it keeps: it is written to, so they are stored anew when that is over.
+    pub(crate) bitmaps: Vec<BitmapSize>,
     /// Length of its file, in bytes.
     pub(crate) file_bytes: u64,
     /// Of the file that takes the guest's data: length without the room that it has, in bytes. Writing into its holes takes no
@@ -108,10 +111,16 @@ pub(crate) struct Room<'a> {
 impl<'a> Room<'a> {
     /// Nothing is written yet.
     pub(crate) fn new(target: &'a Rc<dyn Node>, form: TargetForm) -> Self {
+        let mut qcow2 = form.geometry.map(Qcow2MoreRoom::new);
+        if let Some(room) = &mut qcow2 {
+            let length_bytes = target.facts().length_bytes;
+            let grown_bytes = form.grown_to_bytes.unwrap_or(length_bytes);
+            room.bitmaps(length_bytes.max(grown_bytes), form.bitmaps.iter().copied());
+        }
         Self {
             target,
             form,
-            qcow2: form.geometry.map(Qcow2MoreRoom::new),
+            qcow2,
             hole_bytes: 0,
             holes_counted_to: 0,
         }

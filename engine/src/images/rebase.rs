@@ -26,6 +26,7 @@ use crate::limits::{COPY_CHUNK_BYTES, SECTOR_BYTES, STATUS_EXTENTS_MAX};
 use crate::node::chain::{Content, chain_status};
 use crate::node::zeroes::is_zero;
 use crate::node::{AmendStop, Fill, Node};
+use crate::reply::RoomView;
 
 /// Pieces in flight; each takes twice its length in memory.
 const PIECES_MAX: usize = 8;
@@ -56,12 +57,8 @@ pub struct RebaseView {
     pub zeroed_bytes: u64,
     /// Whether it is on its new backing file now.
     pub is_done: bool,
-    /// Bytes that the image takes for it at most: data and tables. 0 unless that was to be found out, or is too much.
-    pub room_bytes: u64,
-    /// Bytes that the file system has free for its data, if known.
-    pub free_bytes: Option<u64>,
-    /// Whether that is enough; `None`: nobody knows.
-    pub fits: Option<bool>,
+    /// What the image takes for it. Nothing unless that was to be found out, or is too much.
+    pub room: RoomView,
 }
 
 /// How far a rebase goes.

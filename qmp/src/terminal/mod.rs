@@ -9,6 +9,7 @@ pub(crate) mod embedded;
 pub mod exit;
 pub(crate) mod images;
 pub mod rate;
+mod room;
 
 use std::ffi::OsString;
 

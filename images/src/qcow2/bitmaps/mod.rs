@@ -19,10 +19,12 @@
 //! Spec: qcow2, "Bitmaps", "Bitmaps extension", "Header" (`autoclear_features`).
 
 mod loading;
+mod room;
 mod rules;
 mod storing;
 
 pub use loading::{LoadLimits, load_bitmap};
+pub use room::{BitmapSize, clusters_at_most};
 pub use storing::BitmapToStore;
 
 use std::ops::Range;

@@ -13,6 +13,7 @@ use blockyard_engine::reply::{LayerView, PlanView};
 use crate::size;
 use crate::terminal::copy::ends::shown;
 use crate::terminal::images::info::identity;
+use crate::terminal::room;
 
 /// The layer of a chain that a path leads to, by which file it is.
 ///
@@ -43,32 +44,5 @@ pub(crate) fn told(plan: &PlanView) -> String {
     if plan.zero_bytes > 0 {
         text += &format!(", zeroes {}", size::shown(plan.zero_bytes));
     }
-    text + &room_told(plan)
-}
-
-/// The room that it takes, and whether there is enough.
-fn room_told(plan: &PlanView) -> String {
-    let needed = needed_bytes(plan);
-    if needed == 0 {
-        return "; takes no more room".to_owned();
-    }
-    let mut text = format!(
-        "; takes up to {} more (data {}, tables {})",
-        size::shown(needed),
-        size::shown(plan.data_bytes),
-        size::shown(plan.metadata_bytes)
-    );
-    if let Some(free) = plan.free_bytes {
-        text += &format!(", {} free", size::shown(free));
-    }
-    if plan.fits == Some(false) {
-        text += ": not enough";
-    }
-    text
-}
-
-/// All room together, in bytes.
-pub(crate) fn needed_bytes(plan: &PlanView) -> u64 {
-    let parts = [plan.data_bytes, plan.metadata_bytes, plan.bitmaps_bytes];
-    parts.into_iter().fold(0, u64::saturating_add)
+    text + &room::told(&plan.room)
 }

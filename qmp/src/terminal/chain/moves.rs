@@ -16,12 +16,13 @@ use serde_json::{Value, json};
 
 use crate::replies;
 use crate::terminal::chain::arguments::{CommitArguments, MoveArguments, StreamArguments};
-use crate::terminal::chain::{layer_at, needed_bytes, told};
+use crate::terminal::chain::{layer_at, told};
 use crate::terminal::copy::ends::shown;
 use crate::terminal::display::{Display, Ended, Fact, Outcome};
 use crate::terminal::embedded::{Embedded, Sharing, with_engine};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::Disk;
+use crate::terminal::room;
 
 const NODE: &str = "overlay";
 
@@ -151,13 +152,9 @@ async fn open_and_move(
     if shared.dry_run {
         return planned(&chosen, &plan);
     }
-    if plan.fits == Some(false) && !shared.force {
-        let mut moved = Moved::refused(format!(
-            "{} may take {} bytes more, and its file system has {} free; --force begins all the same",
-            shown(Path::new(&plan.target.filename)),
-            needed_bytes(&plan),
-            plan.free_bytes.unwrap_or(0)
-        ));
+    if plan.room.fits == Some(false) && !shared.force {
+        let target = Path::new(&plan.target.filename);
+        let mut moved = Moved::refused(room::too_little(target, &plan.room));
         moved.tell("plan", replies::plan(&plan), String::new());
         return moved;
     }

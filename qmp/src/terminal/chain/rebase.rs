@@ -7,6 +7,7 @@ use blockyard_engine::request::NamedBy;
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::replies;
 use crate::size;
 use crate::terminal::check::arguments::Format;
 use crate::terminal::check::report::indented;
@@ -18,6 +19,7 @@ use crate::terminal::embedded::{
 use crate::terminal::exit::Exit;
 use crate::terminal::images::Disk;
 use crate::terminal::images::info_report::beside;
+use crate::terminal::room;
 
 const NODE: &str = "image";
 const BACKING: &str = "backing";
@@ -85,12 +87,7 @@ pub(crate) fn run(arguments: &RebaseArguments) -> Exit {
         rebased.unwrap_or_else(|(text, display)| (Err((text, false)), display));
     match rebased {
         Ok(view) if !view.is_done && !arguments.dry_run => {
-            display.error(&format!(
-                "{} may take {} bytes more, and its file system has {} free; --force begins all the same",
-                shown(&arguments.file),
-                view.room_bytes,
-                view.free_bytes.unwrap_or(0)
-            ));
+            display.error(&room::too_little(&arguments.file, &view.room));
             Exit::Failed
         }
         Ok(view) if arguments.json => {
@@ -202,9 +199,11 @@ fn report(arguments: &RebaseArguments, view: RebaseView) -> Value {
         "bytes-to-zero": view.zeroed_bytes,
     });
     if arguments.dry_run && !arguments.header_only {
-        report["bytes-needed"] = json!(view.room_bytes);
-        report["bytes-free"] = json!(view.free_bytes);
-        report["fits"] = json!(view.fits);
+        replies::add_room(&mut report, &view.room);
+        // As they were called before.
+        report["bytes-needed"] = json!(view.room.needed_bytes());
+        report["bytes-free"] = json!(view.room.free_bytes);
+        report["fits"] = json!(view.room.fits);
     }
     report
 }
@@ -226,17 +225,10 @@ fn human(arguments: &RebaseArguments, name: &str, view: RebaseView) -> String {
     let file = shown(&arguments.file);
     match arguments.dry_run {
         true => {
-            let mut room = match (arguments.header_only, view.room_bytes) {
-                (true, _) => String::new(),
-                (false, 0) => "; takes no more room".to_owned(),
-                (false, bytes) => format!("; takes up to {} more", size::shown(bytes)),
+            let room = match arguments.header_only {
+                true => String::new(),
+                false => room::told(&view.room),
             };
-            if let Some(free) = view.free_bytes.filter(|_| view.room_bytes > 0) {
-                room += &format!(", {} free", size::shown(free));
-            }
-            if view.fits == Some(false) {
-                room += ": not enough";
-            }
             format!("{file} would be put on {on}: {moved}{room}")
         }
         false => format!("{file} is on {on} now: {moved}"),
