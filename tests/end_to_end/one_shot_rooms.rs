@@ -1,12 +1,13 @@
-//! `--dry-run` and the room that commands without a daemon take: no more than was told.
+//! `--dry-run` and the room that commands without a daemon take: no more than was told, and refused where there is less.
 
+use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
 
 use crate::images::run;
-use crate::made_chains::{assert_sound, info, json_of, number, room};
-use crate::place::{MIB, Place};
+use crate::made_chains::{assert_shows, assert_sound, backing, info, json_of, keep, number, room};
+use crate::place::{MIB, Place, Tiny, can_mount};
 use crate::tools::have_oracle;
 
 const GIB: u64 = 1 << 30;
@@ -135,4 +136,111 @@ fn an_image_without_bitmaps_or_with_lost_ones_needs_no_room_for_any() {
         human.contains("tables ") && human.contains(", bitmaps "),
         "{human}"
     );
+}
+
+#[test]
+fn an_overlay_is_planned_before_it_is_made() {
+    if !have_oracle() {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.folder.path();
+    make(folder, "base", None);
+    write_far_apart(folder, "base", "7");
+    keep(folder, "base", "kept");
+    let before = place.read("base");
+    let names = place.names();
+    for options in [
+        &[][..],
+        &["-o", "cluster_size=512"],
+        &["-o", "cluster_size=2M,refcount_bits=64"],
+        &["-o", "extended_l2=on,preallocation=metadata"],
+        &["-o", "data_file=new.data"],
+    ] {
+        let command = [&["snapshot", "--overlay", "new"][..], options].concat();
+        let dry = json_of(
+            &place,
+            &[&command[..], &["--dry-run", "--json", "base"]].concat(),
+        );
+        assert_eq!(place.names(), names, "{options:?}");
+        assert_eq!(dry["fits"], true, "{options:?}");
+        assert_eq!(dry["bytes-to-copy"], 0);
+        let human = place.succeed(&[&command[..], &["--dry-run", "base"]].concat());
+        let human = String::from_utf8_lossy(&human.stdout).into_owned();
+        assert!(human.contains("copies no data; takes up to "), "{human}");
+        place.succeed(&[&command[..], &["base"]].concat());
+        let taken = room(folder, "new");
+        assert!(taken <= needed(&dry), "{options:?}: {taken}: {dry}");
+        assert_shows(folder, "new", "kept", "an overlay");
+        for made in ["new", "new.data"] {
+            if place.path(made).exists() {
+                fs::remove_file(place.path(made)).expect("removed");
+            }
+        }
+        assert!(place.read("base") == before, "{options:?}");
+    }
+    place.data("there", 512);
+    let refused = ["snapshot", "--dry-run", "--overlay", "there", "base"];
+    place.fail(&refused, "'there' exists already");
+    place.fail(&["snapshot", "--dry-run", "base"], "a list changes nothing");
+    assert!(!place.succeed(&["snapshot", "--help"]).stdout.is_empty());
+}
+
+#[test]
+fn snapshots_are_planned_and_refused_where_their_tables_do_not_fit() {
+    if !have_oracle() || !can_mount() {
+        return;
+    }
+    let place = Place::new();
+    let Some(tiny) = Tiny::mount(place.path("tiny")) else {
+        return;
+    };
+    let folder = place.folder.path();
+    let create = ["create", "-q", "-f", "qcow2", "tiny/image", "1G"];
+    run(folder, "qemu-img", &create);
+    let write = [
+        "-f",
+        "qcow2",
+        "-c",
+        "write -P 3 0 64k",
+        "-c",
+        "write -P 4 600M 64k",
+    ];
+    run(folder, "qemu-io", &[&write[..], &["tiny/image"]].concat());
+    keep(folder, "tiny/image", "kept");
+    for deed in [["-c", "one"], ["-a", "one"], ["-c", "two"], ["-d", "one"]] {
+        let command = [&["snapshot"][..], &deed].concat();
+        let dry_run = [&command[..], &["--dry-run", "--json", "tiny/image"]].concat();
+        let before = place.read("tiny/image");
+        let room_before = room(folder, "tiny/image");
+        let dry = json_of(&place, &dry_run);
+        assert!(place.read("tiny/image") == before, "{deed:?}");
+        assert_eq!(dry["fits"], true, "{deed:?}: {dry}");
+        // All but a little is taken by others.
+        let filling = number(&dry["space-free"]) - needed(&dry) + 4096;
+        fs::write(place.path("tiny/other"), vec![1; filling as usize]).expect("written");
+        assert_eq!(json_of(&place, &dry_run)["fits"], false, "{deed:?}");
+        let told = "--force begins all the same";
+        place.fail(&[&command[..], &["tiny/image"]].concat(), told);
+        assert!(place.read("tiny/image") == before, "{deed:?}");
+        place.fail(
+            &[
+                "snapshot",
+                "--overlay",
+                "tiny/new",
+                "tiny/image",
+                "-o",
+                "cluster_size=2M",
+            ],
+            told,
+        );
+        assert!(!place.path("tiny/new").exists());
+        fs::remove_file(place.path("tiny/other")).expect("removed");
+        place.succeed(&[&command[..], &["tiny/image"]].concat());
+        let taken = room(folder, "tiny/image").saturating_sub(room_before);
+        assert!(taken <= needed(&dry), "{deed:?}: {taken}: {dry}");
+        assert_shows(folder, "tiny/image", "kept", "after a snapshot");
+    }
+    assert_eq!(backing(folder, "tiny/image").0, Value::Null);
+    drop(tiny);
 }

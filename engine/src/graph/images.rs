@@ -10,6 +10,7 @@ use crate::graph::permissions::Permissions;
 use crate::graph::records::{Edge, User};
 use crate::images::plan::{Moved, TargetForm};
 use crate::images::rebase::{self, Pass};
+use crate::images::snapshot::{self, SnapshotSpec, SnapshotsView};
 use crate::images::{
     self, ImageReply, ImageSpec, ImageWatcher, ImageWork, Means, RebaseSpec, RebaseView,
 };
@@ -87,6 +88,11 @@ impl Graph {
         {
             return Ok(ImageReply::Rebased(view));
         }
+        if let ImageWork::Snapshot(spec) = &spec.work
+            && let Some(view) = self.look_before_snapshot(*first, spec).await?
+        {
+            return Ok(ImageReply::Snapshots(view));
+        }
         let changed = match &spec.work {
             ImageWork::ManifestOnto(onto) => {
                 let bitmaps = self.bitmaps_on(*first)?;
@@ -146,6 +152,33 @@ impl Graph {
             is_done: false,
             room,
         }))
+    }
+
+    /// What a change of snapshots takes, if that is all that was asked for, or if there is too little room for it. `id`: the
+    /// node of the image's file.
+    async fn look_before_snapshot(
+        &self,
+        id: NodeId,
+        spec: &SnapshotSpec,
+    ) -> Result<Option<SnapshotsView>, EngineError> {
+        if spec.force && !spec.dry_run {
+            return Ok(None);
+        }
+        let image = self.records.borrow().unfiltered(id);
+        let (_, ground) = self.ground(image).await;
+        let change = spec.change.clone();
+        let counted = self.threads.run(self.thread_of(id), move |context| {
+            Box::pin(async move {
+                match context.node(id) {
+                    Some(node) => snapshot::room(node, &change).await,
+                    None => Err(EngineError::generic("Internal error: a node is lost (bug)")),
+                }
+            })
+        });
+        let room = ground.view(&counted.await??);
+        let is_asked_for = spec.dry_run || room.fits == Some(false);
+        let is_done = false;
+        Ok(is_asked_for.then_some(SnapshotsView { is_done, room }))
     }
 
     async fn plan_rebase(

@@ -37,7 +37,7 @@ pub use map::{MapExtent, MapSpec};
 pub use measure::{MeasureSpec, MeasureTarget, MeasureView};
 pub use rebase::{RebaseSpec, RebaseView};
 pub use resize::{NewLength, ResizeSpec, ResizeView};
-pub use snapshot::SnapshotSpec;
+pub use snapshot::{SnapshotChange, SnapshotSpec, SnapshotsView};
 pub use verify::{VerifySpec, VerifyView};
 pub use watcher::{ImageEvent, ImageWatch, ImageWatcher};
 
@@ -94,7 +94,8 @@ impl ImageWork {
         match self {
             ImageWork::Check(spec) => spec.repair.is_some(),
             ImageWork::Rebase(spec) => !spec.dry_run,
-            ImageWork::Resize(_) | ImageWork::Snapshot(_) => true,
+            ImageWork::Snapshot(spec) => !spec.dry_run,
+            ImageWork::Resize(_) => true,
             ImageWork::Bitmaps(_)
             | ImageWork::Compare(_)
             | ImageWork::Info(_)
@@ -139,7 +140,7 @@ pub enum ImageReply {
     /// Of [`ImageWork::Resize`].
     Resized(ResizeView),
     /// Of [`ImageWork::Snapshot`].
-    SnapshotsChanged,
+    Snapshots(SnapshotsView),
     /// Of [`ImageWork::Verify`].
     Verified(VerifyView),
 }
@@ -201,7 +202,7 @@ pub(crate) async fn run(
             .map(ImageReply::Rebased),
         ImageWork::Snapshot(spec) => snapshot::run(node, spec, &watcher)
             .await
-            .map(|()| ImageReply::SnapshotsChanged),
+            .map(ImageReply::Snapshots),
         ImageWork::Resize(spec) => resize::run(node, spec, &watcher)
             .await
             .map(ImageReply::Resized),

@@ -16,6 +16,7 @@ mod images;
 mod oracle;
 mod pacing;
 mod refusals;
+mod rooms;
 #[path = "../checking/verdict.rs"]
 #[expect(dead_code, reason = "the suites use different parts of it")]
 mod verdict;

@@ -87,7 +87,8 @@ const SNAPSHOT_EXAMPLES: &str = "  \
   blockyard snapshot -l image.qcow2
   blockyard snapshot -a before-upgrade image.qcow2
   blockyard snapshot -d before-upgrade image.qcow2
-  blockyard snapshot --overlay new.qcow2 image.qcow2";
+  blockyard snapshot --overlay new.qcow2 image.qcow2
+  blockyard snapshot --dry-run -d before-upgrade image.qcow2";
 
 const BITMAP_EXAMPLES: &str = "  \
   blockyard bitmap add image.qcow2 since-monday
@@ -267,6 +268,8 @@ pub enum Command {
     ///
     /// With --overlay, FILE stays as it is, and NEW is made on it: as long, in its format's usual form, naming FILE as it is found
     /// from NEW's folder. From then on NEW is to be used. It takes no time, and nothing that exists is overwritten.
+    ///
+    /// What the file system may have too little room for is refused; --dry-run tells how much that is.
     #[command(after_help = image_help(SNAPSHOT_EXAMPLES))]
     Snapshot(SnapshotArguments),
     /// List, add, change or remove the dirty bitmaps of a qcow2 image

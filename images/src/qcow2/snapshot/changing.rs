@@ -15,6 +15,17 @@ use crate::qcow2::open::{OpenedImage, read_image};
 use crate::qcow2::reading::read_words;
 use crate::qcow2::watching::Watching;
 
+/// What becomes of the snapshots of an image.
+#[derive(Clone, Copy, Debug)]
+pub enum SnapshotChange<'a> {
+    /// See [`create`].
+    Create(&'a NewSnapshot),
+    /// See [`apply`].
+    Apply(&'a SnapshotChoice),
+    /// See [`delete`].
+    Delete(&'a SnapshotChoice),
+}
+
 /// Why the snapshots of an image are what they were. After a failure of the storage they may be the new ones.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum SnapshotError {
@@ -63,26 +74,9 @@ pub async fn create(
     discards: bool,
     pace: &dyn Pace,
 ) -> Result<Snapshot, SnapshotError> {
-    let image = read(file, |image| {
-        refuse_data_file(image)?;
-        if image.header.snapshots >= SNAPSHOTS_MAX {
-            let detail = format!("there are {SNAPSHOTS_MAX} snapshots, more are not possible");
-            return Err(ImageError::refused_because("File too large", detail));
-        }
-        Ok(())
-    })
-    .await?;
-    let disk_bytes = image.header.guest_bytes();
-    let mut goal = Goal::of(&image);
-    let entry = new.entry(&image.snapshots, disk_bytes)?;
-    goal.snapshots.push(entry);
-    // What stands behind the end of the disk is none of it.
-    let needed = image.header.geometry.l1_entries_for(disk_bytes);
-    goal.new_l1_entries = Some(
-        usize::try_from(needed)
-            .unwrap_or(usize::MAX)
-            .min(goal.l1.len()),
-    );
+    let change = SnapshotChange::Create(new);
+    let image = read(file, &change).await?;
+    let goal = change.goal(file, &image).await?;
     let mut snapshots = switch(file, &image, goal, discards, pace).await?;
     let made = snapshots.pop();
     made.ok_or_else(|| ImageError::refused("The snapshot is gone (bug)").into())
@@ -103,37 +97,9 @@ pub async fn apply(
     discards: bool,
     pace: &dyn Pace,
 ) -> Result<(), SnapshotError> {
-    let image = read(file, |image| {
-        if !image.bitmaps.is_empty() {
-            return Err(ImageError::refused("Device has active dirty bitmaps"));
-        }
-        refuse_data_file(image).map_err(not_loaded)?;
-        let found = choice.find(&image.snapshots);
-        found.map(drop).ok_or_else(|| {
-            ImageError::refused("Failed to load snapshot: No such file or directory")
-        })
-    })
-    .await?;
-    let mut goal = Goal::of(&image);
-    let snapshot = choice
-        .find(&image.snapshots)
-        .and_then(|index| image.snapshots.get(index))
-        .ok_or_else(|| ImageError::refused("The snapshot is gone (bug)"))?;
-    snapshot
-        .check_l1_table(&image.header.geometry, file.facts().length_bytes)
-        .map_err(not_loaded)?;
-    let disk_bytes = snapshot.disk_bytes.unwrap_or(image.header.guest_bytes());
-    let needed = image.header.geometry.l1_entries_for(disk_bytes);
-    if needed > L1_TABLE_BYTES_MAX / 8 {
-        let detail = format!("its disk of {disk_bytes} bytes needs {needed} L1 entries");
-        return Err(not_loaded(ImageError::refused_because("File too large", detail)).into());
-    }
-    let needed = usize::try_from(needed).unwrap_or(usize::MAX);
-    let entries = usize::try_from(snapshot.l1_entries).unwrap_or(usize::MAX);
-    let text = "Failed to load snapshot";
-    goal.l1 = read_words(&**file, snapshot.l1_table.0, entries.min(needed), text).await?;
-    goal.l1.resize(needed, 0);
-    goal.size_bytes = disk_bytes;
+    let change = SnapshotChange::Apply(choice);
+    let image = read(file, &change).await?;
+    let goal = change.goal(file, &image).await?;
     switch(file, &image, goal, discards, pace).await?;
     Ok(())
 }
@@ -151,34 +117,109 @@ pub async fn delete(
     discards: bool,
     pace: &dyn Pace,
 ) -> Result<Snapshot, SnapshotError> {
-    let find = |image: &OpenedImage| {
-        let found = choice.find(&image.snapshots);
-        found.ok_or_else(|| ImageError::refused("snapshot not found"))
-    };
-    let image = read(file, |image| {
-        find(image)?;
-        refuse_data_file(image)
-    })
-    .await?;
-    let mut goal = Goal::of(&image);
-    let gone = goal.snapshots.remove(find(&image)?);
+    let change = SnapshotChange::Delete(choice);
+    let image = read(file, &change).await?;
+    let goal = change.goal(file, &image).await?;
+    let gone = choice.find_in(&image)?.1.clone();
     switch(file, &image, goal, discards, pace).await?;
     Ok(gone)
+}
+
+impl SnapshotChange<'_> {
+    /// What can be refused at once.
+    pub(super) fn check(&self, image: &OpenedImage) -> Result<(), ImageError> {
+        match self {
+            Self::Create(_) => {
+                refuse_data_file(image)?;
+                if image.header.snapshots >= SNAPSHOTS_MAX {
+                    let detail =
+                        format!("there are {SNAPSHOTS_MAX} snapshots, more are not possible");
+                    return Err(ImageError::refused_because("File too large", detail));
+                }
+                Ok(())
+            }
+            Self::Apply(choice) => {
+                if !image.bitmaps.is_empty() {
+                    return Err(ImageError::refused("Device has active dirty bitmaps"));
+                }
+                refuse_data_file(image).map_err(not_loaded)?;
+                let found = choice.find(&image.snapshots);
+                found.map(drop).ok_or_else(|| {
+                    ImageError::refused("Failed to load snapshot: No such file or directory")
+                })
+            }
+            Self::Delete(choice) => {
+                choice.find_in(image)?;
+                refuse_data_file(image)
+            }
+        }
+    }
+
+    /// What the image is going to be.
+    pub(super) async fn goal(
+        &self,
+        file: &Rc<dyn Storage>,
+        image: &OpenedImage,
+    ) -> Result<Goal, SnapshotError> {
+        let mut goal = Goal::of(image);
+        match self {
+            Self::Create(new) => {
+                let disk_bytes = image.header.guest_bytes();
+                let entry = new.entry(&image.snapshots, disk_bytes)?;
+                goal.snapshots.push(entry);
+                // What stands behind the end of the disk is none of it.
+                let needed = image.header.geometry.l1_entries_for(disk_bytes);
+                let needed = usize::try_from(needed).unwrap_or(usize::MAX);
+                goal.new_l1_entries = Some(needed.min(goal.l1.len()));
+            }
+            Self::Apply(choice) => {
+                let snapshot = choice.find_in(image)?.1;
+                (goal.l1, goal.size_bytes) = disk_of(file, image, snapshot).await?;
+            }
+            Self::Delete(choice) => {
+                goal.snapshots.remove(choice.find_in(image)?.0);
+            }
+        }
+        Ok(goal)
+    }
+}
+
+/// The L1 table and the length in bytes that the disk has in a snapshot.
+async fn disk_of(
+    file: &Rc<dyn Storage>,
+    image: &OpenedImage,
+    snapshot: &Snapshot,
+) -> Result<(Vec<u64>, u64), SnapshotError> {
+    snapshot
+        .check_l1_table(&image.header.geometry, file.facts().length_bytes)
+        .map_err(not_loaded)?;
+    let disk_bytes = snapshot.disk_bytes.unwrap_or(image.header.guest_bytes());
+    let needed = image.header.geometry.l1_entries_for(disk_bytes);
+    if needed > L1_TABLE_BYTES_MAX / 8 {
+        let detail = format!("its disk of {disk_bytes} bytes needs {needed} L1 entries");
+        return Err(not_loaded(ImageError::refused_because("File too large", detail)).into());
+    }
+    let needed = usize::try_from(needed).unwrap_or(usize::MAX);
+    let entries = usize::try_from(snapshot.l1_entries).unwrap_or(usize::MAX);
+    let text = "Failed to load snapshot";
+    let mut l1 = read_words(&**file, snapshot.l1_table.0, entries.min(needed), text).await?;
+    l1.resize(needed, 0);
+    Ok((l1, disk_bytes))
 }
 
 /// The image as it is, with counts that can be relied on.
 async fn read(
     file: &Rc<dyn Storage>,
-    check: impl Fn(&OpenedImage) -> Result<(), ImageError>,
+    change: &SnapshotChange<'_>,
 ) -> Result<OpenedImage, SnapshotError> {
     let image = read_image(&**file, Access::ReadWrite).await?;
-    check(&image)?;
+    change.check(&image)?;
     if !image.header.is_dirty() {
         return Ok(image);
     }
     repair_dirty(file).await?;
     let image = read_image(&**file, Access::ReadWrite).await?;
-    check(&image)?;
+    change.check(&image)?;
     match image.header.is_dirty() {
         true => Err(ImageError::refused("Could not repair dirty image").into()),
         false => Ok(image),

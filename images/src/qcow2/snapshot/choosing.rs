@@ -2,6 +2,7 @@
 
 use crate::error::ImageError;
 use crate::qcow2::layout::snapshots::Snapshot;
+use crate::qcow2::open::OpenedImage;
 
 /// A snapshot that is to be made.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -35,6 +36,16 @@ pub enum SnapshotChoice {
 }
 
 impl SnapshotChoice {
+    /// The one in this image, and its place in the table.
+    pub(super) fn find_in<'a>(
+        &self,
+        image: &'a OpenedImage,
+    ) -> Result<(usize, &'a Snapshot), ImageError> {
+        let place = self.find(&image.snapshots);
+        let found = place.and_then(|place| Some((place, image.snapshots.get(place)?)));
+        found.ok_or_else(|| ImageError::refused("snapshot not found"))
+    }
+
     /// Where it is in the table.
     pub fn find(&self, snapshots: &[Snapshot]) -> Option<usize> {
         let position = |is_it: &dyn Fn(&Snapshot) -> bool| snapshots.iter().position(is_it);

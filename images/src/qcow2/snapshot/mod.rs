@@ -27,7 +27,9 @@
 mod changing;
 mod choosing;
 mod own_tables;
+mod room;
 mod switching;
 
-pub use changing::{SnapshotError, apply, create, delete};
+pub use changing::{SnapshotChange, SnapshotError, apply, create, delete};
 pub use choosing::{NewSnapshot, SnapshotChoice};
+pub use room::room;

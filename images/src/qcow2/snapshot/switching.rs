@@ -53,7 +53,7 @@ impl Goal {
         }
     }
 
-    fn table_of_snapshots(&self) -> Result<Vec<u8>, ImageError> {
+    pub(super) fn table_of_snapshots(&self) -> Result<Vec<u8>, ImageError> {
         let mut table = Vec::new();
         for snapshot in &self.snapshots {
             table.extend(snapshot.encode()?);

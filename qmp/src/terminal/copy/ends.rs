@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use blockyard_engine::limits::SECTOR_BYTES;
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{SeekFrom, seek, statvfs};
 
 use crate::error::reason;
 
@@ -39,6 +39,27 @@ impl Identity {
         } else {
             Identity::File(facts.dev(), facts.ino())
         }
+    }
+}
+
+/// Where a file is, or is going to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileSystem {
+    /// Which one.
+    pub(crate) id: u64,
+    /// What it has free for everybody, in bytes.
+    pub(crate) free_bytes: u64,
+}
+
+impl FileSystem {
+    /// That of the folder that a path is in; `None` if it does not tell.
+    pub(crate) fn of(path: &Path) -> Option<Self> {
+        let folder = folder_of(path);
+        let facts = statvfs(folder).ok()?;
+        Some(Self {
+            id: fs::metadata(folder).ok()?.dev(),
+            free_bytes: facts.f_bavail.saturating_mul(facts.f_frsize),
+        })
     }
 }
 

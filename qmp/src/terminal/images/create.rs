@@ -9,13 +9,14 @@
 use std::path::{Path, PathBuf};
 
 use blockyard_engine::error::EngineError;
-use blockyard_engine::images::create::check_creation;
+use blockyard_engine::images::create::{self, check_creation};
 use blockyard_engine::images::{ImageReply, ImageWork, InfoSpec};
+use blockyard_engine::reply::RoomView;
 use blockyard_engine::request::{CreatePreallocation, CreateSpec, NamedBy, WorkSpec};
 use clap::Args;
 
 use crate::terminal::check::arguments::Format;
-use crate::terminal::copy::ends::{Target, folder_of, shown};
+use crate::terminal::copy::ends::{FileSystem, Target, folder_of, shown};
 use crate::terminal::display::{Display, DisplayArguments};
 use crate::terminal::embedded::{
     Cache, Embedded, EngineArguments, IoBackend, Sharing, with_engine,
@@ -202,18 +203,26 @@ async fn create(
     Ok(text)
 }
 
-/// Makes a new image on an existing one, as long as that and without any content of its own: an external snapshot. Nothing that
-/// exists is overwritten. Returns what to tell.
+/// A new image on an existing one, as long as that and without any content of its own: an external snapshot.
+pub(crate) struct Overlay<'a> {
+    new: New<'a>,
+    /// As it names the image below it.
+    backing: String,
+    /// What it takes.
+    pub(crate) room: RoomView,
+}
+
+/// Looks at what is there for a new image on `image`; nothing is made yet.
 ///
 /// # Errors
-/// For the user; nothing has changed then, and nothing new is left.
-pub(crate) async fn make_overlay(
+/// For the user: why there can be no such image. Nothing that exists is overwritten.
+pub(crate) async fn plan_overlay<'a>(
     embedded: &mut Embedded,
-    path: &Path,
+    path: &'a Path,
     image: &Path,
     image_format: Format,
     mut options: ImageOptions,
-) -> Result<String, String> {
+) -> Result<Overlay<'a>, String> {
     let format = match image_format {
         Format::Raw => "raw",
         Format::Qcow2 => "qcow2",
@@ -227,6 +236,13 @@ pub(crate) async fn make_overlay(
     options.size_bytes = Some(size_bytes);
     options.backing_file = Some(name.clone());
     options.backing_format = Some(format.to_owned());
+    let data_file = options.data_file.as_deref();
+    for file in [Some(path), data_file].into_iter().flatten() {
+        if file.symlink_metadata().is_ok() {
+            return Err(format!("{} exists already", shown(file)));
+        }
+    }
+    let room = room_of_new(path, &options, size_bytes)?;
     let new = New {
         path,
         format: Format::Qcow2,
@@ -234,12 +250,74 @@ pub(crate) async fn make_overlay(
         size_bytes,
         force: false,
     };
-    new.make(embedded).await?;
-    Ok(format!(
-        "Created {}: qcow2, {}, on '{name}', which must not change from now on",
-        shown(path),
-        exactly(size_bytes)
-    ))
+    Ok(Overlay {
+        new,
+        backing: name,
+        room,
+    })
+}
+
+impl Overlay<'_> {
+    /// Makes it. Returns what to tell.
+    ///
+    /// # Errors
+    /// For the user; nothing has changed then, and nothing new is left.
+    pub(crate) async fn make(&self, embedded: &mut Embedded) -> Result<String, String> {
+        self.new.make(embedded).await?;
+        let of_what = self.what();
+        Ok(format!(
+            "Created {of_what}, which must not change from now on"
+        ))
+    }
+
+    /// What it is, for people.
+    pub(crate) fn what(&self) -> String {
+        format!(
+            "{}: qcow2, {}, on '{}'",
+            shown(self.new.path),
+            exactly(self.new.size_bytes),
+            self.backing
+        )
+    }
+}
+
+/// What the files of a new image take where they will be.
+///
+/// # Errors
+/// For the user: there can be no such image.
+fn room_of_new(path: &Path, options: &ImageOptions, size_bytes: u64) -> Result<RoomView, String> {
+    let spec = options.qcow2_spec(NODE.to_owned(), size_bytes);
+    let needed = create::room_of_new(&spec);
+    let needed = needed.map_err(|error| format!("{}: {error}", path.display()))?;
+    let of_image = FileSystem::of(path);
+    let of_data = match &options.data_file {
+        Some(data_file) => FileSystem::of(data_file),
+        None => of_image,
+    };
+    let in_image = needed.metadata_bytes.saturating_add(needed.data_bytes);
+    let is_enough = |system: Option<FileSystem>, bytes: u64| match bytes {
+        0 => Some(true),
+        bytes => system.map(|system| bytes <= system.free_bytes),
+    };
+    let id = |system: Option<FileSystem>| system.map(|system| system.id);
+    let fits = match id(of_image) == id(of_data) {
+        true => is_enough(of_image, in_image.saturating_add(needed.data_file_bytes)),
+        false => match (
+            is_enough(of_image, in_image),
+            is_enough(of_data, needed.data_file_bytes),
+        ) {
+            (Some(false), _) | (_, Some(false)) => Some(false),
+            (Some(true), Some(true)) => Some(true),
+            _ => None,
+        },
+    };
+    Ok(RoomView {
+        data_bytes: needed.data_bytes.saturating_add(needed.data_file_bytes),
+        metadata_bytes: needed.metadata_bytes,
+        bitmaps_bytes: 0,
+        free_bytes: of_data.map(|system| system.free_bytes),
+        fits,
+    })
 }
 
 /// Makes a qcow2 image of these options in a file that was claimed for it and that nobody else uses. What was in it is lost.

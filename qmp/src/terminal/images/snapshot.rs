@@ -5,20 +5,28 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use blockyard_engine::images::info::SnapshotInfo;
-use blockyard_engine::images::{ImageFormat, ImageReply, ImageWork, InfoSpec, SnapshotSpec};
+use blockyard_engine::images::{
+    ImageFormat, ImageReply, ImageWork, InfoSpec, SnapshotChange, SnapshotSpec,
+};
+use blockyard_engine::reply::RoomView;
 use blockyard_engine::request::{Discard, NamedBy};
 use clap::Args;
+use serde_json::json;
 
+use crate::replies;
 use crate::terminal::check::arguments::{Format, Output};
+use crate::terminal::check::report::indented;
+use crate::terminal::copy::ends::shown;
 use crate::terminal::display::{Display, DisplayArguments};
 use crate::terminal::embedded::{
     Cache, Embedded, EngineArguments, ImageFile, IoBackend, Sharing, with_engine,
 };
 use crate::terminal::exit::Exit;
-use crate::terminal::images::create::make_overlay;
+use crate::terminal::images::create::plan_overlay;
 use crate::terminal::images::create_options::ImageOptions;
 use crate::terminal::images::info_report::{snapshots_human, snapshots_json};
 use crate::terminal::images::{Disk, could_not_open, sharing};
+use crate::terminal::room;
 
 const NODE: &str = "image";
 
@@ -36,7 +44,13 @@ pub struct SnapshotArguments {
     /// Options of NEW, as for `create`: name=value, several with commas between them
     #[arg(long = "options", short, value_name = "OPTIONS", requires = "overlay")]
     options: Vec<String>,
-    /// Form of the list
+    /// Say how much room it would take at most, and change nothing
+    #[arg(long, conflicts_with = "list")]
+    dry_run: bool,
+    /// Begin although the file system has too little room for what may be needed
+    #[arg(long)]
+    force: bool,
+    /// Form of the list, and of what --dry-run says
     #[arg(long, value_enum, value_name = "FORM", default_value_t = Output::Human)]
     output: Output,
     /// The same as --output json
@@ -76,7 +90,7 @@ struct DeedArguments {
 
 /// What is done, and why it could not be.
 struct Deed {
-    spec: SnapshotSpec,
+    change: SnapshotChange,
     /// As messages begin.
     told: String,
     /// Why images without snapshots refuse it, in the words of qemu-img.
@@ -93,7 +107,7 @@ impl DeedArguments {
             return Some(Deed {
                 told: told("create", name),
                 unsupported: "Operation not supported",
-                spec: SnapshotSpec::Create {
+                change: SnapshotChange::Create {
                     name: name.clone(),
                     date_seconds: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
                     date_nanoseconds: now.subsec_nanos(),
@@ -104,7 +118,7 @@ impl DeedArguments {
             return Some(Deed {
                 told: told("apply", name),
                 unsupported: "Block driver does not support snapshots",
-                spec: SnapshotSpec::Apply {
+                change: SnapshotChange::Apply {
                     id_or_name: name.clone(),
                 },
             });
@@ -113,18 +127,22 @@ impl DeedArguments {
         Some(Deed {
             told: told("delete", name),
             unsupported: "snapshot not found",
-            spec: SnapshotSpec::Delete { name: name.clone() },
+            change: SnapshotChange::Delete { name: name.clone() },
         })
     }
 }
 
 /// Runs `snapshot`.
 pub(crate) fn run(arguments: &SnapshotArguments) -> Exit {
+    let lists = arguments.deed.deed().is_none() && arguments.deed.overlay.is_none();
     let display = Display::new(DisplayArguments {
         json: false,
-        quiet: arguments.quiet
-            || arguments.deed.deed().is_none() && arguments.deed.overlay.is_none(),
+        quiet: arguments.quiet || lists || arguments.dry_run,
     });
+    if lists && arguments.dry_run {
+        display.error("--dry-run is of -a, -c, -d and --overlay: a list changes nothing");
+        return Exit::Failed;
+    }
     let engine = EngineArguments {
         // Tables are read twice.
         cache: Cache::Writeback,
@@ -132,9 +150,7 @@ pub(crate) fn run(arguments: &SnapshotArguments) -> Exit {
     };
     let done = with_engine(engine, display, async |mut embedded| {
         let done = match (arguments.deed.deed(), &arguments.deed.overlay) {
-            (Some(deed), _) => change(&mut embedded, arguments, deed)
-                .await
-                .map(|()| String::new()),
+            (Some(deed), _) => change(&mut embedded, arguments, deed).await,
             (None, Some(new)) => overlay(&mut embedded, arguments, new).await,
             (None, None) => list(&mut embedded, arguments).await,
         };
@@ -144,8 +160,8 @@ pub(crate) fn run(arguments: &SnapshotArguments) -> Exit {
     let (done, display) = done.unwrap_or_else(|(text, display)| (Err((text, false)), display));
     match done {
         Ok(list) => {
-            let is_wanted = !arguments.quiet || arguments.deed.overlay.is_none();
-            if is_wanted && !list.is_empty() {
+            let is_asked_for = lists || arguments.dry_run && arguments.is_json();
+            if !list.is_empty() && (is_asked_for || !arguments.quiet) {
                 display.result(&list);
             }
             Exit::Success
@@ -189,22 +205,34 @@ async fn change(
     embedded: &mut Embedded,
     arguments: &SnapshotArguments,
     deed: Deed,
-) -> Result<(), String> {
-    open(embedded, arguments, false).await?;
+) -> Result<String, String> {
+    open(embedded, arguments, arguments.dry_run).await?;
     let Deed {
-        spec,
+        change,
         told,
         unsupported,
     } = deed;
     if arguments.format != Format::Qcow2 {
         return Err(format!("{told}: {unsupported}"));
     }
-    let work = ImageWork::Snapshot(spec);
+    let work = ImageWork::Snapshot(SnapshotSpec {
+        change,
+        dry_run: arguments.dry_run,
+        force: arguments.force,
+    });
     let changed = embedded
         .work_on_image("snapshot", NODE, work, |_, _| ())
         .await;
     match changed {
-        Ok(ImageReply::SnapshotsChanged) => Ok(()),
+        Ok(ImageReply::Snapshots(view)) if view.is_done => Ok(String::new()),
+        Ok(ImageReply::Snapshots(view)) if arguments.dry_run => {
+            let what = format!("{}: copies no data", shown(&arguments.file));
+            Ok(arguments.planned(&what, &view.room))
+        }
+        Ok(ImageReply::Snapshots(view)) => Err(format!(
+            "{told}: {}",
+            room::too_little(&arguments.file, &view.room)
+        )),
         Ok(_) => Err(format!("{told}: another reply (bug)")),
         Err(error) => Err(format!("{told}: {error}")),
     }
@@ -220,7 +248,32 @@ async fn overlay(
     if options.backing_file.is_some() || options.backing_format.is_some() {
         return Err("The backing file is FILE; -o cannot name another one".to_owned());
     }
-    make_overlay(embedded, new, &arguments.file, arguments.format, options).await
+    let (file, format) = (&arguments.file, arguments.format);
+    let overlay = plan_overlay(embedded, new, file, format, options).await?;
+    if arguments.dry_run {
+        let what = format!("{}; copies no data", overlay.what());
+        return Ok(arguments.planned(&what, &overlay.room));
+    }
+    if overlay.room.fits == Some(false) && !arguments.force {
+        return Err(room::too_little(new, &overlay.room));
+    }
+    overlay.make(embedded).await
+}
+
+impl SnapshotArguments {
+    fn is_json(&self) -> bool {
+        self.json || self.output == Output::Json
+    }
+
+    /// What --dry-run says.
+    fn planned(&self, what: &str, room: &RoomView) -> String {
+        if !self.is_json() {
+            return format!("{what}{}", room::told(room));
+        }
+        let mut report = json!({"dry-run": true, "bytes-to-copy": 0, "bytes-to-zero": 0});
+        replies::add_room(&mut report, room);
+        indented(&report)
+    }
 }
 
 async fn list(embedded: &mut Embedded, arguments: &SnapshotArguments) -> Result<String, String> {
@@ -229,8 +282,7 @@ async fn list(embedded: &mut Embedded, arguments: &SnapshotArguments) -> Result<
         Format::Raw => Vec::new(),
         Format::Qcow2 => snapshots_of(embedded, arguments).await?,
     };
-    let is_json = arguments.json || arguments.output == Output::Json;
-    Ok(match is_json {
+    Ok(match arguments.is_json() {
         true => snapshots_json(&snapshots),
         false => snapshots_human(&snapshots),
     })
