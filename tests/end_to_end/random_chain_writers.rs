@@ -14,7 +14,9 @@ use serde_json::json;
 use crate::chains::with;
 use crate::daemon::Daemon;
 use crate::nbd::{export, start_server};
-use crate::random_chains::{Dice, Job, Layer, STEP, format_of, job, make, must, nodes, verdicts};
+use crate::random_chains::{
+    Dice, Job, Layer, STEP, copy, depth, format_of, job, make, must, nodes, verdicts,
+};
 use crate::tools;
 use crate::writer::Writer;
 
@@ -33,7 +35,7 @@ struct Case {
 impl Case {
     fn new(seed: u64, folder: &Path) -> (Self, Vec<Layer>) {
         let mut dice = Dice::new(4000 + seed);
-        let depth = 2 + dice.below(5) as usize;
+        let depth = depth(&mut dice, seed, 9, 6);
         let layers = make(folder, 50 + seed, depth, true);
         let top = depth - 1;
         let (mut job, written) = match seed % 3 {
@@ -165,11 +167,13 @@ fn random_jobs_run_below_writers_on_both_daemons() {
     if !tools::have("qemu-img", "qemu-utils") || !tools::have_oracle() {
         return;
     }
-    for seed in 0..9 {
+    for seed in 0..tools::seeds(11) {
+        let made = tempfile::tempdir().expect("a folder");
+        let (case, layers) = Case::new(seed, made.path());
         let (ours, theirs) = thread::scope(|scope| {
             let start = |is_oracle: bool| {
                 let folder = tempfile::tempdir().expect("a folder");
-                let (case, layers) = Case::new(seed, folder.path());
+                copy(made.path(), folder.path());
                 let daemon = match is_oracle {
                     true => Daemon::start_oracle_in(folder),
                     false => Daemon::start_in(folder, &[]),

@@ -103,6 +103,14 @@ pub(crate) fn python_with_qmp() -> Option<PathBuf> {
     None
 }
 
+/// How many seeds a test with random content tries: `BLOCKYARD_SEEDS`, or as many as an ordinary run has time for.
+pub(crate) fn seeds(ordinary: u64) -> u64 {
+    let asked = std::env::var("BLOCKYARD_SEEDS").ok();
+    asked
+        .and_then(|seeds| seeds.parse().ok())
+        .unwrap_or(ordinary)
+}
+
 /// Says aloud that a test is skipped; with CI=true that is a failure.
 pub(crate) fn missing(what: &str) {
     assert!(std::env::var("CI").as_deref() != Ok("true"), "{what}");

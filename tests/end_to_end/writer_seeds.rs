@@ -36,15 +36,13 @@ fn random_jobs_below_writers() {
     if !tools::have("qemu-img", "qemu-utils") {
         return;
     }
-    let seeds = std::env::var("BLOCKYARD_SEEDS").ok();
-    let seeds = seeds.and_then(|seeds| seeds.parse().ok()).unwrap_or(SEEDS);
     let daemon = Daemon::start_with(&["--data-threads", "2"]);
     data_file(&daemon.path("content"), LENGTH);
     let image = ["convert", "-f", "raw", "-O", "qcow2", "content", "image"];
     run(daemon.folder.path(), "qemu-img", &image);
     let mut client = daemon.client();
     start_server(&daemon, &mut client, 100);
-    for seed in 0..seeds {
+    for seed in 0..tools::seeds(SEEDS) {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let target_fails = random.below(3) == 0;
         let case = Case {
