@@ -55,18 +55,30 @@ impl Graph {
             return Ok(());
         };
         self.let_go_of_base(key, base);
-        for overlay in self.overlays_of(filter) {
-            self.relink(overlay, |_| Some(base), &part.named).await?;
-        }
-        // Users that are no images see the same from the base on.
-        self.move_users(filter, base, Some(key), |_| ()).await
+        let mut put = Vec::new();
+        let finished = async {
+            for overlay in self.overlays_of(filter) {
+                self.relink(overlay, |_| Some(base), &part.named).await?;
+                put.push(overlay);
+            }
+            // Users that are no images see the same from the base on.
+            self.move_users(filter, base, Some(key), |_| ()).await
+        };
+        let finished: Result<(), EngineError> = finished.await;
+        // Their headers tell of the base, and nothing is wrong with that: writing them back would be one more thing to fail.
+        finished.map_err(|error| match put.is_empty() {
+            true => error,
+            false => self.stays_on(base, &put, error),
+        })
     }
 
-    /// What is above an active commit that is being completed goes to its base; headers stay what they are. A base that was
-    /// opened for writing stays so where the device may be written.
+    /// What is above an active commit that is being completed goes to its base: first images, whose headers stay what they are,
+    /// then all others. A base that was opened for writing stays so where the device may be written. All or nothing, as the
+    /// device goes on to be written if the job fails.
     ///
     /// # Errors
-    /// When the users of the device cannot live with the base.
+    /// When the users of the device cannot live with the base. Everybody is where he was then; an image that could not be put
+    /// back is named.
     pub async fn finish_active_commit(
         &self,
         key: JobKey,
@@ -76,17 +88,54 @@ impl Graph {
             return Ok(());
         };
         self.let_go_of_base(key, base);
-        for overlay in self.overlays_of(filter) {
-            let put = async {
-                self.pin(overlay).await?;
-                let put = self.put_on_backing(overlay, Some(base)).await;
-                self.release(overlay, &pin(overlay)).await;
-                put
-            };
-            let put: Result<(), EngineError> = put.await;
-            put.map_err(|error| JobError::text(error.text))?;
+        let mut put = Vec::new();
+        let finished = async {
+            for overlay in self.overlays_of(filter) {
+                let on_base = self.put_image_on(overlay, base).await;
+                on_base.map_err(|error| JobError::text(error.text))?;
+                put.push(overlay);
+            }
+            self.pivot(key, nodes, None).await
+        };
+        let Err(error) = finished.await else {
+            return Ok(());
+        };
+        let mut stay = Vec::new();
+        for overlay in put.into_iter().rev() {
+            if let Err(error) = self.put_image_on(overlay, filter).await {
+                tracing::error!(%error, "an image stays on the base of a commit that has failed");
+                stay.push(overlay);
+            }
         }
-        Ok(())
+        Err(match stay.is_empty() {
+            true => error,
+            false => {
+                let told = self.stays_on(base, &stay, EngineError::generic(&*error.text));
+                JobError::text(told.text)
+            }
+        })
+    }
+
+    /// Tells of images that are on the base of a commit although it has failed.
+    fn stays_on(&self, base: NodeId, images: &[NodeId], error: EngineError) -> EngineError {
+        let records = self.records.borrow();
+        let names = images
+            .iter()
+            .map(|id| format!("'{}'", records.name_of(*id)));
+        let names = names.collect::<Vec<_>>().join(", ");
+        EngineError::generic(format!(
+            "{} (on '{}' now, which shows the same: {names})",
+            error.text,
+            records.name_of(base)
+        ))
+    }
+
+    /// Puts an image on another backing, where it is kept from others meanwhile.
+    async fn put_image_on(&self, image: NodeId, backing: NodeId) -> Result<(), EngineError> {
+        self.pin(image).await?;
+        let put = self.put_on_backing(image, Some(backing)).await;
+        self.release(image, &pin(image)).await;
+        put
     }
 
     /// A commit that has moved everything does not write to its base any more. What comes to stand on the base now may be written
@@ -213,3 +262,7 @@ impl Graph {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "chain_ends_tests.rs"]
+mod tests;

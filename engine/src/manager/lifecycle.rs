@@ -213,10 +213,9 @@ impl Manager {
             return Ok(());
         };
         if let Some(nodes) = nodes {
-            if pivots {
-                if is_commit {
-                    self.graph.finish_active_commit(key, &nodes).await?;
-                }
+            if pivots && is_commit {
+                self.graph.finish_active_commit(key, &nodes).await?;
+            } else if pivots {
                 self.graph.complete_target(&nodes).await?;
                 self.graph.pivot(key, &nodes, replaces.as_deref()).await?;
             } else if !keeps_equal {
