@@ -3,6 +3,7 @@
 pub(crate) mod bench;
 pub(crate) mod chain;
 pub(crate) mod check;
+pub(crate) mod command;
 pub(crate) mod copy;
 pub mod display;
 pub(crate) mod embedded;

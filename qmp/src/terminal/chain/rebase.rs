@@ -11,11 +11,10 @@ use crate::replies;
 use crate::size;
 use crate::terminal::check::arguments::Format;
 use crate::terminal::check::report::indented;
+use crate::terminal::command;
 use crate::terminal::copy::ends::shown;
 use crate::terminal::display::{Display, DisplayArguments};
-use crate::terminal::embedded::{
-    Cache, Embedded, EngineArguments, IoBackend, Sharing, with_engine,
-};
+use crate::terminal::embedded::{Embedded, IoBackend, Sharing};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::Disk;
 use crate::terminal::images::info_report::beside;
@@ -73,41 +72,24 @@ pub(crate) fn run(arguments: &RebaseArguments) -> Exit {
             return Exit::Failed;
         }
     };
-    let engine = EngineArguments {
-        cache: Cache::Writeback,
-        io_backend: arguments.io_backend,
-    };
     let name = spec.backing_file.clone();
-    let rebased = with_engine(engine, display, async |mut embedded| {
-        let rebased = rebase(&mut embedded, arguments, spec).await;
-        let cancelled = embedded.interrupt.is_asked();
-        (rebased.map_err(|text| (text, cancelled)), embedded.display)
+    let rebased = command::run(arguments.io_backend, display, async |embedded| {
+        rebase(embedded, arguments, spec).await
     });
-    let (rebased, display) =
-        rebased.unwrap_or_else(|(text, display)| (Err((text, false)), display));
-    match rebased {
-        Ok(view) if !view.is_done && !arguments.dry_run => {
-            display.error(&room::too_little(&arguments.file, &view.room));
-            Exit::Failed
-        }
-        Ok(view) if arguments.json => {
-            display.result(&indented(&report(arguments, view)));
-            Exit::Success
-        }
-        Ok(view) => {
-            if !arguments.quiet {
-                display.result(&human(arguments, &name, view));
-            }
-            Exit::Success
-        }
-        Err((text, cancelled)) => {
-            display.error(&text);
-            match cancelled {
-                true => Exit::Cancelled,
-                false => Exit::Failed,
-            }
-        }
+    let (view, display) = match rebased {
+        Ok(done) => done,
+        Err(exit) => return exit,
+    };
+    if !view.is_done && !arguments.dry_run {
+        display.error(&room::too_little(&arguments.file, &view.room));
+        return Exit::Failed;
     }
+    match (arguments.json, arguments.quiet) {
+        (true, _) => display.result(&indented(&report(arguments, view))),
+        (false, false) => display.result(&human(arguments, &name, view)),
+        (false, true) => {}
+    }
+    Exit::Success
 }
 
 /// Everything that can be refused before a file is opened.

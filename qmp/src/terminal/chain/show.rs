@@ -16,9 +16,10 @@ use crate::size;
 use crate::terminal::chain::told;
 use crate::terminal::check::arguments::{Format, Output};
 use crate::terminal::check::report::indented;
+use crate::terminal::command;
 use crate::terminal::copy::ends::{Source, shown};
 use crate::terminal::display::{Display, DisplayArguments};
-use crate::terminal::embedded::{Cache, Embedded, EngineArguments, IoBackend, with_engine};
+use crate::terminal::embedded::{Embedded, IoBackend};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::info::{Described, describe_one, identity};
 use crate::terminal::images::{Disk, sharing};
@@ -65,26 +66,13 @@ pub(crate) fn run(arguments: &ChainArguments) -> Exit {
         json: false,
         quiet: true,
     });
-    let engine = EngineArguments {
-        cache: Cache::Writeback,
-        // A few small reads.
-        io_backend: IoBackend::Threads,
-    };
-    let looked = with_engine(engine, display, async |mut embedded| {
-        let looked = look(&mut embedded, arguments).await;
-        let cancelled = embedded.interrupt.is_asked();
-        (looked.map_err(|text| (text, cancelled)), embedded.display)
+    // A few small reads.
+    let looked = command::run(IoBackend::Threads, display, async |embedded| {
+        look(embedded, arguments).await
     });
-    let (looked, display) = looked.unwrap_or_else(|(text, display)| (Err((text, false)), display));
-    let chain = match looked {
-        Ok(chain) => chain,
-        Err((text, cancelled)) => {
-            display.error(&text);
-            return match cancelled {
-                true => Exit::Cancelled,
-                false => Exit::Failed,
-            };
-        }
+    let (chain, display) = match looked {
+        Ok(looked) => looked,
+        Err(exit) => return exit,
     };
     for layer in &chain.layers {
         for finding in &layer.view.findings {

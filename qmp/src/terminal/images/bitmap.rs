@@ -12,10 +12,9 @@ use serde_json::{Value, json};
 
 use crate::terminal::check::arguments::{Format, Output};
 use crate::terminal::check::report::indented;
+use crate::terminal::command;
 use crate::terminal::display::{Display, DisplayArguments};
-use crate::terminal::embedded::{
-    Cache, Embedded, EngineArguments, IoBackend, Sharing, with_engine,
-};
+use crate::terminal::embedded::{Embedded, IoBackend, Sharing};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::create_options::byte_count;
 use crate::terminal::images::info_report::{flags, rounded};
@@ -192,31 +191,15 @@ pub(crate) fn run(arguments: &BitmapArguments) -> Exit {
         json: false,
         quiet: true,
     });
-    let engine = EngineArguments {
-        cache: Cache::Writeback,
-        io_backend: IoBackend::Auto,
-    };
-    let done = with_engine(engine, display, async |mut embedded| {
-        let done = match (&arguments.action, arguments.action.deed()) {
-            (_, Some(deed)) => change(&embedded, deed).await,
-            (Action::Dump { look, name }, None) => dump(&mut embedded, look, name).await,
-            (Action::List { look }, None) => list(&mut embedded, look).await,
+    let done = command::run(IoBackend::Auto, display, async |embedded| {
+        match (&arguments.action, arguments.action.deed()) {
+            (_, Some(deed)) => change(embedded, deed).await,
+            (Action::Dump { look, name }, None) => dump(embedded, look, name).await,
+            (Action::List { look }, None) => list(embedded, look).await,
             _ => Ok(()),
-        };
-        let cancelled = embedded.interrupt.is_asked();
-        (done.map_err(|text| (text, cancelled)), embedded.display)
-    });
-    let (done, display) = done.unwrap_or_else(|(text, display)| (Err((text, false)), display));
-    match done {
-        Ok(()) => Exit::Success,
-        Err((text, cancelled)) => {
-            display.error(&text);
-            match cancelled {
-                true => Exit::Cancelled,
-                false => Exit::Failed,
-            }
         }
-    }
+    });
+    done.map_or_else(|exit| exit, |_| Exit::Success)
 }
 
 fn disk<'a>(node: &'static str, path: &'a Path, read_only: bool, sharing: Sharing) -> Disk<'a> {

@@ -16,11 +16,10 @@ use blockyard_engine::request::{CreatePreallocation, CreateSpec, NamedBy, WorkSp
 use clap::Args;
 
 use crate::terminal::check::arguments::Format;
+use crate::terminal::command;
 use crate::terminal::copy::ends::{FileSystem, Target, folder_of, shown};
 use crate::terminal::display::{Display, DisplayArguments};
-use crate::terminal::embedded::{
-    Cache, Embedded, EngineArguments, IoBackend, Sharing, with_engine,
-};
+use crate::terminal::embedded::{Embedded, IoBackend, Sharing};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::create_options::{DATA_FILE_NODE, ImageOptions, byte_count, help};
 use crate::terminal::images::info_report::{beside, exactly};
@@ -105,30 +104,17 @@ pub(crate) fn run(arguments: &CreateArguments) -> Exit {
             return Exit::Failed;
         }
     };
-    let engine = EngineArguments {
-        cache: Cache::Writeback,
-        io_backend: arguments.io_backend,
-    };
-    let made = with_engine(engine, display, async |mut embedded| {
-        let made = create(&mut embedded, path, options, arguments).await;
-        let cancelled = embedded.interrupt.is_asked();
-        (made.map_err(|text| (text, cancelled)), embedded.display)
+    let made = command::run(arguments.io_backend, display, async |embedded| {
+        create(embedded, path, options, arguments).await
     });
-    let (made, display) = made.unwrap_or_else(|(text, display)| (Err((text, false)), display));
     match made {
-        Ok(text) => {
+        Ok((text, display)) => {
             if !arguments.quiet {
                 display.result(&text);
             }
             Exit::Success
         }
-        Err((text, cancelled)) => {
-            display.error(&text);
-            match cancelled {
-                true => Exit::Cancelled,
-                false => Exit::Failed,
-            }
-        }
+        Err(exit) => exit,
     }
 }
 

@@ -10,9 +10,10 @@ use blockyard_engine::request::NamedBy;
 use clap::Args;
 
 use crate::terminal::check::arguments::{Format, Output};
+use crate::terminal::command;
 use crate::terminal::copy::ends::shown;
 use crate::terminal::display::{Display, DisplayArguments};
-use crate::terminal::embedded::{Cache, Embedded, EngineArguments, IoBackend, with_engine};
+use crate::terminal::embedded::{Embedded, IoBackend};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::create_options::byte_count;
 use crate::terminal::images::info_report::beside;
@@ -56,26 +57,10 @@ pub(crate) fn run(arguments: &MapArguments) -> Exit {
         // The result comes bit by bit.
         quiet: true,
     });
-    let engine = EngineArguments {
-        cache: Cache::Writeback,
-        io_backend: arguments.io_backend,
-    };
-    let mapped = with_engine(engine, display, async |mut embedded| {
-        let mapped = map(&mut embedded, arguments).await;
-        let cancelled = embedded.interrupt.is_asked();
-        (mapped.map_err(|text| (text, cancelled)), embedded.display)
+    let mapped = command::run(arguments.io_backend, display, async |embedded| {
+        map(embedded, arguments).await
     });
-    let (mapped, display) = mapped.unwrap_or_else(|(text, display)| (Err((text, false)), display));
-    match mapped {
-        Ok(()) => Exit::Success,
-        Err((text, cancelled)) => {
-            display.error(&text);
-            match cancelled {
-                true => Exit::Cancelled,
-                false => Exit::Failed,
-            }
-        }
-    }
+    mapped.map_or_else(|exit| exit, |_| Exit::Success)
 }
 
 async fn map(embedded: &mut Embedded, arguments: &MapArguments) -> Result<(), String> {

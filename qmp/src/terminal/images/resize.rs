@@ -7,11 +7,10 @@ use blockyard_engine::request::NamedBy;
 use clap::Args;
 
 use crate::terminal::check::arguments::Format;
+use crate::terminal::command;
 use crate::terminal::copy::ends::shown;
 use crate::terminal::display::{Display, DisplayArguments};
-use crate::terminal::embedded::{
-    Cache, Embedded, EngineArguments, IoBackend, Sharing, with_engine,
-};
+use crate::terminal::embedded::{Embedded, IoBackend, Sharing};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::Disk;
 use crate::terminal::images::create_options::{PreallocationArgument, byte_count};
@@ -51,20 +50,11 @@ pub(crate) fn run(arguments: &ResizeArguments) -> Exit {
         json: false,
         quiet: arguments.quiet,
     });
-    let engine = EngineArguments {
-        cache: Cache::Writeback,
-        io_backend: arguments.io_backend,
-    };
-    let resized = with_engine(engine, display, async |mut embedded| {
-        let resized = resize(&mut embedded, arguments).await;
-        let cancelled = embedded.interrupt.is_asked();
-        let resized = resized.map_err(|text| (text, cancelled));
-        (resized, embedded.display)
+    let resized = command::run(arguments.io_backend, display, async |embedded| {
+        resize(embedded, arguments).await
     });
-    let (resized, display) =
-        resized.unwrap_or_else(|(text, display)| (Err((text, false)), display));
     match resized {
-        Ok(view) => {
+        Ok((view, display)) => {
             if !arguments.quiet {
                 display.result("Image resized.");
             }
@@ -78,13 +68,7 @@ pub(crate) fn run(arguments: &ResizeArguments) -> Exit {
             }
             Exit::Success
         }
-        Err((text, cancelled)) => {
-            display.error(&text);
-            match cancelled {
-                true => Exit::Cancelled,
-                false => Exit::Failed,
-            }
-        }
+        Err(exit) => exit,
     }
 }
 

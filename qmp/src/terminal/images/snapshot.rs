@@ -16,11 +16,10 @@ use serde_json::json;
 use crate::replies;
 use crate::terminal::check::arguments::{Format, Output};
 use crate::terminal::check::report::indented;
+use crate::terminal::command;
 use crate::terminal::copy::ends::shown;
 use crate::terminal::display::{Display, DisplayArguments};
-use crate::terminal::embedded::{
-    Cache, Embedded, EngineArguments, ImageFile, IoBackend, Sharing, with_engine,
-};
+use crate::terminal::embedded::{Embedded, ImageFile, IoBackend, Sharing};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::create::plan_overlay;
 use crate::terminal::images::create_options::ImageOptions;
@@ -143,36 +142,22 @@ pub(crate) fn run(arguments: &SnapshotArguments) -> Exit {
         display.error("--dry-run is of -a, -c, -d and --overlay: a list changes nothing");
         return Exit::Failed;
     }
-    let engine = EngineArguments {
-        // Tables are read twice.
-        cache: Cache::Writeback,
-        io_backend: arguments.io_backend,
-    };
-    let done = with_engine(engine, display, async |mut embedded| {
-        let done = match (arguments.deed.deed(), &arguments.deed.overlay) {
-            (Some(deed), _) => change(&mut embedded, arguments, deed).await,
-            (None, Some(new)) => overlay(&mut embedded, arguments, new).await,
-            (None, None) => list(&mut embedded, arguments).await,
-        };
-        let cancelled = embedded.interrupt.is_asked();
-        (done.map_err(|text| (text, cancelled)), embedded.display)
+    let done = command::run(arguments.io_backend, display, async |embedded| {
+        match (arguments.deed.deed(), &arguments.deed.overlay) {
+            (Some(deed), _) => change(embedded, arguments, deed).await,
+            (None, Some(new)) => overlay(embedded, arguments, new).await,
+            (None, None) => list(embedded, arguments).await,
+        }
     });
-    let (done, display) = done.unwrap_or_else(|(text, display)| (Err((text, false)), display));
     match done {
-        Ok(list) => {
+        Ok((list, display)) => {
             let is_asked_for = lists || arguments.dry_run && arguments.is_json();
             if !list.is_empty() && (is_asked_for || !arguments.quiet) {
                 display.result(&list);
             }
             Exit::Success
         }
-        Err((text, cancelled)) => {
-            display.error(&text);
-            match cancelled {
-                true => Exit::Cancelled,
-                false => Exit::Failed,
-            }
-        }
+        Err(exit) => exit,
     }
 }
 
