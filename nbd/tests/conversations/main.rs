@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod any_bytes;
+mod mutations;
 
 use std::path::Path;
 
