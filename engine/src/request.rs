@@ -470,9 +470,9 @@ pub struct NbdSpec {
     /// Name of a metadata context to ask for instead of `base:allocation`.
     pub x_dirty_bitmap: Option<String>,
     /// For so many seconds requests wait for a connection that broke.
-    pub reconnect_delay_seconds: u32,
+    pub reconnect_delay_seconds: Option<u32>,
     /// For so many seconds opening tries again.
-    pub open_timeout_seconds: u32,
+    pub open_timeout_seconds: Option<u32>,
     /// How many connections there may be at most, where the server can do with several.
     pub connections: Option<u32>,
 }

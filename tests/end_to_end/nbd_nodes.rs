@@ -329,3 +329,76 @@ fn two_daemons_copy_over_our_own_server() {
     let read = |path| std::fs::read(path).expect("a file");
     assert!(read(local.path("local.raw")) == read(remote.path("remote.raw")));
 }
+
+/// What is said of a server is what it was opened with; what is said of the node may change, if the server allows it.
+#[test]
+fn a_node_is_opened_in_another_way_as_by_qemu() {
+    if !have_tools() {
+        return;
+    }
+    let socket = |path: &str| json!({"type": "unix", "path": path});
+    let said = |server: Value, more: Value| {
+        let mut node = json!({"driver": "nbd", "node-name": "n", "server": server});
+        if let (Some(node), Value::Object(more)) = (node.as_object_mut(), more) {
+            node.extend(more);
+        }
+        node
+    };
+    let reopen = |node: Value| line("blockdev-reopen", &json!({"options": [node]}));
+    let full = json!({"export": "e", "reconnect-delay": 7, "open-timeout": 20});
+    let with = |change: Value| {
+        let mut more = full.clone();
+        if let (Some(more), Value::Object(change)) = (more.as_object_mut(), change) {
+            more.extend(change);
+            more.retain(|_, value| !value.is_null());
+        }
+        reopen(said(socket("server.sock"), more))
+    };
+    let mut script = line("blockdev-add", &said(socket("server.sock"), full.clone()));
+    let inet = json!({"type": "inet", "host": "127.0.0.1", "port": "1"});
+    for server in [socket("other.sock"), inet] {
+        script += &reopen(said(server, full.clone()));
+    }
+    for change in [
+        json!({}),
+        json!({"reconnect-delay": 8}),
+        json!({"reconnect-delay": null}),
+        json!({"open-timeout": 0}),
+        json!({"open-timeout": null}),
+        json!({"export": ""}),
+        json!({"export": null}),
+        json!({"x-dirty-bitmap": "qemu:dirty-bitmap:b"}),
+        json!({"tls-creds": "t"}),
+        json!({"tls-hostname": "t"}),
+        json!({"force-share": true}),
+        json!({"discard": "unmap", "detect-zeroes": "on"}),
+        json!({"read-only": true}),
+        json!({"read-only": false}),
+        json!({"cache": {"no-flush": true}}),
+        json!({}),
+    ] {
+        script += &with(change);
+        script += &line("query-named-block-nodes", &json!({"flat": true}));
+    }
+    let servers = std::cell::RefCell::new(Vec::new());
+    for more in [[].as_slice(), &["-r"]] {
+        let script = match more.is_empty() {
+            true => script.clone(),
+            false => {
+                let read_only = json!({"read-only": true, "open-timeout": 20});
+                let writable = json!({"read-only": false, "open-timeout": 20});
+                line(
+                    "blockdev-add",
+                    &said(socket("server.sock"), read_only.clone()),
+                ) + &reopen(said(socket("server.sock"), read_only))
+                    + &reopen(said(socket("server.sock"), writable))
+            }
+        };
+        compare(&script, |folder| {
+            hole_file(&folder.join("remote.raw"), LENGTH);
+            servers
+                .borrow_mut()
+                .push(nbdkit(folder, more, &["remote.raw"]));
+        });
+    }
+}

@@ -2,6 +2,7 @@
 //! server, also while the server goes and comes back.
 
 use std::cell::RefCell;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -48,7 +49,12 @@ fn qemu_nbd(folder: &Path, image: &str, more: &[&str]) -> Process {
     let mut arguments = vec!["-f", "raw", "-t", "-e", "4", "-k", "server.sock"];
     arguments.extend(more);
     arguments.push(image);
-    serve(folder, "qemu-nbd", &arguments)
+    let process = serve(folder, "qemu-nbd", &arguments);
+    // Its socket is there a moment before it listens.
+    while UnixStream::connect(folder.join("server.sock")).is_err() {
+        std::thread::yield_now();
+    }
+    process
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use crate::error::EngineError;
 use crate::graph::reconfiguring::{cannot_change, cannot_reset};
 use crate::request::{BlkdebugSpec, DriverSpec, FileSpec, NbdSpec, NullSpec};
+use crate::sockets::Address;
 
 /// That a description says of these options what the one said that the node was opened with.
 ///
@@ -20,24 +21,70 @@ pub(super) fn check_fixed(before: &DriverSpec, now: &DriverSpec) -> Result<(), E
     }
 }
 
+/// What is left out is told before what is another, as everything stays what it was.
 fn check_nbd(before: &NbdSpec, now: &NbdSpec) -> Result<(), EngineError> {
-    let listed = |changed: bool, name| match changed {
-        true => Err(cannot_change(name)),
-        false => Ok(()),
+    let (before, now) = (nbd_options(before), nbd_options(now));
+    for (name, value) in &before {
+        if value.is_some() && said(&now, name).is_none() {
+            return Err(cannot_reset(name));
+        }
+    }
+    for (name, value) in &now {
+        if said(&before, name) != value.as_ref() {
+            return Err(cannot_change(name));
+        }
+    }
+    Ok(())
+}
+
+fn said<'a>(options: &'a [(&'static str, Option<String>)], name: &str) -> Option<&'a String> {
+    let found = options.iter().find(|(other, _)| *other == name);
+    found.and_then(|(_, value)| value.as_ref())
+}
+
+/// All that a client can say of a server and how it is used.
+fn nbd_options(spec: &NbdSpec) -> Vec<(&'static str, Option<String>)> {
+    let yes = |is_said: bool| is_said.then(String::new);
+    let mut options = match &spec.server {
+        Address::Path(path) => vec![
+            ("server.type", Some("unix".to_owned())),
+            ("server.path", Some(path.clone())),
+        ],
+        Address::Abstract { name, tight } => vec![
+            ("server.type", Some("unix".to_owned())),
+            ("server.path", Some(name.clone())),
+            ("server.abstract", yes(true)),
+            ("server.tight", yes(*tight)),
+        ],
+        Address::Host {
+            host,
+            port,
+            ipv4,
+            ipv6,
+            ..
+        } => vec![
+            ("server.type", Some("inet".to_owned())),
+            ("server.host", Some(host.clone())),
+            ("server.port", Some(port.clone())),
+            ("server.ipv4", Some(ipv4.to_string())),
+            ("server.ipv6", Some(ipv6.to_string())),
+        ],
+        Address::Descriptor(number) => vec![
+            ("server.type", Some("fd".to_owned())),
+            ("server.str", Some(number.to_string())),
+        ],
     };
-    listed(before.server != now.server, "server")?;
-    fixed("export", before.export.as_ref(), now.export.as_ref())?;
-    let bitmap = |spec: &NbdSpec| spec.x_dirty_bitmap.clone();
-    fixed("x-dirty-bitmap", bitmap(before), bitmap(now))?;
-    listed(
-        before.reconnect_delay_seconds != now.reconnect_delay_seconds,
-        "reconnect-delay",
-    )?;
-    listed(
-        before.open_timeout_seconds != now.open_timeout_seconds,
-        "open-timeout",
-    )?;
-    fixed("x-connections", before.connections, now.connections)
+    let seconds = |option: Option<u32>| option.map(|seconds| seconds.to_string());
+    options.extend([
+        ("export", spec.export.clone()),
+        ("tls-creds", spec.tls_creds.clone()),
+        ("tls-hostname", spec.tls_hostname.clone()),
+        ("x-dirty-bitmap", spec.x_dirty_bitmap.clone()),
+        ("reconnect-delay", seconds(spec.reconnect_delay_seconds)),
+        ("open-timeout", seconds(spec.open_timeout_seconds)),
+        ("x-connections", seconds(spec.connections)),
+    ]);
+    options
 }
 
 fn check_file(before: &FileSpec, now: &FileSpec) -> Result<(), EngineError> {
@@ -121,5 +168,68 @@ mod tests {
         );
         let reset = "Option 'aio' cannot be reset to its default value".to_owned();
         assert_eq!(with(|file| file.aio = None), Some(reset));
+    }
+
+    #[test]
+    fn all_that_is_said_of_a_server_stays() {
+        let nbd = NbdSpec {
+            server: Address::Path("/s".to_owned()),
+            export: Some("e".to_owned()),
+            tls_creds: None,
+            tls_hostname: None,
+            x_dirty_bitmap: None,
+            reconnect_delay_seconds: Some(0),
+            open_timeout_seconds: None,
+            connections: None,
+        };
+        let before = DriverSpec::Nbd(Box::new(nbd.clone()));
+        assert_eq!(text(&before, &before), None);
+        let changed = |option| Some(format!("Cannot change the option '{option}'"));
+        let reset = |option| {
+            Some(format!(
+                "Option '{option}' cannot be reset to its default value"
+            ))
+        };
+        let cases: [(fn(&mut NbdSpec), Option<String>); 8] = [
+            (
+                |nbd| nbd.server = Address::Path("/t".to_owned()),
+                changed("server.path"),
+            ),
+            (
+                |nbd| {
+                    nbd.server = Address::Host {
+                        host: "h".to_owned(),
+                        port: "1".to_owned(),
+                        port_last: None,
+                        ipv4: true,
+                        ipv6: true,
+                    };
+                },
+                reset("server.path"),
+            ),
+            (|nbd| nbd.export = None, reset("export")),
+            (|nbd| nbd.export = Some(String::new()), changed("export")),
+            (
+                |nbd| nbd.reconnect_delay_seconds = None,
+                reset("reconnect-delay"),
+            ),
+            (
+                |nbd| nbd.open_timeout_seconds = Some(0),
+                changed("open-timeout"),
+            ),
+            (
+                |nbd| nbd.tls_creds = Some("t".to_owned()),
+                changed("tls-creds"),
+            ),
+            (
+                |nbd| nbd.tls_hostname = Some("t".to_owned()),
+                changed("tls-hostname"),
+            ),
+        ];
+        for (change, expected) in cases {
+            let mut nbd = nbd.clone();
+            change(&mut nbd);
+            assert_eq!(text(&before, &DriverSpec::Nbd(Box::new(nbd))), expected);
+        }
     }
 }

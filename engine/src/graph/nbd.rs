@@ -43,13 +43,13 @@ impl Graph {
                 "x-connections must be between 1 and {CONNECTIONS_MAX}"
             )));
         }
-        let open_timeout = Duration::from_secs(u64::from(spec.open_timeout_seconds));
+        let open_timeout = Duration::from_secs(u64::from(spec.open_timeout_seconds.unwrap_or(0)));
         let first = connected(&target, open_timeout).await?;
         if spec.x_dirty_bitmap.is_some() && first.agreement().context.is_none() {
             let text = "Could not open image: Invalid argument";
             return Err(EngineError::generic(text));
         }
-        let delay = Duration::from_secs(u64::from(spec.reconnect_delay_seconds));
+        let delay = Duration::from_secs(u64::from(spec.reconnect_delay_seconds.unwrap_or(0)));
         let connections = usize::try_from(connections).unwrap_or(1);
         let remote = Arc::new(Remote::new(target, first, delay, connections));
         let read_only = nbd_access(&remote, resolved)?;

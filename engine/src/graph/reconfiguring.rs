@@ -193,7 +193,10 @@ impl Graph {
                 ref remote,
                 ref mut options,
             } => {
-                let read_only = nbd_access(remote, resolved)?;
+                let read_only = nbd_access(remote, resolved).map_err(|_| {
+                    let text = "Can't reopen read-only NBD mount as read/write";
+                    EngineError::generic(text)
+                })?;
                 node.read_only = read_only;
                 *options = FileOptions {
                     read_only,

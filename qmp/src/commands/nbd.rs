@@ -22,8 +22,8 @@ pub(super) fn nbd(mut fields: Fields) -> Result<NbdSpec, QmpError> {
         tls_creds: fields.text("tls-creds"),
         tls_hostname: fields.text("tls-hostname"),
         x_dirty_bitmap: fields.text("x-dirty-bitmap"),
-        reconnect_delay_seconds: number(&fields, "reconnect-delay").unwrap_or(0),
-        open_timeout_seconds: number(&fields, "open-timeout").unwrap_or(0),
+        reconnect_delay_seconds: number(&fields, "reconnect-delay"),
+        open_timeout_seconds: number(&fields, "open-timeout"),
         connections: number(&fields, "x-connections"),
     })
 }
