@@ -15,8 +15,9 @@ use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
 use blockyard_engine::reply::{BlockJobView, Reply};
 use blockyard_engine::request::{
-    BlkdebugSpec, CommonOptions, CopyMode, Discard, DriverSpec, FileSpec, InjectError, JobSpec,
-    MirrorSpec, NewTargetSpec, NodeRef, NodeSpec, Request, VerbFamily, WorkSpec,
+    BlkdebugSpec, CommonOptions, CopyMode, Discard, DriverSpec, FileSpec, InjectError,
+    IntegritySpec, JobSpec, MirrorSpec, NewTargetSpec, NodeRef, NodeSpec, Request, VerbFamily,
+    WorkSpec,
 };
 use blockyard_engine::root_handle::RootHandle;
 use blockyard_simulator::Seed;
@@ -423,6 +424,46 @@ fn a_mirror_that_falls_behind_says_so_until_its_writers_wait() {
             assert!(has_rates(yard.job().await).is_some_and(|rates| rates.converges()));
             yard.verb(VerbCall::Complete).await.expect("ready");
             yard.until(Status::Null).await;
+            shared.go_on(20);
+        });
+    });
+    block_on(shared.root.close()).expect("closed");
+}
+
+/// Checksums are of what the job has read, so what is written on both sides is read again: that keeps no job from being ready, and
+/// from its end, beside writers that never pause.
+#[test]
+fn a_mirror_with_checksums_comes_to_its_end_beside_writers_that_never_pause() {
+    let yard = block_on(Yard::new());
+    let target = yard.folder.path().join("t");
+    let manifest = yard.folder.path().join("m");
+    let spec = MirrorSpec {
+        device: "s".to_owned(),
+        speed: 16 << 20,
+        copy_mode: CopyMode::WriteBlocking,
+        new_target: Some(NewTargetSpec {
+            filename: target.display().to_string(),
+            format: Some("raw".to_owned()),
+            ..NewTargetSpec::default()
+        }),
+        integrity: IntegritySpec {
+            manifest: Some(manifest.clone()),
+            verify: true,
+            ..IntegritySpec::default()
+        },
+        ..MirrorSpec::default()
+    };
+    let root = block_on(yard.engine.open_root("s", true)).expect("opened");
+    let shared = Shared::new(root, false);
+    beside_writers(11, &shared, || {
+        block_on(async {
+            shared.go_on(200);
+            yard.start(spec).await;
+            yard.until(Status::Ready).await;
+            shared.go_on(200);
+            yard.verb(VerbCall::Complete).await.expect("ready");
+            yard.until(Status::Null).await;
+            assert!(manifest.exists());
             shared.go_on(20);
         });
     });

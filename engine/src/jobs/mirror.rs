@@ -284,6 +284,9 @@ impl Mirror {
         if self.extent != Extent::Nothing {
             copier.run(cx).await?;
         }
+        // The sides are equal. Only now is it read once more what was written on both: waiting for that to come to an end would keep
+        // a job with checksums from ever being ready beside writers that never pause.
+        self.tracker.copy_again_now();
         cx.orders().set_actively_synced(self.actively_synced(cx));
         cx.orders().set_busy(false);
         cx.converged().await;

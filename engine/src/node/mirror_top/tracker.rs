@@ -54,8 +54,10 @@ pub struct Tracker {
     pub(super) gate: Rc<Gate>,
     other_side: RefCell<Option<OtherSide>>,
     writes_both: Cell<bool>,
-    /// What was written on both sides is copied as well.
+    /// What was written on both sides is copied as well: at once, or when it is asked for.
     copies_again: Cell<bool>,
+    /// What has been written on both sides and is copied as well, but not yet.
+    again_later: RefCell<Option<DirtyMap>>,
     planned: Cell<ByteRange>,
     /// What the job has looked at, or is looking at.
     looked_at: Cell<ByteRange>,
@@ -82,6 +84,7 @@ impl Tracker {
             other_side: RefCell::default(),
             writes_both: Cell::new(false),
             copies_again: Cell::new(false),
+            again_later: RefCell::default(),
             planned: Cell::default(),
             looked_at: Cell::default(),
             overtaken: RefCell::default(),
@@ -109,14 +112,27 @@ impl Tracker {
         self.writes_both.set(both);
     }
 
-    /// What is written on both sides is copied all the same from now on: whoever copies has to know what it reads.
+    /// What is written on both sides from now on is copied all the same: whoever copies has to know what it reads. As the sides are
+    /// equal there, it does not have to be copied before [`copy_again_now`](Self::copy_again_now).
     pub(crate) fn copy_again(&self) {
         self.copies_again.set(true);
+        let none = self.dirty.borrow().emptied();
+        *self.again_later.borrow_mut() = Some(none);
     }
 
-    /// Whether something of `range` has to be copied.
+    /// What has been written on both sides has to be copied, and what comes, too.
+    pub(crate) fn copy_again_now(&self) {
+        let later = self.again_later.borrow_mut().take();
+        if let Some(later) = later {
+            self.mark_all(&later);
+        }
+    }
+
+    /// Whether something of `range` has to be copied, now or later.
     pub(crate) fn is_dirty(&self, range: ByteRange) -> bool {
-        self.dirty.borrow().run_in(range).is_some()
+        let later = self.again_later.borrow();
+        let later = later.as_ref().and_then(|later| later.run_in(range));
+        later.is_some() || self.dirty.borrow().run_in(range).is_some()
     }
 
     /// The other side, as long as writes go there.
@@ -207,7 +223,14 @@ impl Tracker {
         if self.looked_at.get().overlaps(&touched) {
             self.overtake(touched);
         }
-        if self.copies_again.get() || self.turns.known_copy_waits(touched) {
+        let has_to_be_copied = match &mut *self.again_later.borrow_mut() {
+            Some(later) => {
+                later.mark(range);
+                false
+            }
+            None => self.copies_again.get(),
+        };
+        if has_to_be_copied || self.turns.known_copy_waits(touched) {
             self.mark(range);
         } else if !self.planned.get().overlaps(&touched) {
             self.clear(range);
