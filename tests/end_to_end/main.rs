@@ -47,6 +47,7 @@ mod mutations;
 mod nbd;
 mod nbd_abuse;
 mod nbd_backups;
+mod nbd_cuts;
 mod nbd_nodes;
 mod nbd_tls;
 mod nbd_tls_nodes;
