@@ -15,8 +15,14 @@ pub const BUFFER_ALIGNMENT_BYTES: usize = 4096;
 /// Largest buffer of a pool in bytes.
 pub const BUFFER_SLOT_BYTES: usize = 1 << 20;
 
-/// Up to this length a pool hands out plain memory instead of a slot.
+/// Up to this length a pool hands out less than a slot: a power of two, at least a page.
 const SMALL_BYTES_MAX: usize = 64 << 10;
+
+/// Small memory of one kind that a pool keeps for the next one.
+const SMALL_KEPT_BYTES_MAX: usize = 1 << 20;
+
+/// Kinds of small memory, by length.
+const SMALL_KINDS: usize = (SMALL_BYTES_MAX / BUFFER_ALIGNMENT_BYTES).trailing_zeros() as usize + 1;
 
 /// Owned, page-aligned bytes. Moving a buffer never moves its bytes. Dropping one from a pool gives its memory back; dropping
 /// the last part of one that was [split](Self::split_off) does.
@@ -130,6 +136,13 @@ fn aligned(length: usize) -> BytesMut {
     memory
 }
 
+/// As [`aligned`], and no byte more.
+fn exactly(length: usize) -> BytesMut {
+    let mut memory = aligned(length);
+    memory.truncate(length);
+    memory
+}
+
 impl Drop for Buffer {
     fn drop(&mut self) {
         let memory = std::mem::take(&mut self.memory);
@@ -151,6 +164,7 @@ struct Shared {
     used_bytes: usize,
     slots_made: u16,
     free_slots: Vec<(u16, BytesMut)>,
+    free_small: [Vec<BytesMut>; SMALL_KINDS],
     next_ticket: u64,
     waiters: VecDeque<Waiter>,
 }
@@ -169,6 +183,7 @@ impl BufferPool {
             used_bytes: 0,
             slots_made: 0,
             free_slots: Vec::new(),
+            free_small: Default::default(),
             next_ticket: 0,
             waiters: VecDeque::new(),
         };
@@ -223,14 +238,12 @@ impl BufferPool {
         let charged_bytes = charge_of(length);
         shared.used_bytes += charged_bytes;
         let (slot, memory) = if length <= SMALL_BYTES_MAX {
-            (None, aligned(length))
+            (None, shared.small(charged_bytes))
         } else {
             let (slot, memory) = shared.free_slots.pop().unwrap_or_else(|| {
                 let slot = shared.slots_made;
                 shared.slots_made = shared.slots_made.saturating_add(1);
-                let mut memory = aligned(BUFFER_SLOT_BYTES);
-                memory.truncate(BUFFER_SLOT_BYTES);
-                (slot, memory)
+                (slot, exactly(BUFFER_SLOT_BYTES))
             });
             (Some(slot), memory)
         };
@@ -239,11 +252,16 @@ impl BufferPool {
             slot,
             charged_bytes,
         }));
-        Buffer {
+        let mut buffer = Buffer {
             memory,
             length,
             home,
+        };
+        if cfg!(debug_assertions) {
+            // Whoever takes for zeroes what he has not written is found by tests.
+            buffer.as_mut_slice().fill(0xA5);
         }
+        buffer
     }
 
     fn give_back(&self, home: &Home, memory: BytesMut) {
@@ -251,10 +269,12 @@ impl BufferPool {
         shared.used_bytes -= home.charged_bytes;
         // A slot that comes back in parts, because what used them was dropped midway, is gone with its number: a ring may know
         // it by that. The next one is made anew.
-        if let Some(slot) = home.slot
-            && memory.len() == BUFFER_SLOT_BYTES
-        {
-            shared.free_slots.push((slot, memory));
+        match home.slot {
+            Some(slot) if memory.len() == BUFFER_SLOT_BYTES => {
+                shared.free_slots.push((slot, memory));
+            }
+            None if memory.len() == home.charged_bytes => shared.keep_small(memory),
+            _ => {}
         }
         let first = shared.waiters.front().map(|waiter| waiter.waker.clone());
         drop(shared);
@@ -268,15 +288,34 @@ impl Shared {
     fn has_room(&self, length: usize) -> bool {
         self.used_bytes + charge_of(length) <= self.budget_bytes
     }
+
+    /// Small memory of this length, used before if there is some: making it costs as much as a request of a page.
+    fn small(&mut self, length: usize) -> BytesMut {
+        let kept = self.free_small.get_mut(kind_of(length));
+        kept.and_then(Vec::pop).unwrap_or_else(|| exactly(length))
+    }
+
+    fn keep_small(&mut self, memory: BytesMut) {
+        let length = memory.len();
+        if let Some(kept) = self.free_small.get_mut(kind_of(length))
+            && (kept.len() + 1) * length <= SMALL_KEPT_BYTES_MAX
+        {
+            kept.push(memory);
+        }
+    }
 }
 
-/// What a buffer counts for.
+/// What a buffer counts for, and its memory's length.
 fn charge_of(length: usize) -> usize {
     if length <= SMALL_BYTES_MAX {
-        length.next_multiple_of(BUFFER_ALIGNMENT_BYTES)
+        length.next_power_of_two().max(BUFFER_ALIGNMENT_BYTES)
     } else {
         BUFFER_SLOT_BYTES
     }
+}
+
+fn kind_of(charged_bytes: usize) -> usize {
+    (charged_bytes / BUFFER_ALIGNMENT_BYTES).trailing_zeros() as usize
 }
 
 /// Waits for a buffer.
@@ -416,6 +455,37 @@ mod tests {
             assert!(buffer.slot_of(&BufferPool::new(0)).is_none());
         }
         assert!(pool.try_take(4096).expect("free").slot_of(&pool).is_none());
+    }
+
+    #[test]
+    fn small_memory_is_used_again_by_kind_and_no_more_is_kept_than_may_be() {
+        let pool = BufferPool::new(8 << 20);
+        for (length, capacity) in [
+            (1, 4096),
+            (4096, 4096),
+            (4097, 8192),
+            (40_000, 65536),
+            (65536, 65536),
+        ] {
+            let buffer = pool.try_take(length).expect("free");
+            assert_eq!((buffer.len(), buffer.capacity()), (length, capacity));
+            assert_eq!(pool.in_use_bytes(), capacity);
+            let address = buffer.as_slice().as_ptr();
+            drop(buffer);
+            let again = pool.try_take(length).expect("free");
+            assert_eq!(again.as_slice().as_ptr(), address, "{length} bytes");
+        }
+        assert_eq!(pool.in_use_bytes(), 0);
+        let many: Vec<_> = (0..100).map(|_| pool.try_take(65536)).collect();
+        assert!(many.iter().all(Option::is_some));
+        drop(many);
+        let kept = pool.lock().free_small[kind_of(65536)].len();
+        assert_eq!(kept * 65536, SMALL_KEPT_BYTES_MAX);
+        let mut parts = pool.try_take(8192).expect("free");
+        drop(parts.split_off(4096));
+        drop(parts);
+        assert_eq!(pool.try_take(8192).expect("free").capacity(), 8192);
+        assert_eq!(pool.in_use_bytes(), 0);
     }
 
     #[test]
