@@ -190,7 +190,8 @@ mod tests {
                 "Option '{option}' cannot be reset to its default value"
             ))
         };
-        let cases: [(fn(&mut NbdSpec), Option<String>); 8] = [
+        type Change = fn(&mut NbdSpec);
+        let cases: [(Change, Option<String>); 8] = [
             (
                 |nbd| nbd.server = Address::Path("/t".to_owned()),
                 changed("server.path"),

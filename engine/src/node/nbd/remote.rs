@@ -109,9 +109,9 @@ pub struct Remote {
     agreement: Agreement,
     reconnect_delay: Duration,
     connections: Vec<Mutex<Option<Arc<NbdConnection>>>>,
-    /// Until when requests wait in the outage that is now, in milliseconds since the start of the data threads' clocks. 0: there is
+    /// Until when requests wait in the outage that is now, in nanoseconds since the start of the data threads' clocks. 0: there is
     /// none.
-    outage_until_ms: AtomicU64,
+    outage_until_ns: AtomicU64,
     /// The node is there. Without it nobody has to connect any more.
     closed: Arc<AtomicBool>,
     /// Writes that the server has answered since the last flush.
@@ -139,7 +139,7 @@ impl Remote {
             agreement,
             reconnect_delay,
             connections,
-            outage_until_ms: AtomicU64::new(0),
+            outage_until_ns: AtomicU64::new(0),
             closed: Arc::default(),
             unflushed: AtomicBool::new(false),
             flush_errno: AtomicI32::new(0),
@@ -195,19 +195,19 @@ impl Remote {
     /// Somebody wants a connection and finds none: until when everybody waits for one. An outage has one delay, which begins with
     /// the first who notices; whoever comes behind its end does not wait.
     pub(super) fn outage_until(&self, now: Moment) -> Moment {
-        let millis = |moment: Moment| u64::try_from(moment.since_start().as_millis());
-        let until_ms = millis(now.after(self.reconnect_delay)).unwrap_or(u64::MAX);
-        let (none, new) = (0, until_ms.max(1));
+        let nanos = |moment: Moment| u64::try_from(moment.since_start().as_nanos());
+        let until_ns = nanos(now.after(self.reconnect_delay)).unwrap_or(u64::MAX);
+        let (none, new) = (0, until_ns.max(1));
         let told =
-            self.outage_until_ms
+            self.outage_until_ns
                 .compare_exchange(none, new, Ordering::AcqRel, Ordering::Acquire);
-        Moment::new(Duration::from_millis(told.err().unwrap_or(new)))
+        Moment::new(Duration::from_nanos(told.err().unwrap_or(new)))
     }
 
     /// There is a connection: the next outage is another one.
     pub(super) fn connected(&self) {
-        if self.outage_until_ms.load(Ordering::Relaxed) != 0 {
-            self.outage_until_ms.store(0, Ordering::Release);
+        if self.outage_until_ns.load(Ordering::Relaxed) != 0 {
+            self.outage_until_ns.store(0, Ordering::Release);
         }
     }
 
@@ -312,6 +312,14 @@ mod tests {
         for (now, until) in [(10, 15), (12, 15), (300, 15)] {
             assert_eq!(remote.outage_until(at(now)), at(until), "{now}");
         }
+        remote.connected();
+        let (now, delay) = (Duration::new(301, 999_999), Duration::from_secs(5));
+        let until = Moment::new(now + delay);
+        assert_eq!(
+            remote.outage_until(Moment::new(now)),
+            until,
+            "not a moment less"
+        );
         remote.connected();
         assert_eq!(remote.outage_until(at(301)), at(306));
         remote.replace(0, connection(0)).expect("the same");
