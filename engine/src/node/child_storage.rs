@@ -187,7 +187,9 @@ impl Storage for ChildStorage {
             let zeroed = if range.end() <= self.length() {
                 self.node.zero(range, mode).await
             } else {
-                let _turn = self.growing.enter(range).await;
+                // Zeroes grow a file by setting its length, which would cut off what a write behind them adds meanwhile.
+                let behind = ByteRange::between(range.offset(), u64::MAX);
+                let _turn = self.growing.enter(behind).await;
                 self.node.zero_growing(range, mode).await
             };
             zeroed.map_err(|error| self.noted(error))

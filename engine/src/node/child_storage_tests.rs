@@ -5,7 +5,8 @@ use std::rc::Rc;
 use blockyard_simulator::{DiskOptions, World, each_seed};
 use blockyard_storage::error::{EIO, ENOSPC};
 use blockyard_storage::{
-    Buffer, ByteRange, LocalFuture, MemoryStorage, Operation, Preallocation, Storage, conformance,
+    Buffer, ByteRange, LocalFuture, MemoryStorage, Operation, Preallocation, Storage, ZeroMode,
+    conformance,
 };
 use futures_util::future::{join, join_all};
 
@@ -122,6 +123,29 @@ fn writers_that_grow_a_node_at_once_do_not_cut_each_other_off() {
             }
         }));
     }
+}
+
+/// Zeroes behind the end of a file set its length, to what may be less than a write behind them has made of it meanwhile.
+#[test]
+fn zeroes_that_grow_a_file_do_not_cut_off_a_write_behind_them() {
+    each_seed("blockyard-engine", "zeroes_that_grow", 50, |seed| {
+        let world = World::new(seed);
+        let disk = world.disk("disk", DiskOptions::default());
+        let node = FileNode::new("file".to_owned(), disk.open(), FileOptions::default());
+        let storage = ChildStorage::new(Rc::new(node));
+        let mode = ZeroMode {
+            may_unmap: true,
+            no_fallback: false,
+        };
+        let zeroes = storage.zero(ByteRange::new(512, 1024), mode);
+        let write = storage.write(1536, Buffer::copy_of(&[7; 700]));
+        let both = blockyard_simulator::run(join(zeroes, write), || world.step());
+        let (zeroed, written) = both.expect("it ends");
+        zeroed.expect("zeroed");
+        written.outcome.expect("written");
+        assert_eq!(disk.bytes().len(), 2236, "seed {seed}");
+        assert!(disk.bytes()[1536..].iter().all(|byte| *byte == 7));
+    });
 }
 
 #[test]

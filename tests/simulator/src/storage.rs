@@ -128,7 +128,37 @@ impl Storage for SimulatedStorage {
     }
 
     fn zero(&self, range: ByteRange, mode: ZeroMode) -> LocalFuture<'_, Result<(), StorageError>> {
-        Box::pin(self.change(Operation::Zero, Change::Zero { range, mode }))
+        Box::pin(async move {
+            let inside = range.clamp_end(self.facts().length_bytes);
+            if inside == range {
+                return self
+                    .change(Operation::Zero, Change::Zero { range, mode })
+                    .await;
+            }
+            // As a file: what is behind the end is zero once the file is long enough, and that is a step of its own. Whoever
+            // makes it longer between the look at its length and that step is cut off.
+            if !inside.is_empty() {
+                let inside = Change::Zero {
+                    range: inside,
+                    mode,
+                };
+                self.change(Operation::Zero, inside).await?;
+            }
+            let grown = Task::Change(match self.facts().length_bytes < range.end() {
+                true => Change::Resize {
+                    length_bytes: range.end(),
+                },
+                false => Change::Zero {
+                    range: ByteRange::default(),
+                    mode,
+                },
+            });
+            let answer = self.carry_out(Operation::Zero, range, grown).await;
+            answer
+                .outcome
+                .map(drop)
+                .map_err(|errno| StorageError::new(Operation::Zero, range, errno))
+        })
     }
 
     fn discard(&self, range: ByteRange) -> LocalFuture<'_, Result<(), StorageError>> {
