@@ -156,10 +156,11 @@ impl Mirror {
     }
 
     fn copier(&self) -> Copier {
-        let in_flight = self.buf_size_bytes;
+        // A buffer holds at least what is tracked as one, as QEMU's does.
+        let granularity = self.tracker.granularity_bytes();
+        let in_flight = self.buf_size_bytes.next_multiple_of(granularity);
         // Whole blocks, so that no two requests share one of the target.
         let chunk = COPY_CHUNK_BYTES.min(in_flight.max(BLOCK_BYTES)) / BLOCK_BYTES * BLOCK_BYTES;
-        let granularity = self.tracker.granularity_bytes();
         let layers = match self.extent {
             Extent::Layers(count) => Layers::Top {
                 count,

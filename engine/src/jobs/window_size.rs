@@ -11,8 +11,11 @@ use crate::clock::Moment;
 /// Requests in flight at first, before anything is known.
 const START: usize = 4;
 
-/// A request slower than this makes fewer of them, so that a pause takes a fraction of a second.
+/// A request slower than this makes fewer of them, so that a pause takes a fraction of a second: if fewer are quicker.
 const SLOW: Duration = Duration::from_millis(100);
+
+/// After so many slow requests, one at a time, two are tried.
+const SLOW_ALONE: u32 = 8;
 
 /// What twice as many requests have to move to be doubled again, in hundredths of before.
 const GROWN_PERCENT: u128 = 125;
@@ -49,6 +52,10 @@ pub(super) struct WindowSize {
     count_max: usize,
     /// Slow requests hold the number down to this.
     ceiling: usize,
+    /// What a request takes that waits for no other: the quickest so far, or the last that was alone.
+    alone: Option<Duration>,
+    /// Slow requests that were alone.
+    slow_alone: u32,
     phase: Phase,
     measure: Measure,
 }
@@ -109,6 +116,8 @@ impl WindowSize {
             count,
             count_max,
             ceiling: count_max,
+            alone: None,
+            slow_alone: 0,
             phase: Phase::Growing {
                 round: count,
                 best: None,
@@ -133,10 +142,22 @@ impl WindowSize {
 
     /// A request took this long.
     pub(super) fn took(&mut self, time: Duration) {
-        if time > SLOW {
+        let is_alone = self.requests() == 1;
+        let alone = match self.alone {
+            Some(alone) if !is_alone => alone.min(time),
+            _ => time,
+        };
+        self.alone = Some(alone);
+        if time < SLOW / 2 || (!is_alone && time * 2 <= alone * 3) {
+            self.ceiling = (self.ceiling + 1).min(self.count_max);
+        } else if time > SLOW && time * 4 > alone * 7 {
             self.ceiling = (self.requests() - 1).max(1);
-        } else if time < SLOW / 2 && self.ceiling < self.count_max {
-            self.ceiling += 1;
+        } else if is_alone {
+            // Slow by itself: whether two take longer has to be tried now and then.
+            self.slow_alone += 1;
+            if self.slow_alone.is_multiple_of(SLOW_ALONE) {
+                self.ceiling = self.count_max.min(2);
+            }
         }
         if self.count > self.ceiling {
             self.interrupted();
@@ -427,15 +448,15 @@ mod tests {
     }
 
     #[test]
-    fn slow_requests_make_it_few_and_quick_ones_many_again() {
+    fn slow_requests_make_it_few_if_they_wait_for_each_other_and_quick_ones_many_again() {
         let mut size = WindowSize::new(16);
         let slow = Disk {
-            lanes: 1000,
+            lanes: 1,
             service: |_| Duration::from_millis(300),
-            noise_percent: 0,
+            noise_percent: 10,
         };
-        settled(&mut size, &slow, 64);
-        assert_eq!(size.requests(), 1);
+        let few = settled(&mut size, &slow, 200);
+        assert!(few <= 3.0, "{few}");
         let far = Disk {
             lanes: 1000,
             service: |_| Duration::from_millis(10),
@@ -443,6 +464,38 @@ mod tests {
         };
         settled(&mut size, &far, 2_000);
         assert!(size.requests() >= 12, "{}", size.requests());
+    }
+
+    #[test]
+    fn however_far_an_end_is_it_gets_all_there_may_be() {
+        for milliseconds in [90, 150, 1_000] {
+            let far = Disk {
+                lanes: 1000,
+                service: |_| Duration::from_millis(milliseconds),
+                noise_percent: 20,
+            };
+            let mut size = WindowSize::new(16);
+            let many = settled(&mut size, &far, 400);
+            assert!(many > 11.0, "{many} at {milliseconds} ms");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_becomes_slow_gets_few_and_many_again_when_it_turns_out_to_be_far() {
+        let mut size = WindowSize::new(16);
+        let quick = Disk {
+            lanes: 4,
+            service: |_| Duration::from_millis(1),
+            noise_percent: 10,
+        };
+        settled(&mut size, &quick, 1_000);
+        let far = Disk {
+            lanes: 1000,
+            service: |_| Duration::from_millis(300),
+            noise_percent: 10,
+        };
+        settled(&mut size, &far, 2_000);
+        assert!(size.requests() > 8, "{}", size.requests());
     }
 
     #[test]
