@@ -194,6 +194,10 @@ impl Qcow2 {
                     self.commit_counts().await?;
                     continue;
                 }
+                Counted::Reserve(cluster) => {
+                    self.reserve_block(cluster).await?;
+                    continue;
+                }
                 Counted::GrowTable => {
                     self.grow_refcount_table().await?;
                     continue;
@@ -228,6 +232,7 @@ impl ImageState {
                 Counted::Done(false) | Counted::Full => return Ok(Counted::Done(None)),
                 Counted::Load(slice) => return Ok(Counted::Load(slice)),
                 Counted::Write => return Ok(Counted::Write),
+                Counted::Reserve(cluster) => return Ok(Counted::Reserve(cluster)),
                 Counted::GrowTable => return Ok(Counted::GrowTable),
                 Counted::Wait => return Ok(Counted::Wait),
             }

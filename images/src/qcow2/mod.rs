@@ -14,6 +14,7 @@ pub mod create;
 pub mod fill;
 mod frees;
 mod fresh;
+mod fresh_room;
 mod growth;
 mod header_updates;
 pub mod image;

@@ -33,6 +33,8 @@ pub(super) struct Refcounts {
     pub(super) cursor: Cell<HostCluster>,
     /// Nobody has ever written to this cluster or behind it: the file reads as zeroes there.
     pub(super) untouched_from: Cell<HostCluster>,
+    /// There is room in the file for a block in this cluster, which has none yet; the first cluster: there is none such.
+    pub(super) room_for_block: Cell<HostCluster>,
 }
 
 /// Where the count of a cluster stands.
@@ -57,6 +59,8 @@ pub(super) enum Counted<T> {
     Load(HostOffset),
     /// Something has to be written first, to make room in the cache.
     Write,
+    /// Room in the file has to be reserved first for a block in this cluster.
+    Reserve(HostCluster),
     /// The refcount table has to grow first.
     GrowTable,
     /// Nobody is given a cluster for now.
@@ -99,6 +103,7 @@ impl Refcounts {
             blocks,
             cursor: Cell::new(HostCluster(1)),
             untouched_from: Cell::new(HostCluster(file_clusters.0)),
+            room_for_block: Cell::new(HostCluster(0)),
         }
     }
 
@@ -145,8 +150,9 @@ impl ImageState {
                 Place::Slice { slice, clusters } => (slice, clusters),
                 Place::NoEntry => return Ok(Counted::GrowTable),
                 Place::NoBlock { table_index } => match self.add_block(table_index)? {
-                    true => continue,
-                    false => return Ok(Counted::Write),
+                    Counted::Done(()) => continue,
+                    Counted::Reserve(cluster) => return Ok(Counted::Reserve(cluster)),
+                    _ => return Ok(Counted::Write),
                 },
             };
             let end = clusters.0.plus(clusters.1).min(limit);
@@ -199,8 +205,9 @@ impl ImageState {
             Place::NoBlock { table_index } => {
                 return Ok(match self.add_block(table_index)? {
                     // The block may have taken the very cluster.
-                    true => Counted::Load(self.block_at(table_index)),
-                    false => Counted::Write,
+                    Counted::Done(()) => Counted::Load(self.block_at(table_index)),
+                    Counted::Reserve(cluster) => Counted::Reserve(cluster),
+                    _ => Counted::Write,
                 });
             }
         };
@@ -389,9 +396,9 @@ impl ImageState {
         HostOffset(self.counts.table.borrow().word(table_index) & TABLE_OFFSET_MASK)
     }
 
-    /// Makes a block for clusters that have none: it stands in the first of them, and counts itself. `false`: the cache has no
-    /// room for it.
-    fn add_block(&self, table_index: u64) -> Result<bool, ImageError> {
+    /// Makes a block for clusters that have none: it stands in the first of them, and counts itself. Needs room in the file, and
+    /// in the cache.
+    fn add_block(&self, table_index: u64) -> Result<Counted<()>, ImageError> {
         let geometry = &self.geometry;
         let cluster = HostCluster(table_index.saturating_mul(geometry.refcounts_per_block()));
         let at = geometry.host_offset(cluster);
@@ -404,10 +411,14 @@ impl ImageState {
             }));
         }
         self.check_claim(cluster, ClusterCount(1))?;
+        if self.counts.room_for_block.get() != cluster {
+            return Ok(Counted::Reserve(cluster));
+        }
         let mut bytes = vec![0; self.counts.blocks.slice_bytes()];
         if !put_refcount(geometry, &mut bytes, 0, 1) || !self.counts.blocks.put_new(at, bytes) {
-            return Ok(false);
+            return Ok(Counted::Write);
         }
+        self.counts.room_for_block.set(HostCluster(0));
         let mut fresh = self.fresh.borrow_mut();
         let slice_bytes = self.counts.blocks.slice_bytes();
         fresh.add(
@@ -424,7 +435,7 @@ impl ImageState {
         self.overlaps
             .add(ByteRange::new(at.0, geometry.cluster_bytes()));
         self.counts.touch(cluster.plus(ClusterCount(1)));
-        Ok(true)
+        Ok(Counted::Done(()))
     }
 
     /// A broken image may count as free what is in use: its metadata at least is not handed out.

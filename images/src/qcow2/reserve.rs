@@ -175,6 +175,7 @@ impl Qcow2 {
                 TablePlace::None => None,
             };
             let claim = self.claim(ClusterCount(1)).await?;
+            self.reserve_table(claim.first()).await?;
             let now = match self.state.entry_place(cluster)? {
                 TablePlace::Entry(place) if place.copied => continue,
                 TablePlace::Entry(place) => Some(place.table),

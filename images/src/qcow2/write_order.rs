@@ -223,8 +223,9 @@ impl ImageState {
             self.overlaps
                 .check(self, range, Some(kind))
                 .map_err(ImageError::Corrupt)?;
+            // It keeps the room that was reserved for it, for entries to come.
             let mode = ZeroMode {
-                may_unmap: true,
+                may_unmap: false,
                 no_fallback: false,
             };
             return Ok(self.file.zero(range, mode).await?);

@@ -73,6 +73,8 @@ pub const EINVAL: i32 = 22;
 pub const EFBIG: i32 = 27;
 /// `ENOSPC`: the file system is full.
 pub const ENOSPC: i32 = 28;
+/// `EDQUOT`: no more of the file system is for this user.
+pub const EDQUOT: i32 = 122;
 /// `EOPNOTSUPP`: not supported by this file or file system.
 pub const EOPNOTSUPP: i32 = 95;
 /// `EXDEV`: two files on different file systems.

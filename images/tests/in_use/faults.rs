@@ -1,9 +1,14 @@
 //! Operations that fail: never a wrong success, never a wrong byte later on.
 
-use blockyard_simulator::{Fault, each_seed, run};
-use blockyard_storage::Operation;
+use blockyard_images::qcow2::create::CreateOptions;
+use blockyard_images::qcow2::{Options, Qcow2};
+use blockyard_simulator::disk::DiskOptions;
+use blockyard_simulator::{Disk, Fault, World, each_seed, run};
 use blockyard_storage::error::{EIO, ENOSPC};
+use blockyard_storage::{ByteRange, Operation};
 
+use crate::mover::Mover;
+use crate::setup::{Setup, all_bytes};
 use crate::yard::{Failures, Yard, all};
 
 /// Clients work while something fails; the power may go at every step.
@@ -133,6 +138,135 @@ fn a_full_disk_gets_room_and_all_is_well() {
             );
         },
     );
+}
+
+#[test]
+fn a_full_disk_has_room_for_the_tables_of_what_was_written() {
+    each_seed(
+        "blockyard-images",
+        "a_full_disk_has_room_for_the_tables_of_what_was_written",
+        200,
+        |number| {
+            let yard = Yard::new(7_000_000 + number);
+            if yard.setup.device.is_some() {
+                return;
+            }
+            let mover = yard.mover();
+            let taken = yard.image.allocated_bytes();
+            let room = yard.seed.below(30) * 4096;
+            yard.image.set_capacity(Some(taken + room));
+            let mut tasks = yard.clients(&mover, 3, 10, Failures::Allowed);
+            let step = || yard.world.step();
+            assert!(
+                run(all(&mut tasks), step).is_some(),
+                "somebody waits for ever"
+            );
+            let flushing = yard.cells.flush();
+            let flushed = run(mover.image.flush(), step).expect("it ends");
+            flushed.expect("what was answered has its room");
+            yard.cells.flushed(flushing);
+            yard.check_after_cut(1);
+            let closed = run(mover.image.close(), step).expect("it ends");
+            closed.expect("closed");
+            yard.check_bytes(
+                yard.image.bytes(),
+                yard.data.as_ref().map(|data| data.bytes()),
+            );
+        },
+    );
+}
+
+/// Writes of 4 KiB, so far apart, to an image of this shape; the disk is full some time after the first `before` are durable.
+struct Filling {
+    cluster_bytes: u64,
+    refcount_bits: u64,
+    stride_bytes: u64,
+    before: u64,
+}
+
+impl Filling {
+    const WRITE_BYTES: u64 = 4096;
+
+    fn open(&self, world: &World, disk: &Disk) -> Mover {
+        let options = Options {
+            l2_cache_entry_bytes: 4096,
+            ..Options::default()
+        };
+        let opening = Qcow2::open(disk.open(), None, options);
+        let image = run(opening, || world.step()).expect("it ends");
+        Mover::new(image.expect("sound"), None, true)
+    }
+
+    fn place(&self, index: u64) -> ByteRange {
+        ByteRange::new(index * self.stride_bytes, Self::WRITE_BYTES)
+    }
+
+    /// How many were answered with so much room behind the first ones: all of them are there.
+    fn with_room(&self, room_bytes: u64) -> u64 {
+        let mut create = CreateOptions::new(1 << 30);
+        create.cluster_bytes = self.cluster_bytes;
+        create.refcount_bits = self.refcount_bits;
+        let setup = Setup {
+            create,
+            options: Options::default(),
+            below: None,
+            skips_zeroes: true,
+            device: None,
+        };
+        let world = World::new(room_bytes);
+        let disk = world.disk("image", DiskOptions::default());
+        disk.fill(0, &all_bytes(&setup.memory().0));
+        let mover = self.open(&world, &disk);
+        let step = || world.step();
+        let bytes = [0x55; Self::WRITE_BYTES as usize];
+        let mut answered = 0;
+        loop {
+            if answered == self.before {
+                let flushed = run(mover.image.flush(), step).expect("it ends");
+                flushed.expect("there is room");
+                disk.set_capacity(Some(disk.allocated_bytes() + room_bytes));
+            }
+            let writing = mover.write(self.place(answered).offset(), &bytes);
+            match run(writing, step).expect("it ends") {
+                Ok(()) => answered += 1,
+                Err(_) => break,
+            }
+        }
+        let closed = run(mover.image.close(), step).expect("it ends");
+        closed.expect("all that was answered has its room");
+        let mover = self.open(&world, &disk);
+        for index in 0..answered {
+            let read = run(mover.read(self.place(index)), step).expect("it ends");
+            assert!(read.expect("read") == bytes, "{room_bytes}: {index}");
+        }
+        answered
+    }
+}
+
+#[test]
+fn whatever_fills_a_disk_leaves_room_for_the_tables() {
+    for filling in [
+        // Each goes to a slice of its own of an L2 table that is there, then to the next table.
+        Filling {
+            cluster_bytes: 64 << 10,
+            refcount_bits: 16,
+            stride_bytes: 32 << 20,
+            before: 1,
+        },
+        // They come to the end of what a refcount block counts, and what an L2 table leads to.
+        Filling {
+            cluster_bytes: 4096,
+            refcount_bits: 64,
+            stride_bytes: 4096,
+            before: 500,
+        },
+    ] {
+        let answered: Vec<u64> = (0..40)
+            .map(|blocks| filling.with_room(blocks * 4096))
+            .collect();
+        assert!(answered.is_sorted(), "{answered:?}");
+        assert!(answered.last() > answered.first(), "{answered:?}");
+    }
 }
 
 #[test]
