@@ -147,9 +147,17 @@ fn without_progress(value: Value) -> Value {
 fn hide_lengths_of_images(nodes: &mut [Value]) {
     let is_of = |node: &Value, driver: &str| node.get("drv") == Some(&json!(driver));
     let images = nodes.iter().filter(|node| is_of(node, "qcow2"));
-    let files: Vec<Value> = images
-        .filter_map(|node| node.get("file").cloned())
-        .collect();
+    let file_of = |node: &Value| {
+        let file = node.get("file")?;
+        // An image that is opened otherwise than its header says is shown with its options.
+        let options = file.as_str().and_then(|file| file.strip_prefix("json:"));
+        let options = options.and_then(|options| serde_json::from_str::<Value>(options).ok());
+        match options {
+            Some(options) => options.pointer("/file/filename").cloned(),
+            None => Some(file.clone()),
+        }
+    };
+    let files: Vec<Value> = images.filter_map(file_of).collect();
     let is_file = |node: &&mut Value| {
         let file = node.get("file");
         is_of(node, "file") && file.is_some_and(|file| files.contains(file))
