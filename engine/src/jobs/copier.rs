@@ -1,7 +1,8 @@
 //! The copier: many ranges in flight, bounded, paced, errors by policy. The one piece of code that moves a job's bytes.
 //!
 //! Ranges are issued in ascending order and may end in any order. Pause and cancel stop the issuing at once; what is in
-//! flight ends first, and the window shrinks when requests are slow, so that this takes a fraction of a second.
+//! flight ends first, and the window shrinks when requests are slow for waiting for each other, so that this takes a fraction of a
+//! second, or as long as one request.
 
 use std::collections::VecDeque;
 use std::future::pending;
