@@ -194,6 +194,14 @@ pub fn discard(file: &OwnedFd, abilities: &Abilities, range: ByteRange) -> Resul
     }
 }
 
+/// Where data and holes are.
+pub struct Allocation {
+    /// Of the range that was asked for, or the front of it.
+    pub extents: Vec<Extent>,
+    /// The run of data that was come across last, as far as it goes beyond the range.
+    pub data_run: Option<ByteRange>,
+}
+
 /// Where data and holes are in `range`.
 ///
 /// # Errors
@@ -204,8 +212,9 @@ pub fn allocation(
     abilities: &Abilities,
     range: ByteRange,
     extents_max: usize,
-) -> Result<Vec<Extent>, Failed> {
+) -> Result<Allocation, Failed> {
     let length = length_of(file)?;
+    let mut data_run = None;
     let mut extents: Vec<Extent> = Vec::new();
     let mut rest = range;
     while !rest.is_empty() && extents.len() < extents_max.max(1) {
@@ -223,6 +232,9 @@ pub fn allocation(
                 Err(errno) => return Err(errno),
             }
         };
+        if data {
+            data_run = Some(ByteRange::between(rest.offset(), end));
+        }
         let (run, after) =
             rest.split_at(end.max(rest.offset() + 1).min(rest.end()) - rest.offset());
         rest = after;
@@ -233,7 +245,7 @@ pub fn allocation(
             _ => extents.push(Extent { range: run, data }),
         }
     }
-    Ok(extents)
+    Ok(Allocation { extents, data_run })
 }
 
 /// Whether there is data at `offset`, and where that changes.

@@ -11,6 +11,7 @@ use rustix::fs::{
     statx,
 };
 
+use crate::data_run::DataRun;
 use crate::file_calls::is_write_protected;
 
 /// How to open.
@@ -37,8 +38,8 @@ pub enum FileKind {
     Other,
 }
 
-/// An open file of the host. Clones share the descriptor, and with it the image locks, the length
-/// and the memory of a failed flush.
+/// An open file of the host. Clones share the descriptor, and with it the image locks, the length,
+/// the memory of a failed flush and where it is known to hold data.
 #[derive(Clone, Debug)]
 pub struct HostFile {
     file: Arc<OwnedFd>,
@@ -50,6 +51,7 @@ pub struct HostFile {
     request_alignment: u32,
     /// The errno of the flush that failed; 0: none did.
     failed_sync: Arc<AtomicI32>,
+    data_run: Arc<DataRun>,
 }
 
 impl HostFile {
@@ -77,7 +79,7 @@ impl HostFile {
     }
 
     /// Opens the very same file once more, in another way: by its descriptor, so that it does not matter what its name has
-    /// become. Image locks stay with this one; the length and the memory of a failed flush are shared. May block.
+    /// become. Image locks stay with this one; all else that clones share is shared. May block.
     ///
     /// # Errors
     /// What open(2) says: permissions are looked at anew. `ENOENT` also where /proc is not mounted, `ESTALE` if what is
@@ -95,6 +97,7 @@ impl HostFile {
         Ok(Self {
             length_bytes: Arc::clone(&self.length_bytes),
             failed_sync: Arc::clone(&self.failed_sync),
+            data_run: Arc::clone(&self.data_run),
             ..again
         })
     }
@@ -124,6 +127,7 @@ impl HostFile {
             write: mode.write,
             request_alignment: 1,
             failed_sync: Arc::default(),
+            data_run: Arc::default(),
         };
         if mode.direct && matches!(kind, FileKind::Regular | FileKind::BlockDevice) {
             let told = opened.told_alignment();
@@ -238,6 +242,11 @@ impl HostFile {
         let _ = self
             .failed_sync
             .compare_exchange(0, errno, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Where it is known to hold data.
+    pub(crate) fn data_run(&self) -> &Arc<DataRun> {
+        &self.data_run
     }
 
     /// The descriptor.

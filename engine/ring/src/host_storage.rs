@@ -74,12 +74,15 @@ impl HostStorage {
         if let Some(errno) = self.refusal(range) {
             return Err(StorageError::new(operation, range, errno));
         }
-        let file = self.file.descriptor().clone();
-        let outcome = self
-            .workers
-            .run(move || call(&file))
-            .await
-            .unwrap_or(Err(EIO));
+        let file = self.file.clone();
+        let changed = move || {
+            // The worker forgets: whoever asked may be gone by then.
+            file.data_run().forget();
+            let outcome = call(file.descriptor());
+            file.data_run().forget();
+            outcome
+        };
+        let outcome = self.workers.run(changed).await.unwrap_or(Err(EIO));
         outcome.map_err(|errno| StorageError::new(operation, range, errno))
     }
 
@@ -202,9 +205,20 @@ impl Storage for HostStorage {
         extents_max: usize,
     ) -> LocalFuture<'_, Result<Vec<Extent>, StorageError>> {
         Box::pin(async move {
-            let file = self.file.descriptor().clone();
-            let (kind, abilities) = (self.file.kind(), self.abilities.clone());
-            let call = move || file_calls::allocation(&file, kind, &abilities, range, extents_max);
+            if !range.is_empty() && self.file.data_run().contains(range) {
+                return Ok(vec![Extent { range, data: true }]);
+            }
+            let (file, abilities) = (self.file.clone(), self.abilities.clone());
+            let call = move || {
+                let changes = file.data_run().changes();
+                let (kind, descriptor) = (file.kind(), file.descriptor());
+                let told =
+                    file_calls::allocation(descriptor, kind, &abilities, range, extents_max)?;
+                if let Some(run) = told.data_run {
+                    file.data_run().learned(run, changes);
+                }
+                Ok(told.extents)
+            };
             let outcome = self.workers.run(call).await.unwrap_or(Err(EIO));
             outcome.map_err(|errno| StorageError::new(Operation::Allocation, range, errno))
         })

@@ -4,6 +4,7 @@
 //! to one thread; its [`turn`](Reactor::turn) is the only place where that thread waits.
 
 pub mod confined;
+mod data_run;
 pub mod file_attributes;
 pub mod file_calls;
 pub mod heap;

@@ -66,28 +66,33 @@ impl Workers {
     fn push(&self, call: Call) {
         let mut state = lock(&self.shared.state);
         state.queue.push_back(call);
-        if state.idle > 0 {
-            self.shared.work.notify_one();
-        }
+        let is_idle = state.idle > 0;
         // A thread that was called but has not come yet still counts as idle: it takes one call, not two, and none may
         // wait behind another that is stuck.
-        if state.idle >= state.queue.len() || state.threads >= self.shared.threads_max {
+        let starts = state.idle < state.queue.len() && state.threads < self.shared.threads_max;
+        state.threads += usize::from(starts);
+        // A thread that wakes would wait for the lock at once.
+        drop(state);
+        if is_idle {
+            self.shared.work.notify_one();
+        }
+        if !starts {
             return;
         }
-        state.threads += 1;
         let shared = self.shared.clone();
         let started = std::thread::Builder::new()
             .name("io-worker".to_owned())
             .spawn(move || shared.serve());
         if started.is_err() {
+            let mut state = lock(&self.shared.state);
             state.threads -= 1;
-            if state.threads == 0 {
-                // Better slow than stuck: without any worker the caller's thread does it.
-                let call = state.queue.pop_back();
+            // Better slow than stuck: without any worker the caller's thread does it.
+            while state.threads == 0
+                && let Some(call) = state.queue.pop_front()
+            {
                 drop(state);
-                if let Some(call) = call {
-                    call();
-                }
+                call();
+                state = lock(&self.shared.state);
             }
         }
     }

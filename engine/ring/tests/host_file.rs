@@ -7,7 +7,7 @@ use std::task::Poll;
 
 use blockyard_ring::{BackendChoice, HostFile, OpenMode, Reactor, ReactorConfig};
 use blockyard_storage::buffer::BufferPool;
-use blockyard_storage::{Buffer, ByteRange};
+use blockyard_storage::{Buffer, ByteRange, ZeroMode};
 
 mod support;
 use support::block_on;
@@ -65,6 +65,50 @@ fn a_failed_flush_that_nobody_waits_for_stays_too() {
         storage.allocation(range, 1).await.expect("mapped");
         assert!(file.failed_sync().is_some(), "whoever comes next is told");
     });
+}
+
+#[test]
+fn a_hole_shows_however_it_was_made_through_the_file() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let path = folder.path().join("image");
+    let mode = OpenMode {
+        write: true,
+        ..OpenMode::default()
+    };
+    let (hole, whole) = (ByteRange::new(1 << 20, 1 << 20), ByteRange::new(0, 4 << 20));
+    for how in ["discard", "zero", "resize", "through another descriptor"] {
+        std::fs::write(&path, vec![7; 4 << 20]).expect("written");
+        let file = HostFile::open(&path, mode).expect("opened");
+        let reactor = reactor(BackendChoice::Auto);
+        let storage = reactor.file(file.clone(), false);
+        let other = reactor.file(file.reopened(mode).expect("opened again"), false);
+        block_on(&reactor, async {
+            let is_data = async || {
+                let told = storage.allocation(hole, 1).await.expect("mapped");
+                assert_eq!(told.first().map(|extent| extent.range), Some(hole));
+                told.iter().all(|extent| extent.data)
+            };
+            storage.allocation(whole, 8).await.expect("mapped");
+            assert!(is_data().await, "{how}");
+            match how {
+                "discard" => storage.discard(hole).await,
+                "zero" => {
+                    let unmaps = ZeroMode {
+                        may_unmap: true,
+                        no_fallback: false,
+                    };
+                    storage.zero(hole, unmaps).await
+                }
+                "resize" => {
+                    storage.resize(hole.offset()).await.expect("shorter");
+                    storage.resize(whole.end()).await
+                }
+                _ => other.discard(hole).await,
+            }
+            .expect(how);
+            assert!(!is_data().await, "{how}");
+        });
+    }
 }
 
 #[test]
