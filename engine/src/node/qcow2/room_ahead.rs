@@ -2,7 +2,8 @@
 //!
 //! A small write to a new cluster would have the host file system find blocks for these few bytes alone and move the end of the
 //! file each time, one write after the other. Reserved in one go, the writes that follow find both done. What is reserved and
-//! never used stays a tail of the file that no table knows, at most [`RESERVED_BYTES`] long.
+//! never used stays a tail of the file that no table knows: at most [`RESERVED_BYTES`], or an eighth of what small writes have
+//! brought so far, up to [`RESERVED_BYTES_MAX`].
 
 use std::cell::Cell;
 
@@ -11,8 +12,14 @@ use blockyard_storage::{ByteRange, Preallocation, Storage};
 
 use crate::node::qcow2::mover::Mover;
 
-/// Bytes that are reserved at a time, at most.
+/// Bytes that are reserved at a time, until many small writes have come.
 const RESERVED_BYTES: u64 = 1 << 20;
+
+/// Bytes that are reserved at a time, at most.
+const RESERVED_BYTES_MAX: u64 = 8 << 20;
+
+/// What part of the small writes so far is reserved for the next ones, once that is more.
+const RESERVED_PART: u64 = 8;
 
 /// Longest write that does not find blocks for itself.
 const SMALL_BYTES_MAX: u64 = 256 << 10;
@@ -48,7 +55,8 @@ impl Mover {
                 let before = ahead.whole_bytes.get();
                 let now = before.saturating_add(room.range().length());
                 ahead.whole_bytes.set(now);
-                before.min(RESERVED_BYTES)
+                let part = (before / RESERVED_PART).clamp(RESERVED_BYTES, RESERVED_BYTES_MAX);
+                before.min(part)
             }
             false => RESERVED_BYTES,
         };
