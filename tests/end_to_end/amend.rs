@@ -161,6 +161,47 @@ fn options_of_a_node_change_in_place() {
     daemon.quit();
 }
 
+/// A job that says it was cancelled has changed nothing, whenever the order comes.
+#[test]
+fn a_cancelled_one_has_changed_nothing() {
+    if !have_oracle() {
+        return;
+    }
+    let daemon = Daemon::start();
+    qemu_img(
+        &daemon.path(""),
+        &["create", "-q", "-f", "qcow2", "i.qcow2", "8M"],
+    );
+    let mut client = daemon.client();
+    client.run(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "i.qcow2"}}),
+    );
+    for questions in 0..40 {
+        client.run("block_resize", json!({"node-name": "n", "size": 8 << 20}));
+        let options = json!({"driver": "qcow2", "size": 1 << 20});
+        client.run(
+            "x-blockdev-amend",
+            json!({"job-id": "a", "node-name": "n", "options": options}),
+        );
+        // Each comes a little later than the one before.
+        for _ in 0..questions / 4 {
+            client.run("query-version", json!({}));
+        }
+        let cancelled = client.command("job-cancel", json!({"id": "a"}));
+        client.wait_for("a", "concluded");
+        let jobs = client.run("query-jobs", json!({}));
+        client.run("job-dismiss", json!({"id": "a"}));
+        let (_, size) = format_of(&mut client);
+        let expected = match jobs[0]["error"].as_str() {
+            Some("Operation canceled") => 8 << 20,
+            None => 1 << 20,
+            Some(other) => panic!("{other}"),
+        };
+        assert_eq!(size, expected, "{cancelled}: {jobs}");
+    }
+}
+
 #[test]
 fn what_cannot_be_amended_is_told() {
     if !have_oracle() {

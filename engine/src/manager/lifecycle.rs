@@ -123,6 +123,10 @@ impl Manager {
             job.finished = true;
             job.shared.set_busy(false);
             match outcome {
+                Ok(()) if job.is_done_for_good() => {
+                    // A cancel that came when it was about to end.
+                    (job.cancelled, job.force_cancel) = (false, false);
+                }
                 Ok(()) if job.force_cancel => fail_with(job, JobError::errno(ECANCELED)),
                 Ok(()) => {}
                 Err(Stop::Cancelled) => fail_with(job, JobError::errno(ECANCELED)),
@@ -332,6 +336,9 @@ impl Manager {
             let soft_allowed = job.keeps_equal() && job.is_ready();
             let force = force || !soft_allowed;
             job.end_user_pause();
+            if job.is_done_for_good() {
+                return;
+            }
             if force || !job.finished {
                 job.cancelled = true;
                 job.force_cancel |= force;

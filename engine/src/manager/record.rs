@@ -77,6 +77,12 @@ impl JobRecord {
         news
     }
 
+    /// What it was for has been done and cannot be taken back: a cancel comes too late.
+    pub(super) fn is_done_for_good(&self) -> bool {
+        let keeps = matches!(self.work, WorkSpec::Create(_) | WorkSpec::Amend(_));
+        keeps && self.finished && self.error.is_none()
+    }
+
     /// Passes the pause counter on to the work.
     pub(super) fn order_pause(&self) {
         self.shared.order_pause(self.pause_count > 0);
