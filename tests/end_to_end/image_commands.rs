@@ -310,6 +310,51 @@ fn nothing_is_overwritten_unasked_and_nothing_half_made_stays() {
     assert!(help.contains("cluster_size=<size>"), "{help}");
 }
 
+/// Not even when it may be overwritten, and by whatever name it goes.
+#[test]
+fn no_new_image_takes_the_place_of_what_it_stands_on() {
+    let place = Place::new();
+    place.data("base", 1 << 20);
+    place.succeed(&["create", "-f", "qcow2", "-b", "base", "-F", "raw", "top"]);
+    std::fs::hard_link(place.path("top"), place.path("hard")).expect("linked");
+    std::os::unix::fs::symlink("top", place.path("soft")).expect("linked");
+    let before = (place.names(), place.read("base"), place.read("top"));
+    let absolute = place.path("top").display().to_string();
+    fn make<'a>(more: &[&'a str]) -> Vec<&'a str> {
+        [&["create", "--force", "-f", "qcow2"], more].concat()
+    }
+    let stands_on_it = "cannot be overwritten: the new image is to stand on it";
+    for (file, backing) in [
+        ("top", "top"),
+        ("./top", "top"),
+        ("top", "./top"),
+        ("top", &absolute),
+        ("hard", "top"),
+        ("soft", "top"),
+        ("base", "top"),
+        ("base", "soft"),
+    ] {
+        let arguments = make(&["-b", backing, "-F", "qcow2", file]);
+        place.fail(&arguments, stands_on_it);
+        let data_file = format!("data_file={file}");
+        let arguments = make(&["-b", backing, "-F", "qcow2", "-o", &data_file, "new"]);
+        place.fail(&arguments, stands_on_it);
+        let unsafely = make(&["-u", "-b", backing, "-F", "qcow2", file, "1M"]);
+        place.fail(&unsafely, stands_on_it);
+    }
+    for file in ["top", "hard", "new"] {
+        let data_file = match file {
+            "new" => "data_file=./new",
+            _ => "data_file=top",
+        };
+        place.fail(&make(&["-o", data_file, file, "1M"]), "are the same file");
+    }
+    assert_eq!(
+        (place.names(), place.read("base"), place.read("top")),
+        before
+    );
+}
+
 #[test]
 fn raw_disks_change_their_length() {
     let place = Place::new();

@@ -278,6 +278,11 @@ impl Target {
         Identity::of(facts) == self.identity
     }
 
+    /// Whether it goes by that name, too.
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|facts| self.is_file_of(&facts))
+    }
+
     /// Nobody else's file is ever taken for a new one, whenever it appears.
     fn make(path: &Path, mode: u32) -> Result<Self, String> {
         let cannot = |error: io::Error| {

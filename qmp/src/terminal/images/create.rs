@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use blockyard_engine::error::EngineError;
 use blockyard_engine::images::create::{self, check_creation};
-use blockyard_engine::images::{ImageReply, ImageWork, InfoSpec};
+use blockyard_engine::images::{ImageFormat, ImageReply, ImageWork, InfoSpec};
 use blockyard_engine::reply::RoomView;
 use blockyard_engine::request::{CreatePreallocation, CreateSpec, NamedBy, WorkSpec};
 use clap::Args;
@@ -22,6 +22,7 @@ use crate::terminal::display::{Display, DisplayArguments};
 use crate::terminal::embedded::{Embedded, IoBackend, Sharing};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::create_options::{DATA_FILE_NODE, ImageOptions, byte_count, help};
+use crate::terminal::images::info::layers_from;
 use crate::terminal::images::info_report::{beside, exactly};
 use crate::terminal::images::{Disk, could_not_open};
 
@@ -173,7 +174,8 @@ async fn create(
         size_bytes,
         force: arguments.force,
     };
-    new.make(embedded).await?;
+    let below = new.below(embedded).await;
+    new.make(embedded, &below).await?;
     let mut text = format!(
         "Created {}: {}, {}",
         shown(path),
@@ -249,7 +251,8 @@ impl Overlay<'_> {
     /// # Errors
     /// For the user; nothing has changed then, and nothing new is left.
     pub(crate) async fn make(&self, embedded: &mut Embedded) -> Result<String, String> {
-        self.new.make(embedded).await?;
+        // Nothing is overwritten.
+        self.new.make(embedded, &[]).await?;
         let of_what = self.what();
         Ok(format!(
             "Created {of_what}, which must not change from now on"
@@ -404,7 +407,25 @@ async fn look_at_backing(
 }
 
 impl New<'_> {
-    async fn make(&self, embedded: &mut Embedded) -> Result<(), String> {
+    /// The images that it is going to stand on, as far as any of them could be overwritten.
+    async fn below(&self, embedded: &mut Embedded) -> Vec<PathBuf> {
+        let data_file = self.options.data_file.as_deref();
+        let overwrites = self.force && (self.path.exists() || data_file.is_some_and(Path::exists));
+        let format = match self.options.backing_format.as_deref() {
+            Some("qcow2") => ImageFormat::Qcow2,
+            _ => ImageFormat::Raw,
+        };
+        match &self.options.backing_file {
+            Some(backing) if overwrites => {
+                let top = PathBuf::from(beside(self.path, backing));
+                layers_from(embedded, top, format).await
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Makes it, unless it would take the place of one of those `below` it.
+    async fn make(&self, embedded: &mut Embedded, below: &[PathBuf]) -> Result<(), String> {
         if self.format == Format::Qcow2 {
             let spec = self.options.qcow2_spec(NODE.to_owned(), self.size_bytes);
             let cannot = |error: EngineError| format!("{}: {error}", self.path.display());
@@ -418,7 +439,11 @@ impl New<'_> {
             },
             None => None,
         };
-        let made = self.fill(embedded, &target, data_file.as_ref()).await;
+        let distinct = check_distinct(&target, data_file.as_ref(), below);
+        let made = match distinct {
+            Ok(()) => self.fill(embedded, &target, data_file.as_ref()).await,
+            Err(text) => Err(text),
+        };
         made.map_err(|text| cleaned_up(text, [Some(&target), data_file.as_ref()]))
     }
 
@@ -502,6 +527,33 @@ impl New<'_> {
         let job = job.map_err(|error| said(error.text))?;
         job.error.map_or(Ok(()), |error| Err(said(error)))
     }
+}
+
+/// That neither file takes the other one's place or that of an image below.
+fn check_distinct(
+    target: &Target,
+    data_file: Option<&Target>,
+    below: &[PathBuf],
+) -> Result<(), String> {
+    if let Some(data_file) = data_file
+        && target.is_at(&data_file.path)
+    {
+        return Err(format!(
+            "{} and its data file {} are the same file",
+            shown(&target.path),
+            shown(&data_file.path)
+        ));
+    }
+    for file in [Some(target), data_file].into_iter().flatten() {
+        if let Some(needed) = below.iter().find(|layer| file.is_at(layer)) {
+            return Err(format!(
+                "{} cannot be overwritten: the new image is to stand on it ({})",
+                shown(&file.path),
+                shown(needed)
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Removes what was made, and says so.

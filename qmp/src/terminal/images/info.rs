@@ -168,16 +168,37 @@ pub(crate) async fn describe_one(
         named_by,
     };
     disk.open_file(embedded).await?;
-    let view = look(embedded, path, InfoSpec { format }).await?;
+    let view = look(embedded, path, InfoSpec { format }).await;
     let file = embedded.image_view(NODE).await;
-    let file = file.map_err(|error| could_not_open(path, error))?;
     let closed = embedded.delete_node(NODE).await;
+    let view = view?;
+    let file = file.map_err(|error| could_not_open(path, error))?;
     closed.map_err(|error| could_not_open(path, error))?;
     Ok(Described {
         path: path.to_owned(),
         view,
         file,
     })
+}
+
+/// An image and those below it, as far as they can be opened.
+pub(crate) async fn layers_from(
+    embedded: &mut Embedded,
+    top: PathBuf,
+    format: ImageFormat,
+) -> Vec<PathBuf> {
+    let mut layers = Vec::new();
+    let mut next = Some((top, format));
+    while let Some((path, format)) = next.take()
+        && layers.len() <= CHAIN_LAYERS_MAX
+    {
+        let by_image = NamedBy::Image { folder: None };
+        let described = describe_one(embedded, &path, Some(format), true, by_image).await;
+        let info = described.ok().and_then(|described| described.view.qcow2);
+        next = info.and_then(|info| backing_of(&path, &info).ok().flatten());
+        layers.push(path);
+    }
+    layers
 }
 
 async fn look(embedded: &mut Embedded, path: &Path, spec: InfoSpec) -> Result<InfoView, String> {
