@@ -2,6 +2,7 @@
 //! they have to be.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 
@@ -221,4 +222,59 @@ fn an_overlay_comes_between_and_is_committed_again() {
     }
     let model = writer.end();
     yard.end("top.qcow2", &model);
+}
+
+/// What a backup needs may have to change its thread first, which must not happen while its filter keeps writers waiting.
+#[test]
+fn backups_begin_beside_reopens_of_their_source() {
+    if !tools::have("qemu-img", "qemu-utils") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    image(folder.path(), "one.qcow2", &[]);
+    image(folder.path(), "two.qcow2", &[]);
+    overlay(folder.path(), "over.qcow2", "one.qcow2", "qcow2");
+    hole_file(&folder.path().join("copy.raw"), LENGTH);
+    let daemon = Daemon::start_in(folder, &["--data-threads", "2"]);
+    let mut client = daemon.client();
+    client.run("blockdev-add", qcow2("one", json!(null)));
+    client.run("blockdev-add", qcow2("two", json!(null)));
+    let file = json!({"driver": "file", "node-name": "file", "filename": "over.qcow2"});
+    client.run("blockdev-add", file);
+    let over = |backing| json!({"driver": "qcow2", "node-name": "over", "file": "file", "backing": backing});
+    client.run("blockdev-add", over("one"));
+    start_server(&daemon, &mut client, 100);
+    export(&mut client, "over");
+    let half = LENGTH / 2;
+    let writers = [(0..half, 7), (half..LENGTH, 8)]
+        .map(|(part, seed)| Writer::start(daemon.path("nbd.sock"), "over", part, seed));
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut other = daemon.client();
+            let backings = ["two", "one"].into_iter().cycle();
+            for backing in backings.take_while(|_| !is_over.load(Ordering::Relaxed)) {
+                let reply = other.command("blockdev-reopen", json!({"options": [over(backing)]}));
+                let text = reply["error"]["desc"].as_str().unwrap_or_default();
+                assert!(!text.contains("do not end within"), "{text}");
+            }
+        });
+        for number in 0..12 {
+            let node = format!("copy{number}");
+            let copy = json!({"driver": "file", "node-name": node, "filename": "copy.raw"});
+            client.run("blockdev-add", copy);
+            client.run(
+                "blockdev-backup",
+                json!({"job-id": "b", "device": "over", "target": node, "sync": "full", "auto-dismiss": false}),
+            );
+            client.wait_for("b", "concluded");
+            client.run("job-dismiss", json!({"id": "b"}));
+            client.run("blockdev-del", json!({"node-name": node}));
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    for writer in writers {
+        writer.end();
+    }
+    daemon.quit_by(client);
 }

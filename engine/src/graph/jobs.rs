@@ -16,7 +16,7 @@ use crate::graph::permissions::{ExtraPermissions, Permissions};
 use crate::graph::records::{
     BACKING_ROLE, Blocker, Edge, FILE_ROLE, JobLabel, NodeRecord, TARGET_ROLE, User,
 };
-use crate::graph::{Graph, names};
+use crate::graph::{Graph, Records, names};
 use crate::job::context::JobKey;
 use crate::job::verb::JobType;
 use crate::node::build::NodePlan;
@@ -74,7 +74,9 @@ impl Graph {
         }
     }
 
-    /// Keeps every other change of the graph waiting, once none of a job's nodes is on its way to another thread.
+    /// Keeps every other change of the graph waiting, once none of a job's nodes is on its way to another thread. What a backup
+    /// needs is on one thread by then, if that is possible: its filter keeps writers waiting until it begins, and whoever came
+    /// in between to drain them would wait for a job that waits for the graph.
     ///
     /// # Cancel safety
     /// Nothing is held then.
@@ -104,7 +106,7 @@ impl Graph {
             WorkSpec::Amend(spec) => [Some(&*spec.node), None, None],
         };
         let in_chain = matches!(work, WorkSpec::Commit(_) | WorkSpec::Stream(_));
-        self.hold_while(|records| {
+        let needed = |records: &Records| -> Vec<NodeId> {
             let names = names.iter().flatten();
             let named = names.filter_map(|name| records.by_name(name, None));
             let named = named.flat_map(|node| match in_chain {
@@ -112,8 +114,20 @@ impl Graph {
                 false => vec![node.id],
             });
             named.chain(opened.all()).collect()
-        })
-        .await
+        };
+        let held = self.hold_while(needed).await;
+        let WorkSpec::Backup(spec) = work else {
+            return held;
+        };
+        let target = opened.target.or_else(|| self.find(&spec.target));
+        let (Some(source), Some(target)) = (self.find(&spec.device), target) else {
+            return held;
+        };
+        match self.join(held, source, target, 0, None).await {
+            Ok(held) => held,
+            // The job is told when it gets its thread, after all that else may be wrong with it.
+            Err(_) => self.hold_while(needed).await,
+        }
     }
 
     /// Every check that comes before a job exists, in QEMU's order, and the filter above the source. What was `opened`

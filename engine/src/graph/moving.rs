@@ -220,7 +220,8 @@ impl Graph {
     }
 
     /// Brings two nodes and what is connected with them to one thread. The second side moves unless more than `own` jobs
-    /// are on it or somebody outside of the graph uses it, else the first.
+    /// are on it or somebody outside of the graph uses it, else the first. Where nothing has to move, the graph is held
+    /// throughout.
     ///
     /// # Errors
     /// When both sides have such jobs on different threads, or the move fails.
@@ -232,8 +233,17 @@ impl Graph {
         own: usize,
         batch: Option<Batch>,
     ) -> Result<MutexGuard<'a, ()>, EngineError> {
-        drop(held);
-        let held = self.hold_while(|_| vec![one, other]).await;
+        let is_moving = {
+            let records = self.records.borrow();
+            [one, other].iter().any(|id| records.moving.contains(id))
+        };
+        let held = match is_moving {
+            true => {
+                drop(held);
+                self.hold_while(|_| vec![one, other]).await
+            }
+            false => held,
+        };
         let (here, there) = (self.thread_of(one), self.thread_of(other));
         if here == there {
             return Ok(held);
