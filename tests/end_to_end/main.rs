@@ -32,6 +32,7 @@ mod flows;
 mod host_device;
 mod hostile;
 mod image_commands;
+mod image_create;
 mod image_jobs;
 mod image_names;
 mod images;
