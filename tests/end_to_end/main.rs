@@ -51,6 +51,7 @@ mod nbd_backups;
 mod nbd_cuts;
 mod nbd_nodes;
 mod nbd_tls;
+mod nbd_tls_inet;
 mod nbd_tls_nodes;
 mod nbd_tools;
 mod nbd_writers;

@@ -182,7 +182,7 @@ fn over_tcp_it_is_the_same() {
 }
 
 /// The TCP port that a process listens at.
-fn listening_port(pid: u32) -> u16 {
+pub(crate) fn listening_port(pid: u32) -> u16 {
     let sockets: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
         .expect("it runs")
         .flatten()

@@ -60,20 +60,29 @@ pub(crate) fn certificates(folder: &Path) {
             "keyUsage=critical,digitalSignature\n",
         ),
     ] {
-        std::fs::write(folder.join("extensions"), extensions).expect("written");
-        openssl(
-            folder,
-            &format!("req {KEY} -keyout {name}-key -out request -subj {subject}"),
-        );
-        openssl(
-            folder,
-            &format!(
-                "x509 -req -in request -CA {signer} -CAkey {signer}-key -CAcreateserial -out {name} \
-                 -extfile extensions -days 2"
-            ),
-        );
+        sign(folder, (name, subject), signer, extensions);
     }
     std::fs::write(folder.join("garbage"), "garbage").expect("written");
+}
+
+/// One more certificate that the authority has signed.
+pub(crate) fn signed(folder: &Path, name: &str, subject: &str, extensions: &str) {
+    sign(folder, (name, subject), "ca", extensions);
+}
+
+fn sign(folder: &Path, (name, subject): (&str, &str), signer: &str, extensions: &str) {
+    std::fs::write(folder.join("extensions"), extensions).expect("written");
+    openssl(
+        folder,
+        &format!("req {KEY} -keyout {name}-key -out request -subj {subject}"),
+    );
+    openssl(
+        folder,
+        &format!(
+            "x509 -req -in request -CA {signer} -CAkey {signer}-key -CAcreateserial -out {name} \
+             -extfile extensions -days 2"
+        ),
+    );
 }
 
 /// A folder with some of them under the names that they are looked for.

@@ -1,5 +1,7 @@
 //! [`Talk`]: what a client that has not chosen an export yet says and hears, encrypted or not.
 
+use std::time::Duration;
+
 use rustls::ServerConnection;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -7,6 +9,10 @@ use crate::tls::session::Session;
 
 /// Bytes read at once from a client that has not chosen yet.
 const READ_BYTES: usize = 4096;
+
+/// How long a client may take to leave that is not let in, and what it may still say.
+const LEAVING_WAIT: Duration = Duration::from_secs(1);
+const LEAVING_BYTES_MAX: usize = 64 << 10;
 
 /// What lies between plain bytes and the socket, and what has come in there and is still encrypted.
 pub(super) type Encryption = (Session, Vec<u8>);
@@ -41,6 +47,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Talk<'a, S> {
                 Ok(step) => drop(wire.drain(..step.taken)),
                 Err(fault) => {
                     tracing::warn!(%fault, "an NBD client cannot be believed");
+                    self.let_leave().await;
                     return None;
                 }
             }
@@ -52,6 +59,24 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Talk<'a, S> {
         let name = session.peer_name();
         self.encryption = Some((session, wire));
         Some(name)
+    }
+
+    /// What the client says before it has heard of its fault is let go by: were it not read, he would hear that the connection was
+    /// reset, and nothing else.
+    async fn let_leave(&mut self) {
+        let leaving = async {
+            self.stream.shutdown().await?;
+            let (mut buffer, mut left) = ([0; READ_BYTES], LEAVING_BYTES_MAX);
+            while left > 0 {
+                match self.stream.read(&mut buffer).await? {
+                    0 => break,
+                    count => left = left.saturating_sub(count),
+                }
+            }
+            std::io::Result::Ok(())
+        };
+        // He is cut off whether or not he leaves.
+        let _ = tokio::time::timeout(LEAVING_WAIT, leaving).await;
     }
 
     /// Says something. `None`: the client has left.

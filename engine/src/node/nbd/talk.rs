@@ -58,7 +58,8 @@ impl<'a> Talk<'a> {
             if !session.is_handshaking() {
                 break;
             }
-            self.receive_encrypted(&mut wire)?;
+            self.receive_encrypted(&mut wire)
+                .map_err(|error| lost(&error))?;
         }
         // That somebody has signed it does not make it the server that is meant.
         if verifies && hostname.is_none() {
@@ -81,7 +82,7 @@ impl<'a> Talk<'a> {
             .send(plain, &mut wire)
             .map_err(|fault| broken(&fault))?;
         session.output(&mut wire).map_err(|fault| broken(&fault))?;
-        self.send_all(&wire).map_err(|error| lost(&error))
+        self.send_all(&wire).map_err(|error| hung_up(&error))
     }
 
     /// Waits for something: how many bytes, at least one.
@@ -101,9 +102,10 @@ impl<'a> Talk<'a> {
                 return Ok(step.plain);
             }
             if step.ended {
-                return Err(lost(&Errno::CONNRESET.into()));
+                return Err(hung_up(&Errno::CONNRESET.into()));
             }
-            self.receive_encrypted(&mut wire)?;
+            self.receive_encrypted(&mut wire)
+                .map_err(|error| hung_up(&error))?;
         }
     }
 
@@ -113,9 +115,9 @@ impl<'a> Talk<'a> {
         Some(SharedEncryption::new(session, &unread))
     }
 
-    fn receive_encrypted(&self, wire: &mut Vec<u8>) -> Result<(), String> {
+    fn receive_encrypted(&self, wire: &mut Vec<u8>) -> io::Result<()> {
         let mut buffer = [0; READ_BYTES];
-        let count = self.receive(&mut buffer).map_err(|error| lost(&error))?;
+        let count = self.receive(&mut buffer)?;
         wire.extend(buffer.iter().take(count));
         Ok(())
     }
@@ -151,6 +153,18 @@ impl<'a> Talk<'a> {
 
 fn lost(error: &io::Error) -> String {
     format!("The NBD handshake failed: {}", reason(error))
+}
+
+/// The same once we have shown who we are. Since TLS 1.3 a server looks at that only when we take it for settled, and many leave without
+/// a word then.
+fn hung_up(error: &io::Error) -> String {
+    let text = lost(error);
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::CONNRESET | Errno::PIPE) => {
+            format!("{text}; after TLS began, the server may want a certificate that it believes")
+        }
+        _ => text,
+    }
 }
 
 fn broken(fault: &Fault) -> String {
