@@ -14,6 +14,7 @@ pub mod bitmap;
 mod blkdebug;
 mod checkpoint;
 pub mod clock;
+mod create;
 pub mod data;
 pub mod engine;
 pub mod error;
