@@ -63,6 +63,13 @@ pub enum Request {
         /// What each is to be; what is left out goes back to its default.
         nodes: Vec<NodeSpec>,
     },
+    /// Let nodes be active, or inactive while somebody else owns their images.
+    SetActive {
+        /// Name of the node; `None`: all nodes.
+        node_name: Option<String>,
+        /// Which of both.
+        active: bool,
+    },
     /// Put an overlay on a node, which is read-only from then on.
     BlockdevSnapshot {
         /// Name of the node.

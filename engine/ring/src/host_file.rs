@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, fstat, fstatvfs, open,
-    statx,
+    Advice, AtFlags, FileType, Mode, OFlags, StatxFlags, fadvise, fcntl_getfl, fcntl_setfl,
+    fdatasync, fstat, fstatvfs, open, statx,
 };
 
 use crate::data_run::DataRun;
@@ -115,7 +115,7 @@ impl HostFile {
             _ => FileKind::Other,
         };
         let length = match kind {
-            FileKind::BlockDevice => rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?,
+            FileKind::BlockDevice => device_length(&file)?,
             _ => u64::try_from(stat.st_size).unwrap_or(0),
         };
         let mut opened = Self {
@@ -187,9 +187,43 @@ impl HostFile {
     }
 
     /// Length in bytes: that at opening, and what this open file has made of it since, on whatever reactor. What others do
-    /// to the file does not show.
+    /// to the file does not show, until the file is [`taken_over`](Self::taken_over).
     pub fn length_bytes(&self) -> u64 {
         self.length_bytes.load(Ordering::Acquire)
+    }
+
+    /// Looks at a file that somebody else may have changed, maybe on another host: nothing of it is in the page cache any more.
+    /// Returns how long it is now in bytes, which [`taken_over`](Self::taken_over) wants to hear. Nobody may be changing the file
+    /// meanwhile. May block.
+    ///
+    /// # Errors
+    /// What the kernel says, also of bytes written before that cannot be made durable.
+    pub fn look_anew(&self) -> io::Result<u64> {
+        // Network file systems ask their server when a file is opened. Where that is not possible, what is open has to do.
+        let again = self.reopened(OpenMode::default());
+        let file = match &again {
+            Ok(again) => &again.file,
+            Err(_) => &self.file,
+        };
+        let length = match self.kind {
+            FileKind::BlockDevice => device_length(file)?,
+            _ => u64::try_from(fstat(&**file)?.st_size).unwrap_or(0),
+        };
+        if !self.direct && self.kind != FileKind::Other {
+            // Pages that are not written back yet would stay.
+            if let Err(error) = fdatasync(&*self.file) {
+                self.remember_failed_sync(error.raw_os_error());
+                return Err(error.into());
+            }
+            fadvise(&*self.file, 0, None, Advice::DontNeed)?;
+        }
+        Ok(length)
+    }
+
+    /// A file that somebody else has changed has this length, and is changed through this open file only from now on.
+    pub fn taken_over(&self, length_bytes: u64) {
+        self.data_run.forget();
+        self.resized_to(length_bytes);
     }
 
     /// A write has reached `end`.
@@ -253,6 +287,11 @@ impl HostFile {
     pub fn descriptor(&self) -> &Arc<OwnedFd> {
         &self.file
     }
+}
+
+/// Length of a block device in bytes.
+fn device_length(device: &OwnedFd) -> io::Result<u64> {
+    Ok(rustix::fs::seek(device, rustix::fs::SeekFrom::End(0))?)
 }
 
 impl AsFd for HostFile {

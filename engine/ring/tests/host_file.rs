@@ -44,6 +44,39 @@ fn a_failed_flush_stays_with_the_file_on_every_reactor() {
 }
 
 #[test]
+fn what_others_have_made_of_a_file_is_seen_once_it_is_taken_over() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("file");
+    std::fs::write(&path, vec![1; 8192]).expect("written");
+    for direct in [false, true] {
+        for write in [false, true] {
+            let mode = OpenMode {
+                write,
+                direct,
+                ..OpenMode::default()
+            };
+            // Not every file system can do without its cache.
+            let Ok(file) = HostFile::open(&path, mode) else {
+                assert!(direct);
+                continue;
+            };
+            for length in [4096, 16384, 8192] {
+                let before = file.length_bytes();
+                std::fs::write(&path, vec![2; length]).expect("written");
+                assert_eq!(file.length_bytes(), before);
+                let seen = file.look_anew().expect("looked");
+                assert_eq!((seen, file.length_bytes()), (length as u64, before));
+                file.taken_over(seen);
+                assert_eq!(file.length_bytes(), seen);
+            }
+        }
+    }
+    let file = HostFile::open(&path, OpenMode::default()).expect("opened");
+    std::fs::remove_file(&path).expect("removed");
+    assert_eq!(file.look_anew().expect("it has no name"), 8192);
+}
+
+#[test]
 fn a_failed_flush_that_nobody_waits_for_stays_too() {
     let mode = OpenMode {
         write: true,

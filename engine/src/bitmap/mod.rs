@@ -147,6 +147,15 @@ impl NodeBitmaps {
         })
     }
 
+    /// That nobody uses any of them.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub(crate) fn check_idle(&self) -> Result<(), EngineError> {
+        let all = self.lock();
+        all.iter().try_for_each(Bitmap::check_idle)
+    }
+
     /// Whether one of this name is there.
     pub(crate) fn has(&self, name: &str) -> bool {
         self.lock().iter().any(|bitmap| bitmap.name() == name)

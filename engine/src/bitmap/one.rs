@@ -292,11 +292,7 @@ impl Bitmap {
         if need == Need::Show {
             return Ok(());
         }
-        if self.is_busy() {
-            return Err(EngineError::generic(format!(
-                "Bitmap '{name}' is currently in use by another operation and cannot be used"
-            )));
-        }
+        self.check_idle()?;
         if self.is_read_only && matches!(need, Need::Change | Need::Remove) {
             return Err(EngineError::generic(format!(
                 "Bitmap '{name}' is readonly and cannot be modified"
@@ -308,6 +304,20 @@ impl Bitmap {
             )));
         }
         Ok(())
+    }
+
+    /// That nobody uses it.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub(super) fn check_idle(&self) -> Result<(), EngineError> {
+        match self.is_busy() {
+            true => Err(EngineError::generic(format!(
+                "Bitmap '{}' is currently in use by another operation and cannot be used",
+                self.name
+            ))),
+            false => Ok(()),
+        }
     }
 
     fn is_busy(&self) -> bool {

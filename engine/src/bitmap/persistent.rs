@@ -43,7 +43,7 @@ impl NodeBitmaps {
         let stays = |one: &Bitmap| one.name_in_image().is_none() || !one.is_inconsistent();
         for bitmap in &loaded {
             let mut staying = all.iter().filter(|one| stays(one));
-            if self.are_unread() && staying.any(|one| one.name() == bitmap.name()) {
+            if staying.any(|one| one.name() == bitmap.name()) {
                 return check_new(&all, bitmap.name());
             }
         }
@@ -57,6 +57,26 @@ impl NodeBitmaps {
         self.are_unread.store(are_unread, Ordering::Release);
         self.tell(&all);
         Ok(())
+    }
+
+    /// The image has what it keeps, and somebody else may change that: it is loaded anew once it is ours again.
+    pub(crate) fn release_kept(&self) {
+        let mut all = self.lock();
+        all.retain(|one| one.name_in_image().is_none());
+        self.are_loaded.store(false, Ordering::Release);
+        self.are_unread.store(false, Ordering::Release);
+        self.tell(&all);
+    }
+
+    /// Somebody else may have written to the disk, which has this length now: what no image keeps and records takes all of it as
+    /// changed. What was switched off says what had changed before.
+    pub(crate) fn miss(&self, length_bytes: u64) {
+        for bitmap in self.lock().iter_mut() {
+            if bitmap.name_in_image().is_none() && bitmap.records() {
+                bitmap.resize(length_bytes);
+                bitmap.mark(ByteRange::new(0, length_bytes));
+            }
+        }
     }
 
     /// Whether the image that keeps some of them is for reading only.
@@ -198,6 +218,48 @@ mod tests {
         bitmaps.take_out("mine").expect("not the image's");
         bitmaps.set_read_only(false);
         assert_eq!(stored(&bitmaps).len(), 2);
+    }
+
+    #[test]
+    fn what_an_image_keeps_goes_with_it_and_memory_knows_that_it_has_missed_something() {
+        let bitmaps = NodeBitmaps::default();
+        let taken_in = bitmaps.take_in(vec![loaded(b"kept", true, false)], false);
+        taken_in.expect("a new name");
+        for (name, records) in [("on", true), ("off", false)] {
+            let mut bitmap = Bitmap::new(name.to_owned(), LENGTH, 4096);
+            bitmap.set_recording(records);
+            bitmaps.add(bitmap).expect("a new name");
+        }
+        bitmaps.mark(ByteRange::new(0, 1), LENGTH);
+        bitmaps.release_kept();
+        assert!(!bitmaps.are_loaded() && bitmaps.kept_names_bytes().is_empty());
+        let refused = bitmaps.take_in(vec![loaded(b"off", true, false)], false);
+        let refused = refused.expect_err("one is here");
+        assert_eq!(refused.to_string(), "Bitmap already exists: off");
+        assert!(!bitmaps.are_loaded());
+        let mut other = DirtyMap::exactly(2 * LENGTH, 4096);
+        other.mark(ByteRange::new(LENGTH, 4096));
+        let kept = Bitmap::loaded(b"kept".to_vec(), other, true, false);
+        bitmaps.take_in(vec![kept], false).expect("it was released");
+        bitmaps.miss(2 * LENGTH);
+        let mut shown: Vec<_> = bitmaps
+            .views()
+            .into_iter()
+            .map(|view| (view.name.expect("named"), view.count_bytes))
+            .collect();
+        shown.sort();
+        let expected = [("kept", 4096), ("off", 0), ("on", 2 * LENGTH)];
+        assert_eq!(
+            shown,
+            expected.map(|(name, count)| (name.to_owned(), count))
+        );
+        let held = bitmaps.check_idle();
+        held.expect("nobody uses them");
+        let bitmaps = std::sync::Arc::new(bitmaps);
+        let held = bitmaps.hold("on").expect("there");
+        bitmaps.check_idle().expect_err("one is in use");
+        drop(held);
+        bitmaps.check_idle().expect("not any more");
     }
 
     #[test]

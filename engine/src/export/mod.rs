@@ -185,10 +185,14 @@ impl Exports {
             let text = "Cannot export read-only node as writable";
             return Err(EngineError::generic(text));
         }
+        if !spec.allow_inactive {
+            self.graph.make_active(&spec.node_name).await?;
+        }
         let shared = Permissions::EVERY.without(Permission::Resize);
+        let (writable, rests) = (spec.writable, spec.allow_inactive);
         let place = self
             .graph
-            .open_root(&spec.node_name, spec.writable, shared)
+            .open_root(&spec.node_name, writable, shared, rests)
             .await?;
         let added = self.add_opened(spec, place.clone()).await;
         if added.is_err() {
@@ -249,6 +253,7 @@ impl Exports {
             node_name: spec.device,
             writable: spec.writable && !read_only,
             writethrough: false,
+            allow_inactive: false,
             iothread: None,
             fixed_iothread: false,
             nbd: NbdExportSpec {

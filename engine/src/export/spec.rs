@@ -51,6 +51,8 @@ pub struct ExportSpec {
     pub writable: bool,
     /// Every write is durable before it is answered.
     pub writethrough: bool,
+    /// The node may be inactive, or become so: clients read only then. Without it the node is made active.
+    pub allow_inactive: bool,
     /// Id of the object whose thread is to serve it; `None`: the thread that the node is on.
     pub iothread: Option<String>,
     /// It is an error if the node cannot go there.

@@ -393,6 +393,7 @@ impl Reserved<'_> {
             filename: FileName::default(),
             image: None,
             read_only: resolved.read_only,
+            inactive: resolved.inactive,
             said: resolved.said,
             inherits_from: None,
             opened_as: None,

@@ -72,6 +72,9 @@ impl Graph {
             spec if spec.changes_something() => AmendEffect::Form,
             _ => AmendEffect::None,
         };
+        if effect != AmendEffect::None {
+            records.check_active(target)?;
+        }
         match effect {
             AmendEffect::None => {}
             AmendEffect::Form => records.check_no_job(target)?,
@@ -112,6 +115,7 @@ impl Graph {
             records.check_no_job(root)?;
             check_same_chain(&records, (root, device), image)?;
             records.check_no_job(image)?;
+            records.check_active(image)?;
             records.check_unpinned(&records.component(image), None)?;
             records.change_edges(|edges| edges.push(pin(image)))?;
             (image, format)

@@ -147,6 +147,7 @@ impl Graph {
         };
         let bitmaps = self.bitmaps_on(node)?;
         if persistent {
+            self.records.borrow().check_active(node)?;
             let name = bitmap.name.clone();
             let asked = self.threads.run(self.thread_of(node), move |context| {
                 Box::pin(async move {

@@ -39,7 +39,7 @@ impl Graph {
         config.set_state.extend(spec.set_state.clone());
         let rules = FaultRules::new(&config.inject_error, config.set_state);
         let rules = rules.map_err(|(name, value)| out_of_range(name, value))?;
-        let inherits = Inherits::Filtered(resolved);
+        let inherits = Inherits::Filtered(resolved.passing_inactive());
         let image = self.open_below(spec.image.clone(), inherits, site).await?;
         let outcome = async {
             let _held = self.hold_still(&[&image], site.batch).await;

@@ -86,7 +86,10 @@ fn a_commit_whose_device_cannot_go_over_to_the_base_leaves_all_where_they_were()
         let id = |name: &str| graph.find(name).expect("there");
         let (base, top, overlays) = (id("base"), id("top"), [id("o1"), id("o2")]);
         let shared = Permissions::EVERY;
-        let writer = graph.open_root("top", true, shared).await.expect("opened");
+        let writer = graph
+            .open_root("top", true, shared, false)
+            .await
+            .expect("opened");
         let nodes = JobNodes {
             source: Some(top),
             target: Some(base),

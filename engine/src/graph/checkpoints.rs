@@ -216,6 +216,9 @@ impl Graph {
         (name, bitmaps): (BitmapName, Arc<NodeBitmaps>),
         persistent: Option<bool>,
     ) -> Result<PendingDisk, EngineError> {
+        if let Some(node) = self.find(&spec.node) {
+            self.records.borrow().check_active(node)?;
+        }
         let before = changed_since(&bitmaps, spec.previous.as_deref())?;
         let persistent = self.add_pending(spec, name, persistent).await?;
         PendingDisk::begin(id, spec, bitmaps, before, persistent)
@@ -339,7 +342,9 @@ impl Graph {
     /// Images that are open, by their files.
     pub fn open_images(&self) -> Vec<(NodeId, ImageFile)> {
         let records = self.records.borrow();
-        let images = records.nodes.iter().filter(|node| node.driver == "qcow2");
+        // What an inactive one keeps of bitmaps is not here.
+        let is_open = |node: &&NodeRecord| node.driver == "qcow2" && !node.inactive;
+        let images = records.nodes.iter().filter(is_open);
         images
             .filter_map(|node| Some((node.id, records.image_file(node.id)?)))
             .collect()

@@ -70,7 +70,7 @@ impl Graph {
         resolved: Resolved,
         site: Site,
     ) -> Result<(), EngineError> {
-        let inherits = Inherits::Held(resolved);
+        let inherits = Inherits::Held(resolved.passing_inactive());
         let opened = self.open_below(spec.target.clone(), inherits, site).await?;
         let outcome = async {
             let write = Permissions::NONE.with(Permission::Write);

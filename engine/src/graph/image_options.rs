@@ -37,6 +37,7 @@ pub(super) fn image_options(
     };
     let clean = settled.cache_clean_interval_seconds;
     let node = Qcow2Options {
+        inactive: resolved.inactive,
         discard: resolved.discard,
         detect_zeroes: resolved.detect_zeroes,
         cache_clean_interval: (clean > 0).then(|| Duration::from_secs(u64::from(clean))),

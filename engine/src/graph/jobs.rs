@@ -236,6 +236,7 @@ impl Graph {
                 cache_no_flush: false,
                 extra: ExtraPermissions::default(),
                 exclusive: false,
+                inactive: false,
                 plan: NodePlan::Filter {
                     child: source,
                     kind,

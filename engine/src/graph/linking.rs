@@ -13,6 +13,7 @@ use crate::graph::records::{
     BACKING_ROLE, DATA_FILE_ROLE, Edge, NodeRecord, Records, TARGET_ROLE, User,
 };
 use crate::node::build::NodePlan;
+use crate::node::root::RootId;
 use crate::request::Permission;
 
 impl Records {
@@ -111,6 +112,13 @@ impl Records {
             }
             std::mem::swap(&mut link.from, &mut link.to);
         }
+        for root in &mut change.roots {
+            let is_it = |edge: &&mut Edge| edge.user == User::Root(root.id);
+            if let Some(edge) = self.edges.iter_mut().find(is_it) {
+                std::mem::swap(&mut edge.taken, &mut root.taken);
+                std::mem::swap(&mut edge.shared, &mut root.shared);
+            }
+        }
     }
 
     /// Permissions of edges between nodes follow from those above them. Returns every node whose users may have changed.
@@ -163,6 +171,7 @@ impl Records {
             }
             // What it reads the filter below sees to.
             "snapshot-access" => (Permissions::NONE, Permissions::EVERY),
+            _ if node.inactive => inactive_permissions(node, edge.role, taken),
             _ => child_permissions(node, edge.role, taken, shared),
         };
         let taken = taken.union(node.extra.taken);
@@ -199,7 +208,10 @@ impl Records {
                 }
             }
         }
-        let (taken, _) = demands_of(users.into_iter());
+        let (taken, _) = demands_of(users.iter().copied());
+        if node.inactive {
+            self.check_inactive(node, &users, taken)?;
+        }
         let writes = taken.has(Permission::Write) || taken.has(Permission::WriteUnchanged);
         if writes && self.losing_write.contains(&id) {
             return Err(EngineError::generic(format!(
@@ -221,6 +233,33 @@ impl Records {
             )));
         }
         Ok(())
+    }
+
+    /// Nothing relies on a node that somebody else may be changing.
+    fn check_inactive(
+        &self,
+        node: &NodeRecord,
+        users: &[&Edge],
+        taken: Permissions,
+    ) -> Result<(), EngineError> {
+        for edge in users {
+            if let User::Node(parent) = edge.user
+                && let Some(parent) = self.node(parent).filter(|parent| !parent.inactive)
+            {
+                return Err(EngineError::generic(format!(
+                    "Inactive '{}' can't be a {} child of active '{}'",
+                    node.name, edge.role, parent.name
+                )));
+            }
+        }
+        let refused = taken.without(Permission::ConsistentRead);
+        match refused.is_empty() {
+            true => Ok(()),
+            false => Err(EngineError::generic(format!(
+                "Permission '{}' unavailable on inactive node",
+                names_of(refused)
+            ))),
+        }
     }
 
     /// Whether another node may write to this one.
@@ -325,8 +364,18 @@ pub(super) struct Change {
     pub(super) nodes: Vec<NodeRecord>,
     /// What is to be below them.
     pub(super) links: Vec<Link>,
+    /// What roots are to take and share, wherever they are.
+    pub(super) roots: Vec<RootAccess>,
     /// Nodes whose image locks it has to do with, once it is made.
     reached: HashSet<NodeId>,
+}
+
+/// What a root is to take and share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RootAccess {
+    pub(super) id: RootId,
+    pub(super) taken: Permissions,
+    pub(super) shared: Permissions,
 }
 
 /// Where a user is to lead in one role.
@@ -344,6 +393,7 @@ impl Change {
         Self {
             nodes,
             links,
+            roots: Vec::new(),
             reached: HashSet::new(),
         }
     }
@@ -475,6 +525,9 @@ fn demands_of<'a>(users: impl Iterator<Item = &'a Edge>) -> (Permissions, Permis
 }
 
 fn wanted_locks(node: &NodeRecord, demands: (Permissions, Permissions)) -> HeldLocks {
+    if node.inactive {
+        return HeldLocks::default();
+    }
     let (mut used, mut shared) = demands;
     if node.exclusive {
         used = used.with(Permission::ConsistentRead);
@@ -546,6 +599,20 @@ fn child_permissions(
         ("raw", _) if node.windowed => (written(taken), shared.without(Permission::Resize)),
         _ => (taken, shared),
     }
+}
+
+/// The same of a node that somebody else may own: it looks at metadata, which others may change.
+fn inactive_permissions(
+    node: &NodeRecord,
+    role: &str,
+    taken: Permissions,
+) -> (Permissions, Permissions) {
+    let looks = node.driver == "qcow2" && role != BACKING_ROLE && role != DATA_FILE_ROLE;
+    let taken = match looks {
+        true => taken.with(Permission::ConsistentRead),
+        false => taken,
+    };
+    (taken, Permissions::EVERY)
 }
 
 /// Rewriting what is there is writing, to a file below.

@@ -27,6 +27,7 @@ fn node(records: &mut Records, name: &str, driver: &'static str) -> NodeId {
         filename: FileName::default(),
         image: Some(ImageRecord::default()),
         read_only: false,
+        inactive: false,
         said: CommonOptions::default(),
         inherits_from: None,
         opened_as: None,
@@ -116,6 +117,40 @@ fn an_image_keeps_others_off_its_file_and_lets_them_have_its_backing() {
         between(&records, top, base),
         (Permissions::NONE, Permissions::EVERY)
     );
+}
+
+/// What qemu-storage-daemon 10.0 shows for the same chain.
+#[test]
+fn an_inactive_image_lets_others_do_everything() {
+    let mut records = Records::default();
+    let (top, file, base) = small_chain(&mut records);
+    records.node_mut(top).expect("there").inactive = true;
+    let looks = edge(User::Command, top, "root");
+    records
+        .change_edges(|edges| edges.push(looks.clone()))
+        .expect("free");
+    assert_eq!(between(&records, top, file), (READ, Permissions::EVERY));
+    let none = (Permissions::NONE, Permissions::EVERY);
+    assert_eq!(between(&records, top, base), none);
+    for (permission, name) in [
+        (Permission::Write, "write"),
+        (Permission::WriteUnchanged, "write unchanged"),
+        (Permission::Resize, "resize"),
+    ] {
+        let takes = Edge {
+            taken: READ.with(permission),
+            ..looks.clone()
+        };
+        let refused = records.change_edges(|edges| edges.push(takes));
+        let expected = format!("Permission '{name}' unavailable on inactive node");
+        assert_eq!(text(refused), expected);
+    }
+    let above = node(&mut records, "above", "raw");
+    let refused = link(&mut records, above, top, FILE_ROLE);
+    let expected = "Inactive 'top' can't be a file child of active 'above'";
+    assert_eq!(text(refused), expected);
+    records.node_mut(above).expect("there").inactive = true;
+    link(&mut records, above, top, FILE_ROLE).expect("inactive, too");
 }
 
 #[test]

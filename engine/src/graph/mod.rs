@@ -26,6 +26,7 @@ mod image_locks;
 pub(crate) mod image_names;
 mod image_options;
 mod images;
+mod inactive;
 mod job_bitmaps;
 mod jobs;
 mod linking;

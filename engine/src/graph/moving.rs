@@ -162,9 +162,14 @@ impl Graph {
 
     async fn bring_up_on(&self, id: NodeId, thread: ThreadId) -> Result<(), EngineError> {
         let facts = {
-            let records = self.records.borrow();
-            let node = records.node(id);
-            node.map(|node| (node.name.clone(), node.plan.clone(), node.bitmaps.clone()))
+            let mut records = self.records.borrow_mut();
+            let node = records.node_mut(id);
+            node.map(|node| {
+                if node.inactive {
+                    node.plan.set_access(node.read_only, true);
+                }
+                (node.name.clone(), node.plan.clone(), node.bitmaps.clone())
+            })
         };
         let Some((name, plan, bitmaps)) = facts else {
             return Ok(());

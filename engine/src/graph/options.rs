@@ -13,6 +13,10 @@ pub(super) struct Resolved {
     pub(super) cache_no_flush: bool,
     pub(super) discard: Discard,
     pub(super) detect_zeroes: DetectZeroes,
+    /// Somebody else may own it.
+    pub(super) inactive: bool,
+    /// That is so because of the node above, or what is described below is to take it from this one.
+    pub(super) passes_inactive: bool,
     /// What its client says, without what comes from elsewhere.
     pub(super) said: CommonOptions,
 }
@@ -44,12 +48,14 @@ impl Resolved {
                 read_only: true,
                 auto_read_only: false,
                 discard: Discard::Ignore,
+                passes_inactive: parent.inactive,
                 ..parent
             },
         });
         let of_parent = |pick: fn(&Resolved) -> bool| parent.as_ref().is_some_and(pick);
         let or_parent = |own: Option<bool>, pick| own.unwrap_or_else(|| of_parent(pick));
         let discard = parent.map_or(Discard::Ignore, |parent| parent.discard);
+        let passes_inactive = of_parent(|parent| parent.passes_inactive);
         let resolved = Self {
             read_only: or_parent(options.read_only, |parent| parent.read_only),
             auto_read_only: or_parent(options.auto_read_only, |parent| parent.auto_read_only),
@@ -58,6 +64,8 @@ impl Resolved {
             cache_no_flush: or_parent(options.cache_no_flush, |parent| parent.cache_no_flush),
             discard: options.discard.unwrap_or(discard),
             detect_zeroes: options.detect_zeroes.unwrap_or_default(),
+            inactive: passes_inactive || options.active == Some(false),
+            passes_inactive,
             said: options,
         };
         if resolved.detect_zeroes == DetectZeroes::Unmap && resolved.discard != Discard::Unmap {
@@ -71,6 +79,15 @@ impl Resolved {
             return Err(EngineError::generic(text));
         }
         Ok(resolved)
+    }
+
+    /// The same for whoever is inactive if this one is. As in QEMU, that is what is described below but for the `file`, which is
+    /// only if the node is for what is above it.
+    pub(super) fn passing_inactive(self) -> Self {
+        Self {
+            passes_inactive: self.inactive,
+            ..self
+        }
     }
 }
 
@@ -88,6 +105,8 @@ mod tests {
             cache_no_flush: flags,
             discard: Discard::Unmap,
             detect_zeroes: DetectZeroes::Unmap,
+            inactive: flags,
+            passes_inactive: false,
             said: CommonOptions::default(),
         }
     }
@@ -123,6 +142,27 @@ mod tests {
             );
             assert_eq!(backing.discard, Discard::Ignore);
         }
+    }
+
+    #[test]
+    fn a_file_is_inactive_only_with_all_that_is_above() {
+        let inactive = |inherits| resolved(Some(inherits)).inactive;
+        let top = parent(true);
+        assert!(!inactive(Inherits::Held(top)) && !inactive(Inherits::Filtered(top)));
+        assert!(inactive(Inherits::Backing(top)));
+        assert!(inactive(Inherits::Held(top.passing_inactive())));
+        let backing = resolved(Some(Inherits::Backing(top)));
+        assert!(inactive(Inherits::Held(backing)) && inactive(Inherits::Backing(backing)));
+        let active = parent(false);
+        assert!(!inactive(Inherits::Backing(active)) && !inactive(Inherits::Held(active)));
+        let said = |active| CommonOptions {
+            active: Some(active),
+            ..CommonOptions::default()
+        };
+        let own = |active, inherits| Resolved::new(said(active), inherits).expect("fits");
+        assert!(own(false, None).inactive && !own(true, None).inactive);
+        // What is above decides.
+        assert!(own(true, Some(Inherits::Backing(top))).inactive);
     }
 
     #[test]

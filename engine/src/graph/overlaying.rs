@@ -24,6 +24,8 @@ pub struct PutOverlay {
     above: NodeId,
     /// The overlay, if nobody has it but who uses it now.
     unowned: Option<NodeId>,
+    /// It was made inactive for the node that it was put on.
+    rests: bool,
     /// Users outside of the graph that have gone to it.
     roots: Vec<RootId>,
     /// What leads back.
@@ -52,11 +54,26 @@ impl Graph {
     /// In QEMU's words and order; nothing has changed then.
     pub async fn put_overlay(&self, node: &str, overlay: &str) -> Result<PutOverlay, EngineError> {
         let (_held, below, above) = self.hold_for_overlay(node, overlay).await?;
+        let rests = {
+            let records = self.records.borrow();
+            let is_inactive = |id| records.node(id).is_some_and(|node| node.inactive);
+            is_inactive(below) && !is_inactive(above)
+        };
+        if rests {
+            // Nothing active stands on what somebody else may own.
+            self.inactivate(above).await?;
+        }
         // What is planned from here on holds only as long as nobody else changes one of them.
         self.pin(below).await?;
         let outcome = self.put_pinned(below, above).await;
         self.release(below, &super::reopen::pin(below)).await;
-        outcome
+        match outcome {
+            Ok(put) => Ok(PutOverlay { rests, ..put }),
+            Err(error) => {
+                self.rouse(above, rests).await;
+                Err(error)
+            }
+        }
     }
 
     /// Takes an overlay off again to which nobody has written yet, as its users have been drained since before it was put there.
@@ -73,12 +90,24 @@ impl Graph {
                 .take_pinned_off((below, above), &put.roots, put.back)
                 .await;
             self.release(below, &super::reopen::pin(below)).await;
+            if outcome.is_ok() {
+                self.rouse(above, put.rests).await;
+            }
             outcome
         };
         if let Some(overlay) = put.unowned {
             self.close_unused(overlay).await;
         }
         outcome
+    }
+
+    /// An overlay that is not put on an inactive node after all is what it was.
+    async fn rouse(&self, overlay: NodeId, rests: bool) {
+        if rests && let Err(error) = self.activate(overlay).await {
+            let records = self.records.borrow();
+            let node = records.name_of(overlay);
+            tracing::error!(%error, node, "a node stays inactive");
+        }
     }
 
     async fn take_pinned_off(
@@ -125,6 +154,7 @@ impl Graph {
             below,
             above,
             unowned: None,
+            rests: false,
             roots,
             back,
         })

@@ -22,7 +22,7 @@ use crate::graph::records::{
 use crate::limits::{CHAIN_LAYERS_MAX, OPENED_TABLES_BYTES_MAX};
 use crate::node::build::NodePlan;
 use crate::node::qcow2::opening::{Qcow2Plan, header_on, refusal};
-use crate::request::{BackingRef, DriverSpec, NodeRef, NodeSpec, Qcow2Spec};
+use crate::request::{BackingRef, CommonOptions, DriverSpec, NodeRef, NodeSpec, Qcow2Spec};
 
 /// What QEMU puts before an error about a backing file, once for each layer above.
 const BACKING_PREFIX: &str = "Could not open backing file: ";
@@ -71,7 +71,11 @@ impl Graph {
     pub(super) async fn open_named_backing(&self, id: NodeId) -> Result<(), EngineError> {
         let (batch, said) = {
             let mut records = self.records.borrow_mut();
-            let said = records.node(id).map(|node| node.said);
+            let said = records.node(id).map(|node| CommonOptions {
+                // What it was opened as counts for nothing.
+                active: Some(!node.inactive),
+                ..node.said
+            });
             (records.new_batch(), said.unwrap_or_default())
         };
         let site = Site {
@@ -160,7 +164,7 @@ impl Graph {
         let file = self.records.borrow().primary(id);
         let file =
             file.ok_or_else(|| EngineError::generic("The file of an image is gone (bug)"))?;
-        let read_only = resolved.read_only;
+        let read_only = resolved.read_only || resolved.inactive;
         let header = self.threads.run(self.thread_of(id), move |context| {
             Box::pin(async move {
                 let node = context.node(file);
@@ -239,7 +243,7 @@ impl Graph {
                 NodeRef::Inline(Box::new(self.named_data_file(name, records.folder(id))?))
             }
         };
-        let inherits = Inherits::Held(resolved);
+        let inherits = Inherits::Held(resolved.passing_inactive());
         let opened = self.open_below(data_file, inherits, site).await?;
         let outcome = async {
             if !needed {

@@ -173,6 +173,9 @@ impl Graph {
         {
             return Err(cannot_change("force-share"));
         }
+        if spec.is_some() && (node.said.active.is_some() || common.active == Some(false)) {
+            return Err(cannot_reset("active"));
+        }
         let resolved = Resolved::new(common, inherits)?;
         if resolved.force_share != node.force_share {
             return Err(cannot_reset("force-share"));
@@ -230,6 +233,8 @@ impl Graph {
                 )));
             }
         }
+        // Whether it is active is another command's matter.
+        node.plan.set_access(node.read_only, node.inactive);
         planned.nodes.push(node);
         Ok(())
     }

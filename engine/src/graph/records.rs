@@ -54,6 +54,8 @@ pub(super) struct NodeRecord {
     /// What its image says of itself, for formats that have something to say.
     pub(super) image: Option<ImageRecord>,
     pub(super) read_only: bool,
+    /// Somebody else may own what it shows: it is not written, and keeps nobody from that.
+    pub(super) inactive: bool,
     /// What its client says of it, without what comes from elsewhere.
     pub(super) said: CommonOptions,
     /// The node that it was described with or followed from, which decides what the client does not say, as long as it is
@@ -88,6 +90,11 @@ impl NodeRecord {
     /// Whether it is a file, a device or the like, and not something that is in one.
     pub(super) fn is_protocol(&self) -> bool {
         self.filename.is_protocol()
+    }
+
+    /// Whether it may be written now.
+    pub(super) fn takes_writes(&self) -> bool {
+        !self.read_only && !self.inactive
     }
 
     /// Whether it is the filter of a job that commits what it is above.
@@ -186,6 +193,15 @@ impl Edge {
     }
 }
 
+/// What somebody outside of the graph wants of his node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RootWish {
+    pub(super) taken: Permissions,
+    pub(super) shared: Permissions,
+    /// Whether a node that he writes to may become inactive.
+    pub(super) rests: bool,
+}
+
 /// A job that keeps others off a node.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Blocker {
@@ -227,6 +243,8 @@ pub(super) struct Records {
     pub(super) losing_write: HashSet<NodeId>,
     /// Nodes on their way to another thread.
     pub(super) moving: HashSet<NodeId>,
+    /// What roots take and share while their node is active.
+    pub(super) roots: HashMap<RootId, RootWish>,
     pub(super) next_id: u64,
     pub(super) next_root: u64,
     pub(super) next_batch: u64,

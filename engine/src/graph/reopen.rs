@@ -16,6 +16,7 @@ use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::Graph;
 use crate::graph::host_files::in_background;
+use crate::graph::inactive::look_anew;
 use crate::graph::linking::{Change, Link};
 use crate::graph::permissions::Permissions;
 use crate::graph::records::{BACKING_ROLE, Edge, NodeRecord, Records, User};
@@ -203,13 +204,18 @@ impl Graph {
         }
         let changing: Vec<NodeId> = change.nodes.iter().map(|node| node.id).collect();
         let _unlimited = self.suspend_limits(&changing);
-        let steps = {
+        let (steps, taken_over) = {
             let mut records = self.records.borrow_mut();
             let losers = records.losing_write(&change);
+            let taken_over = records.taken_over(&change);
             records.change_nodes(&mut change)?;
-            records.steps(&change, &losers)
+            (records.steps(&change, &losers), taken_over)
         };
-        let outcome = self.take_steps(&steps).await;
+        // Nobody else may change them from here on, and nobody here has looked into them yet.
+        let outcome = match look_anew(taken_over).await {
+            Ok(()) => self.take_steps(&steps).await,
+            Err(error) => Err(error),
+        };
         if outcome.is_err() {
             self.records.borrow_mut().take_back(&mut change);
             return outcome.map(|()| change);
@@ -315,9 +321,9 @@ impl Records {
     /// Nodes that are not to be written any more, each before what it writes to.
     fn losing_write(&self, change: &Change) -> Vec<NodeId> {
         let loses = |id: NodeId| {
-            let now = self.node(id).is_some_and(|node| !node.read_only);
+            let now = self.node(id).is_some_and(NodeRecord::takes_writes);
             let then = change.nodes.iter().find(|node| node.id == id);
-            now && then.is_some_and(|node| node.read_only)
+            now && then.is_some_and(|node| !node.takes_writes())
         };
         let mut order = self.parents_first(change.nodes.iter().map(|node| node.id));
         order.retain(|id| loses(*id));
@@ -424,22 +430,9 @@ pub(super) fn with_access(
     new_file: Option<HostFile>,
 ) -> NodeRecord {
     node.read_only = now_read_only;
-    match &mut node.plan {
-        NodePlan::File { file, options } => {
-            options.read_only = now_read_only;
-            if let Some(new) = new_file {
-                *file = new;
-            }
-        }
-        NodePlan::Raw { read_only, .. } => *read_only = now_read_only,
-        NodePlan::Null(options) => options.read_only = now_read_only,
-        NodePlan::Nbd { options, .. } => options.read_only = now_read_only,
-        NodePlan::CopyOnRead { options, .. } => options.read_only = now_read_only,
-        NodePlan::Throttle { options, .. } => options.read_only = now_read_only,
-        NodePlan::Blkdebug { options, .. } => options.read_only = now_read_only,
-        NodePlan::Qcow2 { plan, .. } => plan.image.read_only = now_read_only,
-        NodePlan::CopyBeforeWrite { options, .. } => options.read_only = now_read_only,
-        NodePlan::Filter { .. } | NodePlan::SnapshotAccess { .. } | NodePlan::Opening => {}
+    node.plan.set_access(now_read_only, node.inactive);
+    if let (NodePlan::File { file, .. }, Some(new)) = (&mut node.plan, new_file) {
+        *file = new;
     }
     node
 }

@@ -13,7 +13,7 @@ use crate::data::{Mailbox, NodeId, ThreadId};
 use crate::error::EngineError;
 use crate::graph::jobs::edge;
 use crate::graph::permissions::Permissions;
-use crate::graph::records::{Edge, ROOT_ROLE, User};
+use crate::graph::records::{Edge, ROOT_ROLE, RootWish, User};
 use crate::graph::{Graph, not_found};
 use crate::job::context::JobKey;
 use crate::node::NodeFacts;
@@ -50,7 +50,7 @@ struct Drained {
 
 impl Graph {
     /// Lets somebody outside of the graph read from a node, and write to it if `writable`. He lets everybody else do as much
-    /// as `shared` says.
+    /// as `shared` says. `rests`: the node may be inactive, or become so, although he writes to it: his writes fail then.
     ///
     /// # Errors
     /// In QEMU's words: the node is not there, or others do not allow it.
@@ -59,6 +59,7 @@ impl Graph {
         node_name: &str,
         writable: bool,
         shared: Permissions,
+        rests: bool,
     ) -> Result<RootPlace, EngineError> {
         let _held = self.hold_named(&[node_name]).await;
         let node = self
@@ -73,8 +74,19 @@ impl Graph {
         let id = {
             let mut records = self.records.borrow_mut();
             let id = records.new_root();
-            let root = edge(User::Root(id), node, ROOT_ROLE, taken, shared);
+            let is_inactive = records.node(node).is_some_and(|node| node.inactive);
+            let (takes, shares) = match is_inactive && rests {
+                true => (Permissions::NONE, Permissions::EVERY),
+                false => (taken, shared),
+            };
+            let root = edge(User::Root(id), node, ROOT_ROLE, takes, shares);
             records.change_edges(|edges| edges.push(root))?;
+            let wish = RootWish {
+                taken,
+                shared,
+                rests,
+            };
+            records.roots.insert(id, wish);
             id
         };
         let made = self.threads.run(thread, move |context| {
@@ -182,6 +194,7 @@ impl Graph {
     fn drop_root_edge(&self, id: RootId) -> Option<NodeId> {
         let node = self.node_of_root(id);
         let mut records = self.records.borrow_mut();
+        records.roots.remove(&id);
         let dropped = records.change_edges(|edges| {
             edges.retain(|edge| edge.user != User::Root(id));
         });
@@ -403,8 +416,14 @@ mod tests {
             let graph = Graph::new(threads.clone(), ImagePolicy::default(), None);
             graph.add(stuck()).await.expect("added");
             let shared = Permissions::EVERY;
-            let busy = graph.open_root("n", false, shared).await.expect("opened");
-            let idle = graph.open_root("n", false, shared).await.expect("opened");
+            let busy = graph
+                .open_root("n", false, shared, false)
+                .await
+                .expect("opened");
+            let idle = graph
+                .open_root("n", false, shared, false)
+                .await
+                .expect("opened");
             let node = graph.find("n").expect("there");
             let thread = graph.thread_of(node);
             let (busy, idle) = (busy.id, idle.id);

@@ -26,7 +26,7 @@ impl Graph {
             let node = root(&records, device)?;
             records.check_no_job(node.id)?;
             check_writable(node)?;
-            if !matches!(node.plan, NodePlan::Qcow2 { .. }) {
+            if node.inactive || !matches!(node.plan, NodePlan::Qcow2 { .. }) {
                 return Err(EngineError::generic(format!(
                     "Block format '{}' used by device '{device}' does not support internal snapshots",
                     node.driver
@@ -91,6 +91,7 @@ impl Graph {
                 )));
             };
             check_writable(node)?;
+            records.check_active(node.id)?;
             let node = node.id;
             pin(&mut records, node)?;
             (node, gone)

@@ -60,7 +60,7 @@ impl Graph {
                 driver: node.driver.to_owned(),
                 filename: node.filename.to_string(),
                 read_only: node.read_only,
-                active: true,
+                active: !node.inactive,
                 detect_zeroes: node.detect_zeroes,
                 cache_direct: node.cache_direct,
                 cache_no_flush: node.cache_no_flush,

@@ -71,7 +71,10 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
                 let manager = manager.clone();
                 tokio::task::spawn_local(async move {
                     let shared = Permissions::EVERY;
-                    let opened = manager.graph.open_root(&node_name, writable, shared).await;
+                    let opened = manager
+                        .graph
+                        .open_root(&node_name, writable, shared, false)
+                        .await;
                     let id = opened.as_ref().ok().map(|place| place.id);
                     // Who has given up waiting has no use for it.
                     if let (Err(_), Some(id)) = (answer.send(opened), id) {
@@ -166,6 +169,12 @@ impl Manager {
             Request::BlockdevReopen { nodes } => {
                 self.graph.reopen(nodes).await?;
                 self.go_on_with_checkpoints().await;
+            }
+            Request::SetActive { node_name, active } => {
+                self.graph.set_active(node_name.as_deref(), active).await?;
+                if active {
+                    self.go_on_with_checkpoints().await;
+                }
             }
             Request::BlockdevSnapshot { node, overlay } => {
                 let put = self.graph.put_overlay(&node, &overlay).await?;
@@ -331,6 +340,7 @@ const fn comes_between(request: &Request) -> bool {
             | Request::BlockResize { .. }
             | Request::ChangeBackingFile { .. }
             | Request::BlockdevReopen { .. }
+            | Request::SetActive { .. }
             | Request::BlockdevSnapshot { .. }
             | Request::NewOverlay(_)
             | Request::ChangeBitmap(_)

@@ -133,6 +133,27 @@ pub enum NodePlan {
     Opening,
 }
 
+impl NodePlan {
+    /// Lets a node be written or not; it is `inactive` as long as somebody else may be changing what it shows.
+    pub fn set_access(&mut self, is_read_only: bool, inactive: bool) {
+        let refuses = is_read_only || inactive;
+        match self {
+            Self::File { options, .. } | Self::Nbd { options, .. } => options.read_only = refuses,
+            Self::Raw { read_only, .. } => *read_only = refuses,
+            Self::Null(options) => options.read_only = refuses,
+            Self::CopyOnRead { options, .. } => options.read_only = refuses,
+            Self::Throttle { options, .. } => options.read_only = refuses,
+            Self::Blkdebug { options, .. } => options.read_only = refuses,
+            Self::Qcow2 { plan, .. } => {
+                plan.image.read_only = refuses;
+                plan.node.inactive = inactive;
+            }
+            Self::CopyBeforeWrite { options, .. } => options.read_only = refuses,
+            Self::Filter { .. } | Self::SnapshotAccess { .. } | Self::Opening => {}
+        }
+    }
+}
+
 /// A node on its thread.
 pub struct Built {
     /// The node.

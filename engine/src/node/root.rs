@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use blockyard_storage::error::EBADF;
+use blockyard_storage::error::{EBADF, EPERM};
 use blockyard_storage::{Buffer, ByteRange, Operation, StorageError, ZeroMode};
 
 use crate::data::Spawner;
@@ -100,8 +100,9 @@ impl Root {
         match self.node_for(Operation::Write, range, true) {
             Ok(node) => {
                 let write = Box::pin(async move {
-                    let written = node.write(offset, from).await;
+                    let mut written = node.write(offset, from).await;
                     drop(pass);
+                    written.outcome = written.outcome.map_err(not_permitted);
                     written
                 });
                 self.spawner.to_the_end(write).await
@@ -166,7 +167,7 @@ impl Root {
         let change = Box::pin(async move {
             let changed = change.await;
             drop(pass);
-            changed
+            changed.map_err(not_permitted)
         });
         self.spawner.to_the_end(change).await
     }
@@ -222,6 +223,14 @@ impl Root {
         drop(self.gate.close_again(Way::Write).await);
         drop(self.gate.close_again(Way::Read).await);
     }
+}
+
+/// Its user may write, but not now.
+fn not_permitted(mut error: NodeError) -> NodeError {
+    if error.source.errno == EBADF {
+        error.source.errno = EPERM;
+    }
+    error
 }
 
 #[cfg(test)]

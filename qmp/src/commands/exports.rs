@@ -112,6 +112,7 @@ pub fn export_spec(mut fields: Fields) -> ExportSpec {
         node_name: fields.required_text("node-name"),
         writable: fields.flag("writable").unwrap_or(false),
         writethrough: fields.flag("writethrough").unwrap_or(false),
+        allow_inactive: fields.flag("allow-inactive").unwrap_or(false),
         iothread: fields.text("iothread"),
         fixed_iothread: fields.flag("fixed-iothread").unwrap_or(false),
     }

@@ -21,7 +21,7 @@ use crate::schema::images::{DEVICE_INFO, SNAPSHOT_INFO};
 use crate::schema::jobs::CHAIN_LAYER;
 use crate::schema::nodes::{
     BY_NAME, CHANGE, CHANGE_BACKING_FILE, GRAPH, INTERNAL_SNAPSHOT, INTERNAL_SNAPSHOT_BY_NAME,
-    OPTIONS, QUERY, REOPEN, RESIZE, SET_IOTHREAD, SNAPSHOT, SNAPSHOT_SYNC,
+    OPTIONS, QUERY, REOPEN, RESIZE, SET_ACTIVE, SET_IOTHREAD, SNAPSHOT, SNAPSHOT_SYNC,
 };
 use crate::schema::{EMPTY, Type};
 use crate::wire::document::{Document, Json};
@@ -106,6 +106,12 @@ pub(super) static COMMANDS: &[Command] = &[
         let nodes = nodes.map(|fields| nested_spec(fields, 1));
         call(Request::BlockdevReopen {
             nodes: nodes.collect::<Result<_, _>>()?,
+        })
+    }),
+    Command::act("blockdev-set-active", &SET_ACTIVE, |mut a| {
+        call(Request::SetActive {
+            node_name: a.text("node-name"),
+            active: a.flag("active").unwrap_or(true),
         })
     }),
     Command::act("blockdev-snapshot", &SNAPSHOT, |mut a| {

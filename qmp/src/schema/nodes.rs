@@ -267,6 +267,11 @@ pub static OPTIONS: Object = Object::union(
 pub static BY_NAME: Object = Object::of(&[required("node-name", Type::Text)]);
 /// Arguments of `blockdev-reopen`.
 pub static REOPEN: Object = Object::of(&[required("options", Type::List(&Type::Object(&OPTIONS)))]);
+/// Arguments of `blockdev-set-active`.
+pub static SET_ACTIVE: Object = Object::of(&[
+    optional("node-name", Type::Text),
+    required("active", Type::Bool),
+]);
 /// `BlockdevSnapshot`.
 pub static SNAPSHOT: Object = Object::of(&[
     required("node", Type::Text),

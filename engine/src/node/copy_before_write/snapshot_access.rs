@@ -8,10 +8,12 @@ use blockyard_storage::error::{EACCES, EIO, EOPNOTSUPP};
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError, ZeroMode};
 
 use super::saver::{Destination, Saver};
-use crate::error::NodeError;
+use crate::data::DataContext;
+use crate::error::{EngineError, NodeError};
+use crate::node::build::NodePlan;
 use crate::node::chain::{Content, chain_status};
 use crate::node::turns::Doing;
-use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, refused};
+use crate::node::{Node, NodeFacts, NodeTransfer, StatusExtent, cannot_become, refused};
 use crate::request::Discard;
 
 /// What a client chose for such a node.
@@ -225,5 +227,18 @@ impl Node for SnapshotAccess {
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
         let range = ByteRange::new(0, length_bytes);
         Box::pin(async move { Err(self.refuse_change(Operation::Resize, range)) })
+    }
+
+    fn reopen<'a>(
+        &'a self,
+        _: &'a DataContext,
+        plan: &'a NodePlan,
+    ) -> LocalFuture<'a, Result<(), EngineError>> {
+        // It writes to nothing, whoever owns it.
+        let is_one = matches!(plan, NodePlan::SnapshotAccess { .. });
+        let done = is_one
+            .then_some(())
+            .ok_or_else(|| cannot_become(&self.name()));
+        Box::pin(std::future::ready(done))
     }
 }

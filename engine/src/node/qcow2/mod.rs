@@ -60,6 +60,8 @@ pub struct Qcow2Options {
     pub discard: Discard,
     /// Whether written zeroes become zero requests.
     pub detect_zeroes: DetectZeroes,
+    /// Somebody else may be changing the image: what it keeps of bitmaps is not loaded.
+    pub inactive: bool,
     /// After how long what was not used goes from the caches of tables; `None`: never.
     pub cache_clean_interval: Option<Duration>,
 }

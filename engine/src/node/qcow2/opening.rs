@@ -100,7 +100,9 @@ pub(super) async fn open_image(
     let format = opened.header.extensions.backing_format.clone();
     let backing = opened.header.backing_name.clone();
     let image = Qcow2::new(file, data_file, opened, plan.image).map_err(refusal)?;
-    take_in(context, &image, bitmaps).await?;
+    if !plan.node.inactive {
+        take_in(context, &image, bitmaps).await?;
+    }
     if let Some(version_3) = &mut info.version_3 {
         version_3.bitmaps = kept_by(&image);
     }

@@ -66,13 +66,23 @@ impl Qcow2Node {
                 ))));
             }
         }
-        let image = match open_image(context, &files, *plan, &self.bitmaps).await {
+        let opened = open_image(context, &files, *plan, &self.bitmaps).await;
+        let is_taken_over = old.options.inactive && !plan.node.inactive;
+        let image = match opened {
             Ok(image) => image,
+            Err(error) if is_taken_over => {
+                self.bitmaps.release_kept();
+                return Err(error.prefixed("Could not reopen qcow2 layer: "));
+            }
             Err(error) => {
                 old.goes_on_with(&self.bitmaps).await;
                 return Err(error);
             }
         };
+        if plan.node.inactive {
+            // The image has them.
+            self.bitmaps.release_kept();
+        }
         let mover = Mover::new(
             name.clone(),
             image.image,

@@ -47,6 +47,7 @@ pub(crate) fn plan(yard: &Yard, read_only: bool, l2_cache_bytes: u64) -> NodePla
                 ..Options::default()
             },
             node: Qcow2Options {
+                inactive: false,
                 discard: setup.discard,
                 detect_zeroes: setup.detect_zeroes,
                 cache_clean_interval: None,
@@ -103,6 +104,44 @@ fn requests_wait_while_the_image_is_opened_in_another_way() {
         let write = Operation::Write(ByteRange::new(0, 512), 9);
         assert_eq!(errno_of(&yard, &node, write), Some(EBADF));
         assert_sound(&yard);
+    });
+}
+
+/// Two nodes on one image, of which one at a time is active, as on two hosts.
+#[test]
+fn an_image_goes_to_and_fro_between_two_nodes() {
+    each_seed("blockyard-engine", "handed_over", 40, |seed| {
+        let yard = Yard::new(Setup::random(seed));
+        let dice = Seed::new(seed);
+        let mut model = Model::of(&yard);
+        let nodes = [yard.open_read_only(), yard.open_read_only()];
+        let become_active = |node: &Rc<Qcow2Node>, active: bool| {
+            let mut plan = plan(&yard, false, 1 << 12);
+            plan.set_access(false, !active);
+            yard.drive(node.reopen(&yard.context, &plan))
+                .expect("opened");
+        };
+        nodes.iter().for_each(|node| become_active(node, false));
+        for turn in 0..6 {
+            let node = &nodes[turn % 2];
+            become_active(node, true);
+            assert_holds(&yard, node, &model, &dice);
+            for operation in round(&dice, &yard.setup) {
+                yard.drive(operation.carry_out(node)).expect("done");
+                model.apply(&operation, &yard.setup);
+            }
+            become_active(node, false);
+            assert_sound(&yard);
+            // Not even by closing it is an image written that is somebody else's.
+            let written = yard.world.steps();
+            let write = Operation::Write(ByteRange::new(0, 512), 9);
+            assert_eq!(errno_of(&yard, node, write), Some(EBADF));
+            yard.drive(node.flush()).expect("nothing to do");
+            yard.drive(node.store_bitmaps()).expect("nothing to do");
+            assert_eq!(yard.world.steps(), written);
+        }
+        let last = yard.open();
+        assert_holds(&yard, &last, &model, &dice);
     });
 }
 

@@ -397,6 +397,7 @@ impl Yard {
         }
         let image = image?;
         let options = Qcow2Options {
+            inactive: false,
             discard: setup.discard,
             detect_zeroes: setup.detect_zeroes,
             cache_clean_interval: None,
