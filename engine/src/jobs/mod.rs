@@ -3,6 +3,7 @@
 pub(crate) mod active_commit;
 mod amend;
 mod backup;
+mod ceiling;
 mod changes;
 pub(crate) mod commit;
 mod copier;

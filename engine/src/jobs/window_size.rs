@@ -7,15 +7,10 @@
 use std::time::Duration;
 
 use crate::clock::Moment;
+use crate::jobs::ceiling::Ceiling;
 
 /// Requests in flight at first, before anything is known.
 const START: usize = 4;
-
-/// A request slower than this makes fewer of them, so that a pause takes a fraction of a second: if fewer are quicker.
-const SLOW: Duration = Duration::from_millis(100);
-
-/// After so many slow requests, one at a time, two are tried.
-const SLOW_ALONE: u32 = 8;
 
 /// What twice as many requests have to move to be doubled again, in hundredths of before.
 const GROWN_PERCENT: u128 = 125;
@@ -51,11 +46,7 @@ pub(super) struct WindowSize {
     count: usize,
     count_max: usize,
     /// Slow requests hold the number down to this.
-    ceiling: usize,
-    /// What a request takes that waits for no other: the quickest so far, or the last that was alone.
-    alone: Option<Duration>,
-    /// Slow requests that were alone.
-    slow_alone: u32,
+    ceiling: Ceiling,
     phase: Phase,
     measure: Measure,
 }
@@ -115,9 +106,7 @@ impl WindowSize {
         Self {
             count,
             count_max,
-            ceiling: count_max,
-            alone: None,
-            slow_alone: 0,
+            ceiling: Ceiling::new(count_max),
             phase: Phase::Growing {
                 round: count,
                 best: None,
@@ -130,7 +119,7 @@ impl WindowSize {
 
     /// Requests to have in flight, at least one.
     pub(super) fn requests(&self) -> usize {
-        self.count.min(self.ceiling)
+        self.count.min(self.ceiling.count())
     }
 
     /// A copy begins.
@@ -142,31 +131,15 @@ impl WindowSize {
 
     /// A request took this long.
     pub(super) fn took(&mut self, time: Duration) {
-        let is_alone = self.requests() == 1;
-        let alone = match self.alone {
-            Some(alone) if !is_alone => alone.min(time),
-            _ => time,
-        };
-        self.alone = Some(alone);
-        if time < SLOW / 2 || (!is_alone && time * 2 <= alone * 3) {
-            self.ceiling = (self.ceiling + 1).min(self.count_max);
-        } else if time > SLOW && time * 4 > alone * 7 {
-            self.ceiling = (self.requests() - 1).max(1);
-        } else if is_alone {
-            // Slow by itself: whether two take longer has to be tried now and then.
-            self.slow_alone += 1;
-            if self.slow_alone.is_multiple_of(SLOW_ALONE) {
-                self.ceiling = self.count_max.min(2);
-            }
-        }
-        if self.count > self.ceiling {
+        self.ceiling.took(time, self.requests());
+        if self.count > self.ceiling.count() {
             self.interrupted();
         }
     }
 
     /// A copy of `bytes` has ended that took this long, beside which there were as many as there may be.
     pub(super) fn ended(&mut self, now: Moment, bytes: u64, took: Duration) {
-        if self.count > self.ceiling {
+        if self.count > self.ceiling.count() {
             return;
         }
         if let Phase::Growing { .. } = self.phase {
@@ -468,15 +441,29 @@ mod tests {
 
     #[test]
     fn however_far_an_end_is_it_gets_all_there_may_be() {
-        for milliseconds in [90, 150, 1_000] {
+        for (milliseconds, noise_percent) in [
+            (90, 20),
+            (150, 20),
+            (1_000, 20),
+            (10, 200),
+            (40, 100),
+            (90, 100),
+            (90, 200),
+            (150, 400),
+        ] {
             let far = Disk {
                 lanes: 1000,
                 service: |_| Duration::from_millis(milliseconds),
-                noise_percent: 20,
+                noise_percent,
             };
-            let mut size = WindowSize::new(16);
-            let many = settled(&mut size, &far, 400);
-            assert!(many > 11.0, "{many} at {milliseconds} ms");
+            for requests in [400, 4_000, 40_000] {
+                let mut size = WindowSize::new(16);
+                let many = settled(&mut size, &far, requests);
+                assert!(
+                    many > 12.0,
+                    "{many} at {milliseconds} ms with {noise_percent} % of noise after {requests}"
+                );
+            }
         }
     }
 
