@@ -11,7 +11,7 @@ use blockyard_storage::{ByteRange, Operation, StorageError};
 
 use crate::error::ImageError;
 use crate::qcow2::claims::Claim;
-use crate::qcow2::frees::Why;
+use crate::qcow2::free_list::Why;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::{CompressedAt, L2Entry};
 use crate::qcow2::lookup::Look;

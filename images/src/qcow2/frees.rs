@@ -8,6 +8,7 @@
 
 use blockyard_storage::ByteRange;
 
+use crate::qcow2::free_list::{Free, FreeList, Why};
 use crate::qcow2::image::ImageState;
 use crate::qcow2::layout::entries::CompressedAt;
 use crate::qcow2::refcounts::{Lowered, Peeked};
@@ -16,36 +17,14 @@ use crate::qcow2::units::{ClusterCount, HostCluster, HostOffset};
 /// Runs of clusters that may wait for their unlinking to be durable, before it is made so.
 const UNLINKED_MAX: usize = 4096;
 
-/// Runs of clusters that may wait for leases.
+/// Runs of clusters that may wait for leases as runs, of 24 bytes each; what is more takes a bit for each cluster.
 const RETIRED_MAX: usize = 65_536;
-
-/// Host clusters that lose one reference each.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Free {
-    pub(super) first: HostCluster,
-    pub(super) count: ClusterCount,
-    pub(super) why: Why,
-}
-
-/// Why clusters are given up, which decides whether they are discarded in the file.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Why {
-    /// The guest discarded them.
-    Request,
-    /// Anything else.
-    Other,
-}
 
 impl ImageState {
     /// A run of clusters is not referred to any more by what is in memory.
     pub(super) fn unlink(&self, first: HostCluster, count: ClusterCount, why: Why) {
-        let mut unlinked = self.unlinked.borrow_mut();
-        match unlinked.last_mut() {
-            Some(last) if last.why == why && last.first.plus(last.count) == first => {
-                last.count.0 += count.0;
-            }
-            _ => unlinked.push(Free { first, count, why }),
-        }
+        let free = Free { first, count, why };
+        self.unlinked.borrow_mut().push(free);
     }
 
     /// The cluster that begins at `at` is not referred to any more.
@@ -63,29 +42,41 @@ impl ImageState {
 
     /// Whether so much was given up that it should be made durable.
     pub(super) fn has_much_unlinked(&self) -> bool {
-        self.unlinked.borrow().len() > UNLINKED_MAX
+        self.unlinked.borrow().runs() > UNLINKED_MAX
     }
 
-    /// Nothing on the medium leads to `frees` any more. When somebody holds a lease for so long that too much waits for it, they
-    /// stay counted: that costs room, which a check gives back, but no memory.
-    pub(super) fn retire(&self, frees: Vec<Free>) {
-        let waiting = self.leases.fold_waiting(0, |sum, frees| sum + frees.len());
-        if !frees.is_empty() && waiting + frees.len() <= RETIRED_MAX {
-            self.leases.retire(frees);
+    /// Clusters that were given up and are counted yet: they wait for a commit, or for leases.
+    pub(super) fn given_up(&self) -> ClusterCount {
+        let unlinked = self.unlinked.borrow().clusters().0;
+        let add = |sum: u64, frees: &FreeList| sum.saturating_add(frees.clusters().0);
+        ClusterCount(self.leases.fold_waiting(unlinked, add))
+    }
+
+    /// Nothing on the medium leads to `frees` any more. However much waits because somebody holds a lease, none of it is lost.
+    pub(super) fn retire(&self, frees: FreeList) {
+        if frees.is_empty() {
+            return;
+        }
+        self.leases.retire(frees);
+        let runs = self.leases.fold_waiting(0, |sum, frees| sum + frees.runs());
+        if runs > RETIRED_MAX {
+            self.leases.join_waiting(|all: &mut FreeList, frees| {
+                all.append(frees);
+                all.mark();
+            });
         }
     }
 
-    /// Lowers the counts of everything that was given up and that nobody looks at any more. What cannot be done now for want of
-    /// room in the cache, or because a table cannot be read, waits for the next commit.
+    /// Lowers the counts of everything that was given up and that nobody looks at any more. What cannot be done now, because a
+    /// table cannot be read or written, waits for the next commit. To be called by who writes metadata.
     pub(super) async fn free_released(&self) {
-        while let Some(frees) = self.leases.next_released() {
-            let mut frees = frees.into_iter();
-            while let Some(free) = frees.next() {
+        while let Some(mut frees) = self.leases.next_released() {
+            frees.sort();
+            while let Some(free) = frees.pop() {
                 let left = self.free(free).await;
                 if left.count.0 > 0 {
-                    let mut unlinked = self.unlinked.borrow_mut();
-                    unlinked.push(left);
-                    unlinked.extend(frees);
+                    frees.push(left);
+                    self.unlinked.borrow_mut().append(frees);
                     return;
                 }
             }
@@ -101,9 +92,9 @@ impl ImageState {
         };
         while left.count.0 > 0 {
             let done = match self.peek(left.first, left.count) {
-                Peeked::Load(at) => match self.load(at, &self.counts.blocks).await {
-                    Ok(true) => continue,
-                    Ok(false) | Err(_) => return left,
+                Peeked::Load(at) => match self.load_for_change(at).await {
+                    true => continue,
+                    false => return left,
                 },
                 // Counted as free already, or not counted at all: the image is not sound, and nothing is lost by leaving it.
                 Peeked::Unused(count) => count,
@@ -129,6 +120,18 @@ impl ImageState {
             left.count.0 = left.count.0.saturating_sub(done.0.max(1));
         }
         left
+    }
+
+    /// Reads a slice of counts into the cache; `false`: it cannot be read, or there is no room. Counts that were changed are
+    /// written first where they take all of it.
+    async fn load_for_change(&self, at: HostOffset) -> bool {
+        loop {
+            match self.load(at, &self.counts.blocks).await {
+                Ok(true) => return true,
+                Ok(false) if self.write_counts_back().await => {}
+                Ok(false) | Err(_) => return false,
+            }
+        }
     }
 
     /// No further compressed cluster goes into a cluster that is being given up.

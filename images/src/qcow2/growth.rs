@@ -8,7 +8,7 @@ use blockyard_storage::{ByteRange, Operation, StorageError};
 
 use crate::error::ImageError;
 use crate::qcow2::claims::Claim;
-use crate::qcow2::frees::Why;
+use crate::qcow2::free_list::Why;
 use crate::qcow2::header_updates::interrupted;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::L1Entry;

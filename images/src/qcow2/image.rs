@@ -12,7 +12,7 @@ use blockyard_storage::{Buffer, ByteRange, Operation, Storage, StorageError};
 
 use crate::error::{Corruption, ImageError};
 use crate::qcow2::check::repair_dirty;
-use crate::qcow2::frees::Free;
+use crate::qcow2::free_list::FreeList;
 use crate::qcow2::fresh::{FreshTables, SliceSource};
 use crate::qcow2::layout::bitmaps::Bitmap;
 use crate::qcow2::layout::entries::{l2_entry_at, put_l2_entry};
@@ -60,8 +60,8 @@ pub(super) struct ImageState {
     pub(super) counts: Refcounts,
     pub(super) fresh: RefCell<FreshTables>,
     /// Given up, but something on the medium may lead there yet.
-    pub(super) unlinked: RefCell<Vec<Free>>,
-    pub(super) leases: Leases<Vec<Free>>,
+    pub(super) unlinked: RefCell<FreeList>,
+    pub(super) leases: Leases<FreeList>,
     /// A write that nobody waits for may still reach these clusters: they are not used again while the image is open.
     pub(super) strayed: RefCell<ClusterRuns>,
     /// Of the clusters that have a place in the guest's disk, those where such a write may reach more than it was asked for.

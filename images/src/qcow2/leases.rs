@@ -51,6 +51,27 @@ impl<T> Leases<T> {
         waiting.iter().map(|(_, freed)| freed).fold(first, fold)
     }
 
+    /// Everything that waits becomes one, and waits for every lease that any of it waits for.
+    pub(super) fn join_waiting(&self, mut join: impl FnMut(&mut T, T))
+    where
+        T: Default,
+    {
+        let mut waiting = self.waiting.borrow_mut();
+        let mut all = T::default();
+        for (_, freed) in waiting.iter_mut() {
+            join(&mut all, std::mem::take(freed));
+        }
+        if let Some((_, last)) = waiting.back_mut() {
+            *last = all;
+        }
+        // What is last waits for the eras in front of it, as far as somebody holds a lease of them.
+        let mut behind = waiting.len();
+        waiting.retain(|(era, _)| {
+            behind -= 1;
+            behind == 0 || Rc::strong_count(era) > 1
+        });
+    }
+
     /// The next that nobody holds any more, in the order in which they were retired.
     pub(super) fn next_released(&self) -> Option<T> {
         let mut waiting = self.waiting.borrow_mut();
@@ -83,5 +104,22 @@ mod tests {
         assert_eq!(leases.next_released(), Some(1));
         assert_eq!(leases.next_released(), Some(2));
         assert_eq!(leases.next_released(), None);
+    }
+    #[test]
+    fn what_is_joined_waits_for_the_leases_of_all() {
+        let leases = Leases::default();
+        let first = leases.take();
+        leases.retire(vec![1]);
+        leases.retire(vec![2]);
+        let third = leases.take();
+        leases.retire(vec![3]);
+        leases.join_waiting(Vec::extend);
+        assert_eq!(leases.fold_waiting(0, |sum, _| sum + 1), 2, "one is held");
+        drop(third);
+        assert_eq!(leases.next_released(), None, "the first lease is older");
+        leases.retire(vec![4]);
+        drop(first);
+        let released: Vec<_> = std::iter::from_fn(|| leases.next_released()).collect();
+        assert_eq!(released, [vec![], vec![1, 2, 3], vec![4]]);
     }
 }

@@ -14,9 +14,8 @@ use crate::qcow2::overlap::Metadata;
 use crate::qcow2::stale_bitmaps::BeforeWriting;
 use crate::qcow2::units::HostOffset;
 
-/// Commits that closing takes at most: each may free what the one before has unlinked, and freeing may have to wait for room
-/// in the cache.
-const COMMITS_MAX: usize = 64;
+/// Commits in a row that closing takes without any of them freeing something: counts cannot be read or written then.
+const COMMITS_IN_VAIN_MAX: usize = 8;
 
 /// L1 entries of internal snapshots whose tables are protected with `overlap-check=all`, of all snapshots together: 32 MiB.
 const INACTIVE_ENTRIES_MAX: u64 = 4 << 20;
@@ -58,8 +57,8 @@ impl Qcow2 {
             .await
     }
 
-    /// Makes everything durable, gives back what was given up, and says that the reference counts are right. Nothing else may be
-    /// in flight. The image can be used on afterwards.
+    /// Makes everything durable, gives back all that was given up, and says that the reference counts are right. Nothing else may
+    /// be in flight. The image can be used on afterwards.
     ///
     /// # Errors
     /// As [`flush`](Self::flush).
@@ -70,13 +69,23 @@ impl Qcow2 {
         self.told(self.finish()).await
     }
 
+    /// Clusters that were given up and are counted yet. After [`close`](Self::close) there are none, unless their counts could not
+    /// be read or somebody still holds a lease: they are leaks then, for a check to give back.
+    pub fn given_up_clusters(&self) -> u64 {
+        self.state.given_up().0
+    }
+
     async fn finish(&self) -> Result<(), ImageError> {
-        for _ in 0..COMMITS_MAX {
+        let state = &self.state;
+        let (mut least, mut in_vain) = (u64::MAX, 0);
+        while in_vain < COMMITS_IN_VAIN_MAX {
             self.commit_counts().await?;
-            let unlinked = !self.state.unlinked.borrow().is_empty();
-            if !unlinked && !self.state.counts.blocks.has_changes() {
+            let left = state.given_up().0;
+            if left == 0 && !state.counts.blocks.has_changes() {
                 break;
             }
+            in_vain = if left < least { 0 } else { in_vain + 1 };
+            least = least.min(left);
         }
         if self.state.made_dirty.get() {
             self.write_header(|header| header.incompatible &= !incompatible::DIRTY)

@@ -3,7 +3,7 @@
 use blockyard_storage::ByteRange;
 
 use crate::error::ImageError;
-use crate::qcow2::frees::Why;
+use crate::qcow2::free_list::Why;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::{
     COMPRESSED, COPIED, CompressedAt, L2Entry, OFFSET_MASK, put_l2_entry,

@@ -13,7 +13,7 @@ use blockyard_storage::error::{EFBIG, ENOSPC};
 use blockyard_storage::{ByteRange, Operation, StorageError};
 
 use crate::error::{Corruption, ImageError};
-use crate::qcow2::frees::Why;
+use crate::qcow2::free_list::Why;
 use crate::qcow2::fresh::TableKind;
 use crate::qcow2::image::ImageState;
 use crate::qcow2::layout::refcounts::{TABLE_OFFSET_MASK, put_refcount, refcount_at};

@@ -9,7 +9,7 @@ use blockyard_storage::{ByteRange, Operation, StorageError};
 use crate::error::ImageError;
 use crate::pace::{Cancelled, Pace, Unwatched};
 use crate::qcow2::amend::AmendError;
-use crate::qcow2::frees::Why;
+use crate::qcow2::free_list::Why;
 use crate::qcow2::growth::l1_entries;
 use crate::qcow2::header_updates::interrupted;
 use crate::qcow2::image::{ImageState, Qcow2};

@@ -161,12 +161,19 @@ impl TableCache {
         }
     }
 
-    /// Everything that was changed, as it is now. Each is to be given back by [`written`](Self::written) or
-    /// [`not_written`](Self::not_written); until then it stays where it is.
+    /// Everything that was changed, as it is now. It is to be [given back](Self::given_back); until then it stays where it is.
     pub(super) fn take_changed(&self) -> Vec<ChangedSlice> {
+        self.take_changed_of(|_| true)
+    }
+
+    /// The same of the slices that are `wanted` by their first bytes.
+    pub(super) fn take_changed_of(&self, wanted: impl Fn(HostOffset) -> bool) -> Vec<ChangedSlice> {
         let mut state = self.state.borrow_mut();
         let mut taken = Vec::new();
         for slot in &mut state.slots {
+            if !wanted(HostOffset(slot.at)) {
+                continue;
+            }
             if let Some(changed) = slot.changed.take() {
                 slot.writing = true;
                 taken.push(ChangedSlice {
@@ -180,15 +187,25 @@ impl TableCache {
         taken
     }
 
+    /// Slices that were handed out have been written, or maybe not.
+    pub(super) fn given_back(&self, slices: &[ChangedSlice], written: bool) {
+        for slice in slices {
+            match written {
+                true => self.written(slice),
+                false => self.not_written(slice),
+            }
+        }
+    }
+
     /// A slice that was handed out has been written.
-    pub(super) fn written(&self, slice: &ChangedSlice) {
+    fn written(&self, slice: &ChangedSlice) {
         if let Some(slot) = self.state.borrow_mut().slot_mut(slice.at) {
             slot.writing = false;
         }
     }
 
     /// A slice that was handed out may not have been written: it counts as changed again.
-    pub(super) fn not_written(&self, slice: &ChangedSlice) {
+    fn not_written(&self, slice: &ChangedSlice) {
         let mut state = self.state.borrow_mut();
         // A slot that does not wait for an answer belongs to another table that has come to this place.
         if let Some(slot) = state.slot_mut(slice.at).filter(|slot| slot.writing) {

@@ -19,11 +19,11 @@ use std::rc::Rc;
 use blockyard_storage::{Buffer, ByteRange, LocalFuture, ZeroMode};
 
 use crate::error::ImageError;
-use crate::qcow2::frees::Free;
+use crate::qcow2::free_list::FreeList;
 use crate::qcow2::fresh::{FreshPart, TableKind};
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::overlap::Metadata;
-use crate::qcow2::table_cache::{ChangedSlice, TableCache};
+use crate::qcow2::table_cache::ChangedSlice;
 use crate::qcow2::units::HostOffset;
 use crate::qcow2::waiting::all_of;
 use crate::qcow2::word_table::ChangedSectors;
@@ -46,7 +46,7 @@ struct Batch {
     fresh: Vec<HostOffset>,
     l2: Vec<ChangedSlice>,
     l1: Vec<ChangedSectors>,
-    unlinked: Vec<Free>,
+    unlinked: FreeList,
 }
 
 /// Bytes on their way to the file.
@@ -158,7 +158,7 @@ impl ImageState {
             fresh: written,
             l2,
             l1: self.l1.borrow_mut().take_changed(),
-            unlinked: std::mem::take(&mut *self.unlinked.borrow_mut()),
+            unlinked: self.unlinked.take(),
         }
     }
 
@@ -192,17 +192,9 @@ impl ImageState {
 
     /// Gives back what was taken: written, or changed as before.
     fn after(&self, batch: Batch, written: bool) {
-        let slices = |cache: &TableCache, slices: &[ChangedSlice]| {
-            for slice in slices {
-                match written {
-                    true => cache.written(slice),
-                    false => cache.not_written(slice),
-                }
-            }
-        };
-        slices(&self.counts.blocks, &batch.counts);
-        slices(&self.l2, &batch.fresh_l2);
-        slices(&self.l2, &batch.l2);
+        self.counts.blocks.given_back(&batch.counts, written);
+        self.l2.given_back(&batch.fresh_l2, written);
+        self.l2.given_back(&batch.l2, written);
         if written {
             self.retire(batch.unlinked);
             return;
@@ -211,9 +203,27 @@ impl ImageState {
         batch.count_table.iter().for_each(|s| table.not_written(s));
         let mut l1 = self.l1.borrow_mut();
         batch.l1.iter().for_each(|sectors| l1.not_written(sectors));
-        let mut unlinked = self.unlinked.borrow_mut();
-        let newer = std::mem::replace(&mut *unlinked, batch.unlinked);
-        unlinked.extend(newer);
+        self.unlinked.borrow_mut().append(batch.unlinked);
+    }
+
+    /// Writes counts that were changed without a sync, so that they may go from the cache; `false`: there are none, or they cannot
+    /// be written. Counts may get to the medium at any time: one that is too high there costs room, and it is lowered only when
+    /// nothing on the medium leads to its cluster. Blocks that stand nowhere yet stay, as they are read from nowhere else.
+    pub(super) async fn write_counts_back(&self) -> bool {
+        let slices = {
+            let fresh = self.fresh.borrow();
+            self.counts.blocks.take_changed_of(|slice| {
+                let table = self.geometry.host_cluster(slice);
+                !fresh.contains(self.geometry.host_offset(table))
+            })
+        };
+        if slices.is_empty() {
+            return false;
+        }
+        let pieces = slice_pieces(&slices, Metadata::RefcountBlock);
+        let written = self.write_pieces(pieces).await.is_ok();
+        self.counts.blocks.given_back(&slices, written);
+        written
     }
 
     /// Writes a part of a fresh table that is in no cache.

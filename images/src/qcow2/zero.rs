@@ -22,7 +22,7 @@
 use blockyard_storage::{ByteRange, Operation, ZeroMode};
 
 use crate::error::ImageError;
-use crate::qcow2::frees::Why;
+use crate::qcow2::free_list::Why;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::{COMPRESSED, L2Entry, ZERO};
 use crate::qcow2::lookup::{EntryPlace, Look, Source, TablePlace};

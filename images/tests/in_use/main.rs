@@ -7,6 +7,7 @@ mod cells;
 mod corruption;
 mod disk_model;
 mod faults;
+mod giving_up;
 mod hostile;
 mod mover;
 mod mutations;

@@ -90,7 +90,16 @@ impl Mover {
     pub(super) async fn close(&self) -> Result<(), NodeError> {
         self.decompressed.clear();
         let closed = self.image.close().await;
-        closed.map_err(|error| self.failed(error, Operation::Sync, None))
+        closed.map_err(|error| self.failed(error, Operation::Sync, None))?;
+        let clusters = self.image.given_up_clusters();
+        if clusters > 0 {
+            tracing::warn!(
+                node = self.name,
+                clusters,
+                "clusters that were given up stay counted: 'check -r leaks' gives them back"
+            );
+        }
+        Ok(())
     }
 
     /// Writes the whole of `from`, which is as long as `range`.

@@ -8,7 +8,7 @@ use blockyard_storage::{ByteRange, Operation};
 use super::BitSource;
 use crate::error::ImageError;
 use crate::qcow2::claims::Claim;
-use crate::qcow2::frees::Why;
+use crate::qcow2::free_list::Why;
 use crate::qcow2::growth::Together;
 use crate::qcow2::header_updates::interrupted;
 use crate::qcow2::image::{ImageState, Qcow2};
