@@ -34,6 +34,7 @@ pub(super) fn image_options(
         pass_discard_snapshot: spec.pass_discard_snapshot.unwrap_or(true),
         pass_discard_other: spec.pass_discard_other.unwrap_or(false),
         overlap_checks: overlap_checks(&spec.overlap_check),
+        ..Options::default()
     };
     let clean = settled.cache_clean_interval_seconds;
     let node = Qcow2Options {
@@ -165,6 +166,7 @@ mod tests {
             pass_discard_snapshot: false,
             pass_discard_other: true,
             overlap_checks: OverlapChecks::CACHED,
+            ..Options::default()
         };
         assert_eq!(image, expected);
         assert_eq!(node.cache_clean_interval, None);

@@ -17,8 +17,22 @@ use crate::qcow2::units::{ClusterCount, HostCluster, HostOffset};
 /// Runs of clusters that may wait for their unlinking to be durable, before it is made so.
 const UNLINKED_MAX: usize = 4096;
 
+/// Of the disk, one part in so many may be given up before it is made durable.
+const GIVEN_UP_PART: u64 = 8;
+
+/// Bytes that may be on any disk.
+const GIVEN_UP_BYTES_MIN: u64 = 1 << 20;
+
 /// Runs of clusters that may wait for leases as runs, of 24 bytes each; what is more takes a bit for each cluster.
 const RETIRED_MAX: usize = 65_536;
+
+/// Why counts cannot be lowered now.
+enum Obstacle {
+    /// There is no room in the cache before a commit.
+    Full,
+    /// They cannot be read.
+    Unreadable,
+}
 
 impl ImageState {
     /// A run of clusters is not referred to any more by what is in memory.
@@ -40,9 +54,31 @@ impl ImageState {
         self.unlink(first, ClusterCount(count), why);
     }
 
-    /// Whether so much was given up that it should be made durable.
+    /// So much room comes back once a commit has made it durable that nothing leads there.
+    pub(super) fn gives_up_room(&self, bytes: u64) {
+        let before = self.given_up_bytes.get();
+        self.given_up_bytes.set(before.saturating_add(bytes));
+    }
+
+    /// Whether so much was given up that it should be made durable, by whoever has the time.
+    pub(super) fn has_unlinked(&self) -> bool {
+        self.has_unlinked_beyond(UNLINKED_MAX / 2, self.given_up_bytes_max())
+    }
+
+    /// Whether twice as much was, which a change has to wait for.
     pub(super) fn has_much_unlinked(&self) -> bool {
-        self.unlinked.borrow().runs() > UNLINKED_MAX
+        let bytes = self.given_up_bytes_max().saturating_mul(2);
+        self.has_unlinked_beyond(UNLINKED_MAX, bytes)
+    }
+
+    fn has_unlinked_beyond(&self, runs: usize, bytes: u64) -> bool {
+        self.given_up_bytes.get() > bytes || self.unlinked.borrow().runs() > runs
+    }
+
+    fn given_up_bytes_max(&self) -> u64 {
+        let disk = self.header.borrow().guest_bytes();
+        let part = (disk / GIVEN_UP_PART).max(GIVEN_UP_BYTES_MIN);
+        self.options.given_up_bytes_max.min(part)
     }
 
     /// Clusters that were given up and are counted yet: they wait for a commit, or for leases.
@@ -67,24 +103,27 @@ impl ImageState {
         }
     }
 
-    /// Lowers the counts of everything that was given up and that nobody looks at any more. What cannot be done now, because a
-    /// table cannot be read or written, waits for the next commit. To be called by who writes metadata.
+    /// Lowers the counts of everything that was given up and that nobody looks at any more. What there is no room for in the cache
+    /// comes first the next time, what cannot be read is tried again after the next commit. To be called by who writes metadata.
     pub(super) async fn free_released(&self) {
         while let Some(mut frees) = self.leases.next_released() {
             frees.sort();
             while let Some(free) = frees.pop() {
-                let left = self.free(free).await;
-                if left.count.0 > 0 {
-                    frees.push(left);
-                    self.unlinked.borrow_mut().append(frees);
-                    return;
+                match self.free(free).await {
+                    Ok(()) => {}
+                    Err((left, Obstacle::Unreadable)) => self.unlinked.borrow_mut().push(left),
+                    Err((left, Obstacle::Full)) => {
+                        frees.push(left);
+                        self.leases.put_back(frees);
+                        return;
+                    }
                 }
             }
         }
     }
 
-    /// Frees as much of a run as it can and says what is left.
-    async fn free(&self, free: Free) -> Free {
+    /// Frees a run, or as much as it can: what is left is told, and why.
+    async fn free(&self, free: Free) -> Result<(), (Free, Obstacle)> {
         let mut left = free;
         let discards = match free.why {
             Why::Request => self.options.pass_discard_request,
@@ -93,8 +132,8 @@ impl ImageState {
         while left.count.0 > 0 {
             let done = match self.peek(left.first, left.count) {
                 Peeked::Load(at) => match self.load_for_change(at).await {
-                    true => continue,
-                    false => return left,
+                    Ok(()) => continue,
+                    Err(obstacle) => return Err((left, obstacle)),
                 },
                 // Counted as free already, or not counted at all: the image is not sound, and nothing is lost by leaving it.
                 Peeked::Unused(count) => count,
@@ -119,17 +158,17 @@ impl ImageState {
             left.first = left.first.plus(done);
             left.count.0 = left.count.0.saturating_sub(done.0.max(1));
         }
-        left
+        Ok(())
     }
 
-    /// Reads a slice of counts into the cache; `false`: it cannot be read, or there is no room. Counts that were changed are
-    /// written first where they take all of it.
-    async fn load_for_change(&self, at: HostOffset) -> bool {
+    /// Reads a slice of counts into the cache. Counts that were changed are written first where they take all of it.
+    async fn load_for_change(&self, at: HostOffset) -> Result<(), Obstacle> {
         loop {
             match self.load(at, &self.counts.blocks).await {
-                Ok(true) => return true,
+                Ok(true) => return Ok(()),
                 Ok(false) if self.write_counts_back().await => {}
-                Ok(false) | Err(_) => return false,
+                Ok(false) => return Err(Obstacle::Full),
+                Err(_) => return Err(Obstacle::Unreadable),
             }
         }
     }

@@ -61,6 +61,8 @@ pub(super) struct ImageState {
     pub(super) fresh: RefCell<FreshTables>,
     /// Given up, but something on the medium may lead there yet.
     pub(super) unlinked: RefCell<FreeList>,
+    /// Room that was given up since the last commit began.
+    pub(super) given_up_bytes: Cell<u64>,
     pub(super) leases: Leases<FreeList>,
     /// A write that nobody waits for may still reach these clusters: they are not used again while the image is open.
     pub(super) strayed: RefCell<ClusterRuns>,
@@ -286,6 +288,7 @@ impl ImageState {
             counts,
             fresh: RefCell::default(),
             unlinked: RefCell::default(),
+            given_up_bytes: Cell::new(0),
             leases: Leases::default(),
             strayed: RefCell::default(),
             tainted: RefCell::default(),

@@ -45,6 +45,12 @@ impl<T> Leases<T> {
         self.waiting.borrow_mut().push_back((era, freed));
     }
 
+    /// What was released comes first the next time.
+    pub(super) fn put_back(&self, freed: T) {
+        let nobody = Rc::new(Era);
+        self.waiting.borrow_mut().push_front((nobody, freed));
+    }
+
     /// Everything that waits.
     pub(super) fn fold_waiting<R>(&self, first: R, fold: impl FnMut(R, &T) -> R) -> R {
         let waiting = self.waiting.borrow();
@@ -118,6 +124,8 @@ mod tests {
         drop(third);
         assert_eq!(leases.next_released(), None, "the first lease is older");
         leases.retire(vec![4]);
+        leases.put_back(vec![0]);
+        assert_eq!(leases.next_released(), Some(vec![0]));
         drop(first);
         let released: Vec<_> = std::iter::from_fn(|| leases.next_released()).collect();
         assert_eq!(released, [vec![], vec![1, 2, 3], vec![4]]);

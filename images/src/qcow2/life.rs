@@ -24,7 +24,7 @@ const INACTIVE_ENTRIES_MAX: u64 = 4 << 20;
 const PIECE_BYTES: u64 = 1 << 20;
 
 impl Qcow2 {
-    /// Before anything is changed: what waits to be freed stays bounded, nobody takes bitmaps for valid that are not, and an
+    /// Before anything is changed: what was given up comes back, nobody takes bitmaps for valid that are not, and an
     /// image with lazy counts says that it is in use.
     pub(super) async fn before_change(&self, change: DiskChange) -> Result<(), ImageError> {
         if self.state.has_much_unlinked() {

@@ -24,6 +24,9 @@ pub struct Options {
     pub pass_discard_snapshot: bool,
     /// What is given up otherwise is discarded in the file.
     pub pass_discard_other: bool,
+    /// Room in bytes that may be given up before it is made free for others, which takes a flush; an eighth of the disk where that
+    /// is less, but 1 MiB at least.
+    pub given_up_bytes_max: u64,
     /// What is looked at before something is written.
     pub overlap_checks: OverlapChecks,
 }
@@ -41,6 +44,7 @@ impl Default for Options {
             pass_discard_request: false,
             pass_discard_snapshot: true,
             pass_discard_other: false,
+            given_up_bytes_max: 64 << 20,
             overlap_checks: OverlapChecks::CACHED,
         }
     }

@@ -171,10 +171,15 @@ impl ImageState {
     /// What an entry led to has one reference less.
     pub(super) fn unlink_entry(&self, old: &L2Entry, why: Why) {
         if old.word & COMPRESSED != 0 {
-            self.unlink_compressed(CompressedAt::decode(&self.geometry, old.word), why);
+            let place = CompressedAt::decode(&self.geometry, old.word);
+            self.gives_up_room(place.length_bytes);
+            self.unlink_compressed(place, why);
         } else if let Some(at) = self.host_of(old)
             && !self.has_data_file()
         {
+            if old.is_copied() {
+                self.gives_up_room(self.geometry.cluster_bytes());
+            }
             self.unlink_cluster(at, why);
         }
     }

@@ -47,6 +47,8 @@ struct Batch {
     l2: Vec<ChangedSlice>,
     l1: Vec<ChangedSectors>,
     unlinked: FreeList,
+    /// Room that comes back with it.
+    given_up_bytes: u64,
 }
 
 /// Bytes on their way to the file.
@@ -70,6 +72,12 @@ impl Qcow2 {
             return Ok(());
         }
         self.told(self.commit()).await
+    }
+
+    /// Whether so much room was given up that a flush is worth it, so that others may have it. Twice as much is flushed by the
+    /// next change, which waits for it: whoever can has it done before.
+    pub fn wants_flush(&self) -> bool {
+        self.state.has_unlinked()
     }
 
     /// A commit that begins from now on, alone or together with others who want one.
@@ -159,6 +167,7 @@ impl ImageState {
             l2,
             l1: self.l1.borrow_mut().take_changed(),
             unlinked: self.unlinked.take(),
+            given_up_bytes: self.given_up_bytes.take(),
         }
     }
 
@@ -204,6 +213,7 @@ impl ImageState {
         let mut l1 = self.l1.borrow_mut();
         batch.l1.iter().for_each(|sectors| l1.not_written(sectors));
         self.unlinked.borrow_mut().append(batch.unlinked);
+        self.gives_up_room(batch.given_up_bytes);
     }
 
     /// Writes counts that were changed without a sync, so that they may go from the cache; `false`: there are none, or they cannot

@@ -3,13 +3,15 @@
 use std::rc::Rc;
 
 use blockyard_images::qcow2::create::CreateOptions;
-use blockyard_images::qcow2::{Options, Qcow2};
-use blockyard_simulator::Seed;
-use blockyard_storage::{ByteRange, MemoryStorage, Storage};
+use blockyard_images::qcow2::{Options, Qcow2, Source};
+use blockyard_simulator::{Seed, each_seed, run};
+use blockyard_storage::{Buffer, ByteRange, LocalFuture, MemoryStorage, Storage};
 
+use crate::cells::Cells;
 use crate::mover::Mover;
 use crate::recount::recount;
 use crate::setup::{Setup, all_bytes, now};
+use crate::yard::{Failures, Yard, all};
 
 /// An image that is used alone.
 struct Used {
@@ -88,4 +90,118 @@ fn nothing_leaks_however_long_somebody_looks() {
         drop(looking);
         used.ends_without_leaks();
     }
+}
+
+#[test]
+fn a_guest_that_never_flushes_gets_its_room_back() {
+    for cluster_bytes in [512, 65_536] {
+        let used = Used::new(8 << 20, cluster_bytes, 16);
+        for round in 0..100 {
+            let range = ByteRange::new((round % 3) << 20, 1 << 20);
+            used.write(range);
+            now(used.mover.discard(range)).expect("discarded");
+        }
+        let length = used.file.facts().length_bytes;
+        // Twice the MiB that may be given up, what was being written, and tables.
+        assert!(length < 5 << 20, "{length} bytes were taken");
+        used.ends_without_leaks();
+    }
+}
+
+#[test]
+fn what_somebody_reads_is_not_what_others_get() {
+    let used = Used::new(8 << 20, 65_536, 16);
+    let first = ByteRange::new(0, 65_536);
+    used.write(first);
+    let looking = now(used.mover.image.map(first)).expect("mapped");
+    let Source::Data { at } = looking.source else {
+        panic!("it was written");
+    };
+    now(used.mover.discard(first)).expect("discarded");
+    let others = ByteRange::new(1 << 20, 1 << 20);
+    let others_work = |rounds: u8| {
+        for value in 0..rounds {
+            let bytes = vec![100 + value; 1 << 20];
+            now(used.mover.write(others.offset(), &bytes)).expect("written");
+            now(used.mover.discard(others)).expect("discarded");
+        }
+        used.file.facts().length_bytes
+    };
+    others_work(20);
+    let read = now(used.file.read(at.0, Buffer::zeroed(65_536)));
+    assert!(read.buffer.as_slice().iter().all(|byte| *byte == 7));
+    drop(looking);
+    let before = others_work(4);
+    assert_eq!(others_work(50), before, "nothing is used again");
+    used.ends_without_leaks();
+}
+
+/// Somebody who writes the same few clusters and discards them, without ever flushing.
+fn restless(
+    mover: &Mover,
+    cells: &Rc<Cells>,
+    part: ByteRange,
+    rounds: u8,
+) -> LocalFuture<'static, ()> {
+    let (mover, cells) = (mover.clone(), Rc::clone(cells));
+    Box::pin(async move {
+        for round in 1..=rounds {
+            let bytes = vec![round; part.length() as usize];
+            let issued = cells.issue(part, round);
+            mover.write(part.offset(), &bytes).await.expect("written");
+            issued.done();
+            let issued = cells.issue(part, 0);
+            mover.discard(part).await.expect("discarded");
+            issued.done();
+        }
+    })
+}
+
+#[test]
+fn room_is_used_again_while_the_power_goes() {
+    each_seed(
+        "blockyard-images",
+        "room_is_used_again_while_the_power_goes",
+        60,
+        |number| {
+            let seed = Seed::new(9_000_000 + number);
+            let mut setup = Setup::by(&seed, true);
+            let cluster_bytes = *seed.pick(&[512, 1024, 4096]);
+            setup.create = CreateOptions::new(64 * cluster_bytes);
+            setup.create.cluster_bytes = cluster_bytes;
+            setup.create.lazy_refcounts = seed.one_in(4);
+            setup.options.lazy_refcounts = setup.create.lazy_refcounts;
+            setup.options.given_up_bytes_max = seed.below(8) * cluster_bytes;
+            setup.options.discard_no_unref = false;
+            setup.below = None;
+            setup.device = None;
+            let yard = Yard::with(number, setup, seed);
+            let mover = yard.mover();
+            let before = yard.image.bytes().len() as u64;
+            let part = |index: u64| ByteRange::new(index * 16 * cluster_bytes, 4 * cluster_bytes);
+            let rounds = 20;
+            let mut tasks: Vec<_> = (0..3)
+                .map(|index| restless(&mover, &yard.cells, part(index), rounds))
+                .collect();
+            if yard.seed.one_in(2) {
+                tasks.extend(yard.clients(&mover, 4, 8, Failures::Never).pop());
+            }
+            let ended = run(all(&mut tasks), || {
+                yard.check_after_cut(yard.world.steps());
+                yard.world.step()
+            });
+            assert!(ended.is_some(), "somebody waits for ever");
+            drop(tasks);
+            let grown = (yard.image.bytes().len() as u64).saturating_sub(before);
+            let written = 3 * u64::from(rounds) * 4 * cluster_bytes;
+            assert!(
+                grown < written / 2,
+                "{grown} of {written}: nothing was used again"
+            );
+            let closed = run(mover.image.close(), || yard.world.step());
+            closed.expect("it ends").expect("closed");
+            yard.check_bytes(yard.image.bytes(), None);
+            assert_eq!(recount(&yard.image.bytes()).leaks, Vec::<u64>::new());
+        },
+    );
 }

@@ -83,6 +83,7 @@ impl Setup {
             pass_discard_request: seed.one_in(2),
             pass_discard_snapshot: true,
             pass_discard_other: seed.one_in(4),
+            given_up_bytes_max: *Seed::new(size).pick(&[0, 2 << bits, 64 << 20]),
             overlap_checks: match seed.below(3) {
                 0 => OverlapChecks::NONE,
                 1 => OverlapChecks::ALL,

@@ -249,8 +249,16 @@ impl Chain {
         (top, all)
     }
 
-    /// Lets something happen on one of the disks; `false`: nothing can.
+    /// Lets something happen on one of the disks, and what nobody waits for go on; `false`: nothing can.
     pub(super) fn step(&self) -> bool {
+        let stepped = self.step_a_disk();
+        let go_on = |ended: bool, yard: &Yard| yard.go_on_with_what_is_left() || ended;
+        let ended = self.yards.iter().fold(false, go_on);
+        // It may have asked for something only now.
+        stepped || ended || self.step_a_disk()
+    }
+
+    fn step_a_disk(&self) -> bool {
         let count = self.yards.len();
         let first = self.dice.below(count as u64) as usize;
         let mut order = (first..count).chain(0..first);

@@ -12,6 +12,7 @@ mod amending;
 mod compressed;
 mod failures;
 mod filling;
+mod flush_behind;
 mod keeping;
 mod length;
 mod mover;
@@ -142,9 +143,10 @@ impl Qcow2Node {
             let pass = gate.enter(Way::Write).await;
             let mover = Rc::clone(&mover.borrow());
             // Made where it stays: moving such work costs more than making it.
+            let behind = spawner.clone();
             let work = Box::pin(async move {
-                let done = work(mover).await;
-                drop(pass);
+                let done = work(Rc::clone(&mover)).await;
+                mover.flush_behind(&behind, pass);
                 done
             });
             spawner.to_the_end(work).await

@@ -15,6 +15,7 @@ use crate::node::fault_rules::DebugEvent;
 use crate::node::news::News;
 use crate::node::qcow2::compressed::ClusterCache;
 use crate::node::qcow2::failures::Told;
+use crate::node::qcow2::flush_behind::FlushBehind;
 use crate::node::qcow2::room_ahead::RoomAhead;
 use crate::node::qcow2::{Qcow2Files, Qcow2Options};
 use crate::request::{DetectZeroes, Discard};
@@ -31,6 +32,7 @@ pub(super) struct Mover {
     pub(super) news: News,
     pub(super) decompressed: ClusterCache,
     pub(super) ahead: RoomAhead,
+    pub(super) behind: FlushBehind,
     pub(super) told: Cell<Told>,
     /// The image is being amended: what is known of it here may not be so any more.
     pub(super) away: Cell<bool>,
@@ -58,6 +60,7 @@ impl Mover {
             news: context.news().clone(),
             decompressed: ClusterCache::default(),
             ahead: RoomAhead::default(),
+            behind: FlushBehind::default(),
             told: Cell::default(),
             away: Cell::new(false),
             lost: Cell::new(false),
@@ -77,6 +80,7 @@ impl Mover {
             news: self.news.clone(),
             decompressed: ClusterCache::default(),
             ahead: RoomAhead::default(),
+            behind: FlushBehind::default(),
             told: self.told.clone(),
             away: Cell::new(false),
             lost: Cell::new(false),

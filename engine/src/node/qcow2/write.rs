@@ -83,12 +83,15 @@ impl Mover {
     pub(super) async fn flush(&self) -> Result<(), NodeError> {
         self.announce(DebugEvent::FlushToOs);
         let flushed = self.image.flush().await;
-        flushed.map_err(|error| self.failed(error, Operation::Sync, None))
+        flushed.map_err(|error| self.failed(error, Operation::Sync, None))?;
+        self.behind.flushed();
+        Ok(())
     }
 
     /// See [`Node::close`](crate::node::Node::close).
     pub(super) async fn close(&self) -> Result<(), NodeError> {
         self.decompressed.clear();
+        self.behind.end().await;
         let closed = self.image.close().await;
         closed.map_err(|error| self.failed(error, Operation::Sync, None))?;
         let clusters = self.image.given_up_clusters();

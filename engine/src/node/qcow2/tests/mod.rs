@@ -3,6 +3,7 @@
 
 mod behaviour;
 pub(crate) mod faults;
+mod flush_behind;
 mod keeping;
 pub(crate) mod model;
 mod oracle;

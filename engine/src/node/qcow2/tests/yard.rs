@@ -58,6 +58,8 @@ pub(crate) struct Setup {
     pub(crate) refcount_cache_bytes: u64,
     /// What is given up for other reasons than a request is discarded in the file.
     pub(crate) pass_discard_other: bool,
+    /// Room that may be given up before it is made free.
+    pub(crate) given_up_bytes_max: u64,
 }
 
 impl Setup {
@@ -81,6 +83,7 @@ impl Setup {
             l2_cache_bytes: 1 << 20,
             refcount_cache_bytes: 256 << 10,
             pass_discard_other: false,
+            given_up_bytes_max: 64 << 20,
         }
     }
 
@@ -133,6 +136,7 @@ impl Setup {
             l2_cache_bytes: *dice.pick(&[0, 1024, 1 << 20]),
             refcount_cache_bytes: *dice.pick(&[0, 256 << 10]),
             pass_discard_other: dice.one_in(3),
+            given_up_bytes_max: *dice.pick(&[0, 2 << cluster_bits, 64 << 20]),
             ..Self::new(seed, cluster_bits)
         }
     }
@@ -286,8 +290,14 @@ impl Yard {
         let with_what_is_left = poll_fn(|cx| {
             let mut left = std::mem::take(&mut *self.left.borrow_mut());
             left.retain_mut(|work| work.as_mut().poll(cx).is_pending());
+            let known = left.len();
             self.left.borrow_mut().append(&mut left);
-            future.as_mut().poll(cx)
+            let polled = future.as_mut().poll(cx);
+            if self.left.borrow().len() > known {
+                // What has just come has not been polled yet.
+                cx.waker().wake_by_ref();
+            }
+            polled
         });
         run(with_what_is_left, idle)
     }
@@ -385,6 +395,7 @@ impl Yard {
             l2_cache_bytes: setup.l2_cache_bytes,
             l2_cache_entry_bytes: 512,
             refcount_cache_bytes: setup.refcount_cache_bytes,
+            given_up_bytes_max: setup.given_up_bytes_max,
             ..Options::default()
         };
         // A fault may be left that strikes once.
