@@ -95,7 +95,12 @@ impl ClusterCodec {
         let status = deflate.compress(cluster, into, FlushCompress::Finish);
         match status {
             Ok(Status::StreamEnd) => usize::try_from(deflate.total_out()).ok(),
-            Ok(_) | Err(_) => None,
+            Ok(_) | Err(_) => {
+                if !ends_for_nobody(deflate, cluster) {
+                    self.deflate = None;
+                }
+                None
+            }
         }
     }
 
@@ -156,6 +161,24 @@ impl ClusterCodec {
             room = room.split_at_mut(made_bytes.min(room.len())).1;
         }
         Ok(())
+    }
+}
+
+/// Brings a stream that did not fit to its end; `false`: it cannot be. Left in the middle, zlib-rs (0.6.8) counts what it had given
+/// out as room that is taken in its buffer, also after a reset, and panics when several such streams have taken all of it.
+fn ends_for_nobody(deflate: &mut Compress, cluster: &[u8]) -> bool {
+    let mut nowhere = [0; 4096];
+    loop {
+        let (taken, made) = (deflate.total_in(), deflate.total_out());
+        let rest = usize::try_from(taken)
+            .ok()
+            .and_then(|taken| cluster.get(taken..));
+        let Some(rest) = rest else { return false };
+        match deflate.compress(rest, &mut nowhere, FlushCompress::Finish) {
+            Ok(Status::StreamEnd) => return true,
+            Ok(_) if deflate.total_out() > made => {}
+            Ok(_) | Err(_) => return false,
+        }
     }
 }
 

@@ -124,6 +124,25 @@ fn what_does_not_get_shorter_is_left_alone() {
 }
 
 #[test]
+fn a_codec_outlives_many_clusters_that_do_not_get_shorter() {
+    for compression in BOTH {
+        for cluster_bytes in cluster_sizes().take_while(|bytes| *bytes <= 64 << 10) {
+            let mut codec = ClusterCodec::new();
+            let mut into = vec![0; cluster_bytes - 1];
+            let many = noise((1 << 20).max(8 * cluster_bytes));
+            for cluster in many.chunks(cluster_bytes) {
+                assert_eq!(codec.compress(compression, cluster, &mut into), None);
+            }
+            let cluster = text(cluster_bytes);
+            let length = codec.compress(compression, &cluster, &mut into);
+            let length = length.expect("it gets shorter");
+            let held = decompressed(compression, &into[..length], cluster_bytes);
+            assert_eq!(held, Ok(cluster));
+        }
+    }
+}
+
+#[test]
 fn deflate_reaches_back_no_further_than_4_kib() {
     // The same 5,000 bytes again and again: worth a reference for whoever may look back that far.
     let cluster: Vec<u8> = noise(5000).into_iter().cycle().take(65536).collect();
