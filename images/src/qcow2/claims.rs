@@ -28,7 +28,7 @@ impl Qcow2 {
                 Counted::Done(run) => return Ok(self.state.claimed(run)),
                 Counted::Load(at) => self.load_counts(at).await?,
                 Counted::Write => self.commit_counts().await?,
-                Counted::Reserve(cluster) => self.reserve_block(cluster).await?,
+                Counted::Reserve(cluster) => self.reserve_table(cluster).await?,
                 Counted::GrowTable => self.grow_refcount_table().await?,
                 Counted::Wait => self.wait_for_claims().await,
                 Counted::Full if tried_to_free => return Err(self.state.no_room().into()),

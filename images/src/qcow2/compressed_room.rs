@@ -172,6 +172,7 @@ impl Qcow2 {
         length_bytes: u64,
     ) -> Result<Room, ImageError> {
         self.own_table(cluster).await?;
+        self.reserve_entries(cluster).await?;
         let (at, references) = self.claim_bytes(length_bytes).await?;
         Ok(Room {
             cluster,
@@ -195,7 +196,7 @@ impl Qcow2 {
                     continue;
                 }
                 Counted::Reserve(cluster) => {
-                    self.reserve_block(cluster).await?;
+                    self.reserve_table(cluster).await?;
                     continue;
                 }
                 Counted::GrowTable => {

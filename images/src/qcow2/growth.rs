@@ -122,7 +122,7 @@ impl Qcow2 {
                 Counted::Done(false) | Counted::Full => return Ok(None),
                 Counted::Load(slice) => self.load_counts(slice).await?,
                 Counted::Write => self.commit_counts().await?,
-                Counted::Reserve(cluster) => self.reserve_block(cluster).await?,
+                Counted::Reserve(cluster) => self.reserve_table(cluster).await?,
                 Counted::GrowTable => self.grow_refcount_table().await?,
                 Counted::Wait => self.wait_for_claims().await,
             }

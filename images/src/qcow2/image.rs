@@ -14,6 +14,7 @@ use crate::error::{Corruption, ImageError};
 use crate::qcow2::check::repair_dirty;
 use crate::qcow2::free_list::FreeList;
 use crate::qcow2::fresh::{FreshTables, SliceSource};
+use crate::qcow2::fresh_room::TableRooms;
 use crate::qcow2::layout::bitmaps::Bitmap;
 use crate::qcow2::layout::entries::{l2_entry_at, put_l2_entry};
 use crate::qcow2::layout::header::{Access, Header, L1_TABLE_BYTES_MAX, incompatible};
@@ -59,6 +60,7 @@ pub(super) struct ImageState {
     pub(super) l2: TableCache,
     pub(super) counts: Refcounts,
     pub(super) fresh: RefCell<FreshTables>,
+    pub(super) table_rooms: TableRooms,
     /// Given up, but something on the medium may lead there yet.
     pub(super) unlinked: RefCell<FreeList>,
     /// Room that was given up since the last commit began.
@@ -287,6 +289,7 @@ impl ImageState {
             l2: TableCache::new(slice_bytes(entry_bytes), options.l2_cache_bytes),
             counts,
             fresh: RefCell::default(),
+            table_rooms: TableRooms::default(),
             unlinked: RefCell::default(),
             given_up_bytes: Cell::new(0),
             leases: Leases::default(),

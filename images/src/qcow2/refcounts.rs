@@ -33,8 +33,6 @@ pub(super) struct Refcounts {
     pub(super) cursor: Cell<HostCluster>,
     /// Nobody has ever written to this cluster or behind it: the file reads as zeroes there.
     pub(super) untouched_from: Cell<HostCluster>,
-    /// There is room in the file for a block in this cluster, which has none yet; the first cluster: there is none such.
-    pub(super) room_for_block: Cell<HostCluster>,
 }
 
 /// Where the count of a cluster stands.
@@ -59,7 +57,7 @@ pub(super) enum Counted<T> {
     Load(HostOffset),
     /// Something has to be written first, to make room in the cache.
     Write,
-    /// Room in the file has to be reserved first for a block in this cluster.
+    /// Room in the file has to be reserved first for a block, or a part of the table, in this cluster.
     Reserve(HostCluster),
     /// The refcount table has to grow first.
     GrowTable,
@@ -103,7 +101,6 @@ impl Refcounts {
             blocks,
             cursor: Cell::new(HostCluster(1)),
             untouched_from: Cell::new(HostCluster(file_clusters.0)),
-            room_for_block: Cell::new(HostCluster(0)),
         }
     }
 
@@ -168,6 +165,10 @@ impl ImageState {
                 from = end;
                 continue;
             };
+            let block = self.geometry.host_cluster(slice);
+            if !self.table_rooms.contains(block) {
+                return Ok(Counted::Reserve(block));
+            }
             let first = clusters.0.plus(ClusterCount(run.start as u64));
             let count = ClusterCount(run.len() as u64);
             self.check_claim(first, count)?;
@@ -218,6 +219,10 @@ impl ImageState {
         match count {
             None => Ok(Counted::Load(slice)),
             Some(0) => {
+                let block = self.geometry.host_cluster(slice);
+                if !self.table_rooms.contains(block) {
+                    return Ok(Counted::Reserve(block));
+                }
                 self.check_claim(cluster, ClusterCount(1))?;
                 if !self.set_counts(slice, index..index + 1, 1) {
                     return Ok(Counted::Load(slice));
@@ -411,14 +416,17 @@ impl ImageState {
             }));
         }
         self.check_claim(cluster, ClusterCount(1))?;
-        if self.counts.room_for_block.get() != cluster {
+        let entry = geometry.host_cluster(self.counts.table.borrow().at_of(table_index));
+        if let Some(cluster) = [cluster, entry]
+            .into_iter()
+            .find(|cluster| !self.table_rooms.contains(*cluster))
+        {
             return Ok(Counted::Reserve(cluster));
         }
         let mut bytes = vec![0; self.counts.blocks.slice_bytes()];
         if !put_refcount(geometry, &mut bytes, 0, 1) || !self.counts.blocks.put_new(at, bytes) {
             return Ok(Counted::Write);
         }
-        self.counts.room_for_block.set(HostCluster(0));
         let mut fresh = self.fresh.borrow_mut();
         let slice_bytes = self.counts.blocks.slice_bytes();
         fresh.add(

@@ -155,6 +155,14 @@ impl Qcow2 {
                 }
                 Look::Is(Wanted::Room(plan)) => plan,
             };
+            let cluster = self
+                .state
+                .geometry
+                .guest_cluster(GuestOffset(range.offset()));
+            if self.state.table_without_room(cluster)?.is_some() {
+                self.reserve_entries(cluster).await?;
+                continue;
+            }
             if plan.kept.is_none() && claim.is_none() {
                 claim = Some(self.claim(plan.clusters).await?);
                 continue;
@@ -176,6 +184,7 @@ impl Qcow2 {
             };
             let claim = self.claim(ClusterCount(1)).await?;
             self.reserve_table(claim.first()).await?;
+            self.reserve_l1_entry(cluster).await?;
             let now = match self.state.entry_place(cluster)? {
                 TablePlace::Entry(place) if place.copied => continue,
                 TablePlace::Entry(place) => Some(place.table),

@@ -45,6 +45,11 @@ impl WordTable {
         self.at
     }
 
+    /// Where a word stands.
+    pub(super) const fn at_of(&self, index: u64) -> HostOffset {
+        self.at.plus(index.saturating_mul(8))
+    }
+
     /// A word; 0 behind the end.
     pub(super) fn word(&self, index: u64) -> u64 {
         let word = usize::try_from(index).ok().and_then(|i| self.words.get(i));

@@ -171,6 +171,10 @@ impl Qcow2 {
         }
         let cluster = state.geometry.guest_cluster(GuestOffset(range.offset()));
         self.own_table(cluster).await?;
+        // What only takes from entries needs no more room than they have.
+        if !leaves_nothing {
+            self.reserve_entries(cluster).await?;
+        }
         if state.header.borrow().is_data_file_raw()
             && change != Change::Forget
             && let Some(data_file) = &state.data_file

@@ -182,6 +182,21 @@ struct Filling {
     refcount_bits: u64,
     stride_bytes: u64,
     before: u64,
+    /// It goes on with a copy of these, in which every block of zeroes is a hole.
+    on_a_copy: bool,
+}
+
+/// A file without room for its zeroes.
+fn copy_sparsely(world: &World, file: &[u8]) -> Disk {
+    let copy = world.disk("copy", DiskOptions::default());
+    let end = file.len().saturating_sub(1);
+    copy.fill(end as u64, &file[end..]);
+    for (block, bytes) in (0..).zip(file.chunks(4096)) {
+        if bytes.iter().any(|byte| *byte != 0) {
+            copy.fill(block * 4096, bytes);
+        }
+    }
+    copy
 }
 
 impl Filling {
@@ -214,9 +229,9 @@ impl Filling {
             device: None,
         };
         let world = World::new(room_bytes);
-        let disk = world.disk("image", DiskOptions::default());
+        let mut disk = world.disk("image", DiskOptions::default());
         disk.fill(0, &all_bytes(&setup.memory().0));
-        let mover = self.open(&world, &disk);
+        let mut mover = self.open(&world, &disk);
         let step = || world.step();
         let bytes = [0x55; Self::WRITE_BYTES as usize];
         let mut answered = 0;
@@ -224,6 +239,12 @@ impl Filling {
             if answered == self.before {
                 let flushed = run(mover.image.flush(), step).expect("it ends");
                 flushed.expect("there is room");
+                if self.on_a_copy {
+                    let closed = run(mover.image.close(), step).expect("it ends");
+                    closed.expect("there is room");
+                    disk = copy_sparsely(&world, &disk.bytes());
+                    mover = self.open(&world, &disk);
+                }
                 disk.set_capacity(Some(disk.allocated_bytes() + room_bytes));
             }
             let writing = mover.write(self.place(answered).offset(), &bytes);
@@ -252,6 +273,23 @@ fn whatever_fills_a_disk_leaves_room_for_the_tables() {
             refcount_bits: 16,
             stride_bytes: 32 << 20,
             before: 1,
+            on_a_copy: false,
+        },
+        // The same where such a table is mostly a hole.
+        Filling {
+            cluster_bytes: 64 << 10,
+            refcount_bits: 16,
+            stride_bytes: 32 << 20,
+            before: 1,
+            on_a_copy: true,
+        },
+        // Tables of all kinds are holes: nothing has been written.
+        Filling {
+            cluster_bytes: 64 << 10,
+            refcount_bits: 16,
+            stride_bytes: 1 << 20,
+            before: 0,
+            on_a_copy: true,
         },
         // They come to the end of what a refcount block counts, and what an L2 table leads to.
         Filling {
@@ -259,9 +297,18 @@ fn whatever_fills_a_disk_leaves_room_for_the_tables() {
             refcount_bits: 64,
             stride_bytes: 4096,
             before: 500,
+            on_a_copy: false,
+        },
+        // Most of what a refcount block counts is free yet.
+        Filling {
+            cluster_bytes: 16 << 10,
+            refcount_bits: 64,
+            stride_bytes: 4096,
+            before: 700,
+            on_a_copy: true,
         },
     ] {
-        let answered: Vec<u64> = (0..40)
+        let answered: Vec<u64> = (0..80)
             .map(|blocks| filling.with_room(blocks * 4096))
             .collect();
         assert!(answered.is_sorted(), "{answered:?}");
