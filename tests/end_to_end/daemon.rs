@@ -100,6 +100,18 @@ impl Daemon {
         Client::ready(&self.socket())
     }
 
+    /// Asks it to end by a signal.
+    pub(crate) fn terminate(&self) {
+        terminate(self.pid());
+    }
+
+    /// Waits for its end, which must be a good one. Its folder stays.
+    pub(crate) fn ended(self) -> TempDir {
+        let status = self.process.wait();
+        assert!(status.success(), "{status}");
+        self.folder
+    }
+
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.process.id()
@@ -109,8 +121,7 @@ impl Daemon {
     /// signal.
     pub(crate) fn quit(self) {
         if self.is_oracle {
-            let pid = Pid::from_raw(i32::try_from(self.pid()).expect("a pid"));
-            kill_process(pid.expect("a pid"), Signal::TERM).expect("it runs");
+            self.terminate();
         } else {
             let mut client = self.client();
             client.run("quit", json!({}));
@@ -130,9 +141,7 @@ impl Daemon {
     pub(crate) fn quit_by(self, mut client: Client) -> TempDir {
         client.run("quit", json!({}));
         client.end();
-        let status = self.process.wait();
-        assert!(status.success(), "{status}");
-        self.folder
+        self.ended()
     }
 
     /// What its descriptors stand for, as the kernel names it.
@@ -188,6 +197,12 @@ impl Daemon {
     fn wait_for_socket(&self) {
         wait_until(&self.folder.path().join("pid"));
     }
+}
+
+/// Asks a process that runs to end.
+pub(crate) fn terminate(pid: u32) {
+    let pid = Pid::from_raw(i32::try_from(pid).expect("a pid"));
+    kill_process(pid.expect("a pid"), Signal::TERM).expect("it runs");
 }
 
 fn ours() -> Command {

@@ -3,13 +3,14 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::daemon::Daemon;
 use crate::images::{image, overlay, run};
-use crate::nbd::{export, start_server};
+use crate::nbd::{Nbd, export, start_server};
 use crate::oracle::hole_file;
 use crate::tools;
 use crate::writer::Writer;
@@ -277,4 +278,56 @@ fn backups_begin_beside_reopens_of_their_source() {
         writer.end();
     }
     daemon.quit_by(client);
+}
+
+/// While a mirror is pending its writers wait for what its client decides. Nobody waits for them, and what they were answered is there.
+#[test]
+fn who_waits_for_a_pending_mirror_holds_nothing_up() {
+    for by in ["quit", "SIGTERM", "nbd-server-stop", "block-export-del"] {
+        let Some(mut yard) = Yard::new() else { return };
+        let socket = yard.daemon.path("nbd.sock");
+        let writer = std::thread::spawn(move || {
+            let mut nbd = Nbd::open(&socket, "top");
+            let mut count = 0_usize;
+            while nbd.try_write(
+                (count % 1000) as u64 * 512,
+                &[(count / 1000) as u8 | 128; 512],
+            ) {
+                count += 1;
+            }
+            count
+        });
+        let job = json!({"job-id": "j", "device": "top", "target": "copy", "sync": "full",
+            "auto-finalize": false});
+        yard.client.run("blockdev-mirror", job);
+        yard.client.wait_for("j", "ready");
+        yard.client.run("job-complete", json!({"id": "j"}));
+        yard.client.wait_for("j", "pending");
+        let begun = Instant::now();
+        let arguments = match by {
+            "block-export-del" => json!({"id": "top", "mode": "hard"}),
+            _ => json!({}),
+        };
+        match by {
+            "SIGTERM" => yard.daemon.terminate(),
+            command => drop(yard.client.run(command, arguments)),
+        }
+        let count = writer.join().expect("the writer");
+        let folder = match by {
+            "quit" | "SIGTERM" => {
+                yard.client.end();
+                yard.daemon.ended()
+            }
+            _ => yard.daemon.quit_by(yard.client),
+        };
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(20), "{by}: {took:?}");
+        let disk = disk_of(folder.path(), "top.qcow2", "qcow2");
+        for (place, found) in disk.chunks(512).take(1000.min(count)).enumerate() {
+            let round = (count - 1 - place) / 1000;
+            assert_eq!(found, [round as u8 | 128; 512], "{by}: {place} of {count}");
+        }
+        let check = ["check", "-q", "-f", "qcow2", "top.qcow2"];
+        run(folder.path(), "qemu-img", &check);
+    }
 }

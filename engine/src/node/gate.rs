@@ -87,6 +87,17 @@ impl Gate {
         closed
     }
 
+    /// Whether whoever comes now has to wait.
+    pub(crate) fn is_closed(&self, way: Way) -> bool {
+        self.lane(way).is_closed()
+    }
+
+    /// Waits until a way is open, without going in.
+    pub(crate) async fn until_open(&self, way: Way) {
+        let lane = self.lane(way);
+        poll_fn(|cx| self.poll_when(cx, || !lane.is_closed())).await;
+    }
+
     /// Waits until somebody waits in front of a way.
     pub(crate) async fn wanted(&self, way: Way) {
         let lane = self.lane(way);

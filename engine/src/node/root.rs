@@ -2,18 +2,23 @@
 //! on another node.
 //!
 //! Who changes what a root stands on drains it: new requests wait at its gate, those inside end. What has begun to change the
-//! node ends also when whoever asked for it gives up, so that nothing reaches a node that the root has left.
+//! node ends also when whoever asked for it gives up, so that nothing reaches a node that the root has left. While a mirror keeps
+//! writers waiting, which may take as long as its client likes, they wait here and are not inside: so nobody waits for them, and
+//! they can be sent away.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::pin::pin;
 use std::rc::Rc;
 
 use blockyard_storage::error::{EBADF, EPERM};
 use blockyard_storage::{Buffer, ByteRange, Operation, StorageError, ZeroMode};
+use futures_util::future::select;
+use tokio::sync::Notify;
 
 use crate::data::Spawner;
 use crate::error::NodeError;
 use crate::node::chain::{ChainExtent, chain_status};
-use crate::node::gate::{Closed, Gate, Way};
+use crate::node::gate::{Closed, Gate, Pass, Way};
 use crate::node::{Node, NodeFacts, NodeTransfer};
 
 /// A root inside the engine; never reused.
@@ -28,6 +33,9 @@ pub struct Root {
     gate: Rc<Gate>,
     /// What keeps requests waiting: two for each drain.
     drained: RefCell<Vec<(Closed, Closed)>>,
+    /// Nobody may wait for the end of a mirror.
+    is_leaving: Cell<bool>,
+    leaves: Notify,
     spawner: Spawner,
 }
 
@@ -39,6 +47,8 @@ impl Root {
             writable,
             gate: Rc::default(),
             drained: RefCell::default(),
+            is_leaving: Cell::new(false),
+            leaves: Notify::new(),
             spawner,
         }
     }
@@ -95,10 +105,9 @@ impl Root {
     /// # Cancel safety
     /// It goes on to its end once it has begun.
     pub async fn write(&self, offset: u64, from: Buffer) -> NodeTransfer {
-        let pass = self.gate.enter(Way::Write).await;
         let range = ByteRange::new(offset, from.len() as u64);
-        match self.node_for(Operation::Write, range, true) {
-            Ok(node) => {
+        match self.enter_writing(Operation::Write, range, true).await {
+            Ok((pass, node)) => {
                 let write = Box::pin(async move {
                     let mut written = node.write(offset, from).await;
                     drop(pass);
@@ -146,8 +155,8 @@ impl Root {
     /// # Cancel safety
     /// It goes on to its end once it has begun.
     pub async fn flush(&self) -> Result<(), NodeError> {
-        let pass = self.gate.enter(Way::Write).await;
-        let node = self.node_for(Operation::Sync, ByteRange::default(), false)?;
+        let entered = self.enter_writing(Operation::Sync, ByteRange::default(), false);
+        let (pass, node) = entered.await?;
         let flush = Box::pin(async move {
             let flushed = node.flush().await;
             drop(pass);
@@ -162,14 +171,51 @@ impl Root {
         range: ByteRange,
         change: impl FnOnce(Rc<dyn Node>) -> F,
     ) -> Result<(), NodeError> {
-        let pass = self.gate.enter(Way::Write).await;
-        let change = change(self.node_for(operation, range, true)?);
+        let (pass, node) = self.enter_writing(operation, range, true).await?;
+        let change = change(node);
         let change = Box::pin(async move {
             let changed = change.await;
             drop(pass);
             changed.map_err(not_permitted)
         });
         self.spawner.to_the_end(change).await
+    }
+
+    /// Goes in to write, once no mirror keeps writers waiting. Its node, which lets the request in at once.
+    ///
+    /// # Errors
+    /// `EBADF`: the request must not be made, or would have to wait where nobody may any more.
+    ///
+    /// # Cancel safety
+    /// Nobody is inside then.
+    async fn enter_writing(
+        &self,
+        operation: Operation,
+        range: ByteRange,
+        changes: bool,
+    ) -> Result<(Pass, Rc<dyn Node>), NodeError> {
+        loop {
+            let pass = self.gate.enter(Way::Write).await;
+            let node = self.node_for(operation, range, changes)?;
+            let tracker = match node.tracker() {
+                Some(tracker) if tracker.is_quiet() => tracker,
+                _ => return Ok((pass, node)),
+            };
+            drop(pass);
+            if self.is_leaving.get() {
+                return Err(refusal(&*node, operation, range));
+            }
+            // By then the root may be on another node.
+            let leaves = pin!(self.leaves.notified());
+            select(pin!(tracker.until_loud()), leaves).await;
+        }
+    }
+
+    /// Refuses every request that waits for the end of a mirror, or would have to: whoever made it is gone. Nothing of it has been
+    /// done.
+    pub fn leave(&self) {
+        self.is_leaving.set(true);
+        self.leaves.notify_waiters();
     }
 
     /// Its node, if the request may be made.
@@ -182,8 +228,9 @@ impl Root {
         let node = self.node.borrow().clone();
         match node {
             Some(node) if self.writable || !changes => Ok(node),
-            node => Err(NodeError {
-                node: node.map_or_else(String::new, |node| node.name()),
+            Some(node) => Err(refusal(&*node, operation, range)),
+            None => Err(NodeError {
+                node: String::new(),
                 source: StorageError::new(operation, range, EBADF),
             }),
         }
@@ -219,6 +266,7 @@ impl Root {
     /// It is closed then, but something may be inside.
     pub async fn close(&self) {
         self.node.borrow_mut().take();
+        self.leave();
         // Those that wait in front are let in to be refused.
         drop(self.gate.close_again(Way::Write).await);
         drop(self.gate.close_again(Way::Read).await);
@@ -233,6 +281,13 @@ fn not_permitted(mut error: NodeError) -> NodeError {
     error
 }
 
+fn refusal(node: &dyn Node, operation: Operation, range: ByteRange) -> NodeError {
+    NodeError {
+        node: node.name(),
+        source: StorageError::new(operation, range, EBADF),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
@@ -245,6 +300,7 @@ mod tests {
 
     use super::*;
     use crate::node::file_node::{FileNode, FileOptions};
+    use crate::node::mirror_top::{MirrorTop, Tracker};
 
     fn poll<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Poll<T> {
         future.poll(&mut Context::from_waker(Waker::noop()))
@@ -352,5 +408,44 @@ mod tests {
         yard.root.release();
         assert_eq!(errno(poll(waiting.as_mut())), EBADF);
         assert_eq!(yard.root.facts().map_err(|error| error.errno()), Err(EBADF));
+    }
+
+    #[test]
+    fn who_waits_for_a_mirror_is_not_inside_and_can_be_sent_away() {
+        let yard = Yard::new(true);
+        let tracker = Rc::new(Tracker::new(8192, 4096));
+        let source = node(&yard.disks[0]);
+        let filter = MirrorTop::new("filter".to_owned(), source, Rc::clone(&tracker));
+        yard.root.put_on(Rc::new(filter));
+        let Poll::Ready(quiet) = poll(pin!(tracker.quiet())) else {
+            panic!("nobody writes");
+        };
+        let mut stays = pin!(yard.root.write(0, Buffer::copy_of(&[1; 512])));
+        let mut flushes = pin!(yard.root.flush());
+        assert!(poll(stays.as_mut()).is_pending());
+        assert!(poll(flushes.as_mut()).is_pending());
+        assert!(poll(pin!(yard.root.drain())).is_ready(), "nobody is inside");
+        yard.root.release();
+        drop(quiet);
+        while poll(stays.as_mut()).is_pending() {
+            assert!(yard.world.step());
+        }
+        assert_eq!(yard.disks[0].bytes()[..512], [1; 512]);
+        let Poll::Ready(_quiet) = poll(pin!(tracker.quiet())) else {
+            panic!("the flush has not begun");
+        };
+        let mut leaves = pin!(yard.root.write(0, Buffer::copy_of(&[2; 512])));
+        assert!(poll(leaves.as_mut()).is_pending());
+        yard.root.leave();
+        for outcome in [
+            poll(leaves.as_mut()).map(|left| left.outcome),
+            poll(flushes),
+        ] {
+            match outcome {
+                Poll::Ready(Err(error)) => assert_eq!(error.errno(), EBADF),
+                other => panic!("not refused: {other:?}"),
+            }
+        }
+        assert!(!yard.world.step(), "nothing was asked of a disk");
     }
 }

@@ -144,6 +144,8 @@ pub(super) async fn serve(context: Rc<DataContext>, arrival: Arrival) {
     let closing = async {
         export.until_closing().await;
         connection.channel.shutdown();
+        // A mirror's client decides how long its writers wait; these are gone, and were not answered.
+        connection.root.leave();
         pending::<()>().await;
     };
     select(pin!(serving), pin!(closing)).await;

@@ -339,6 +339,16 @@ impl Tracker {
         }
     }
 
+    /// Whether new writes wait.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.gate.is_closed(Way::Write)
+    }
+
+    /// Ends once no new write has to wait.
+    pub(crate) async fn until_loud(&self) {
+        self.gate.until_open(Way::Write).await;
+    }
+
     /// The job has ended: nothing is tracked any more, and no write that comes now goes to the other side.
     pub(crate) fn end(&self) {
         self.is_over.set(true);
