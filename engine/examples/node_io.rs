@@ -149,7 +149,7 @@ async fn measure(threads: &ThreadSet, options: Options) -> Result<Duration, Stri
         })
     });
     let outcome = asked.await.map_err(text)?;
-    graph.close_all().await;
+    let _ = graph.close_all(std::time::Duration::from_secs(30)).await;
     outcome
 }
 

@@ -61,7 +61,7 @@ impl Default for EngineConfig {
 /// A running engine: the manager's thread and the data threads.
 pub struct Engine {
     handle: EngineHandle,
-    manager: JoinHandle<()>,
+    manager: JoinHandle<Vec<String>>,
 }
 
 /// A way to call an engine from any thread.
@@ -93,24 +93,26 @@ impl Engine {
                     Ok(runtime) => runtime,
                     Err(error) => {
                         let _ = started.send(Err(EngineError::generic(error.to_string())));
-                        return;
+                        return Vec::new();
                     }
                 };
                 let pause = config.state_look_pause;
-                LocalSet::new().block_on(&runtime, async move {
+                let lost = LocalSet::new().block_on(&runtime, async move {
                     match Manager::new(config) {
                         Ok(manager) => {
                             let _ = started.send(Ok(()));
                             tokio::task::spawn_local(keep_records_short(manager.clone(), pause));
-                            serve(manager, incoming).await;
+                            serve(manager, incoming).await
                         }
                         Err(error) => {
                             let _ = started.send(Err(error));
+                            Vec::new()
                         }
                     }
                 });
                 // An open that is stuck in the kernel holds nobody up, not even the end.
                 runtime.shutdown_background();
+                lost
             })
             .map_err(|error| EngineError::generic(format!("Cannot start the manager: {error}")))?;
         match answer.recv() {
@@ -129,12 +131,14 @@ impl Engine {
     }
 
     /// Waits for the end of the engine: after [`Request::Quit`], or when no other handle is left. Jobs have ended and
-    /// nodes are closed then.
-    pub fn join(self) {
+    /// nodes are closed then. What was lost by that, in words, naming nodes: last flushes that failed or did not end, jobs and
+    /// requests that did not end.
+    #[must_use = "what was lost has not been told to anybody yet"]
+    pub fn join(self) -> Vec<String> {
         drop(self.handle);
-        if self.manager.join().is_err() {
-            tracing::error!("the manager ended by a panic (this is a bug)");
-        }
+        self.manager
+            .join()
+            .unwrap_or_else(|_| vec!["The manager ended by a panic (this is a bug)".to_owned()])
     }
 }
 

@@ -1,7 +1,7 @@
 //! A disk that does not answer, and whom it may hold up: its own jobs and clients, nobody else.
 #![forbid(unsafe_code)]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockyard_engine::engine::{Engine, EngineConfig, EngineHandle};
 use blockyard_engine::error::EngineError;
@@ -13,6 +13,7 @@ use blockyard_engine::request::{
     BackupPerf, BackupSpec, CbwOptions, CommonOptions, DriverSpec, EventLoopSpec, IntegritySpec,
     JobSpec, NodeSpec, NullSpec, ObjectKind, ObjectSpec, Request, SyncMode, VerbFamily, WorkSpec,
 };
+use blockyard_storage::ByteRange;
 
 /// No test lasts as long as this.
 const HOUR_NS: u64 = 3_600_000_000_000;
@@ -164,4 +165,38 @@ async fn orders_for_a_job_whose_group_waits_for_it_are_taken() {
     }
     call(&engine, cancel("slow")).await.expect("accepted");
     others_go_on(&engine).await;
+}
+
+/// A user whose request does not end has had his time; other nodes are flushed all the same, and it does not take all the time that
+/// they have for it.
+#[tokio::test]
+async fn the_end_waits_for_no_request_of_a_stuck_disk() {
+    let config = EngineConfig::default();
+    let ends = Engine::start(config).expect("the engine starts");
+    let engine = ends.handle();
+    // What is read-only needs no last flush, which would be stuck, too.
+    let stuck = NodeSpec {
+        node_name: Some("stuck".to_owned()),
+        common: CommonOptions {
+            read_only: Some(true),
+            ..CommonOptions::default()
+        },
+        driver: DriverSpec::NullCo(NullSpec {
+            size: Some(1 << 20),
+            latency_ns: Some(HOUR_NS),
+            ..NullSpec::default()
+        }),
+    };
+    let added = call(&engine, Request::BlockdevAdd(stuck)).await;
+    added.expect("added");
+    add(&engine, "other", 0).await;
+    let root = engine.open_root("stuck", false).await.expect("opened");
+    let read =
+        tokio::time::timeout(Duration::from_millis(50), root.read(ByteRange::new(0, 512))).await;
+    assert!(read.is_err(), "it is stuck");
+    let begun = Instant::now();
+    call(&engine, Request::Quit).await.expect("quit");
+    assert!(begun.elapsed() < Duration::from_secs(20));
+    drop((root, engine));
+    assert_eq!(ends.join(), Vec::<String>::new());
 }

@@ -2,11 +2,14 @@
 
 use std::fmt::Write;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, terminate, wait_until};
+use crate::nbd::Nbd;
 use crate::oracle::{compare, data_file, hole_file};
+use crate::tools;
 
 /// A source with data, a hole for a target, and a target that is full.
 fn files(folder: &Path) {
@@ -527,4 +530,48 @@ fn a_failure_that_is_ignored_fills_no_log() {
     let log = std::fs::read_to_string(daemon.path("log")).expect("logged");
     assert_eq!(log.matches("a request of a job failed").count(), 1, "{log}");
     daemon.quit();
+}
+
+/// QEMU's ends well.
+#[test]
+fn a_last_flush_that_fails_shows_in_the_exit_code() {
+    for by_signal in [false, true] {
+        let folder = tempfile::tempdir().expect("a folder");
+        files(folder.path());
+        let faults = r#"[{"event": "none", "iotype": "flush", "errno": 28}]"#;
+        let node = format!(
+            r#"{{"driver": "blkdebug", "node-name": "faulty", "inject-error": {faults},
+            "image": {{"driver": "file", "node-name": "file", "filename": "s.raw"}}}}"#
+        );
+        let mut command = Command::new(tools::blockyard());
+        command.args(["daemon", "--blockdev", &node, "--chardev", "stdio,id=c"]);
+        command.args(["--nbd-server", "addr.type=unix,addr.path=nbd.sock"]);
+        command.args(["--export", "nbd,id=e,node-name=faulty,writable=on"]);
+        command.args(["--monitor", "c", "--pidfile", "pid"]);
+        command.current_dir(folder.path());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.stderr(Stdio::piped()).spawn().expect("it starts");
+        wait_until(&folder.path().join("pid"));
+        let mut writer = Nbd::open(&folder.path().join("nbd.sock"), "faulty");
+        writer.write(0, &[1; 512], 0);
+        if by_signal {
+            terminate(child.id());
+        } else {
+            let quit = r#"{"execute": "qmp_capabilities"} {"execute": "quit"}"#;
+            let input = child.stdin.as_mut().expect("piped");
+            std::io::Write::write_all(input, quit.as_bytes()).expect("sent");
+        }
+        let ended = tools::ended(child);
+        assert_eq!(ended.code, Some(1), "{}", ended.errors);
+        let told = ended
+            .errors
+            .lines()
+            .find(|line| line.starts_with("blockyard:"));
+        let told = told.unwrap_or_else(|| panic!("no word of it: {}", ended.errors));
+        assert!(
+            told.contains("The last flush of node 'faulty' failed: ")
+                && told.contains("No space left on device"),
+            "{told}"
+        );
+    }
 }

@@ -86,6 +86,9 @@ pub use roots::RootPlace;
 /// How long closing a node waits for its bitmaps to be written down as they were before.
 const WRITING_DOWN_WAIT: Duration = Duration::from_secs(30);
 
+/// How long the end of the daemon waits for requests of users outside of the graph, who have had their time before.
+const ROOTS_END_WAIT: Duration = Duration::from_secs(5);
+
 /// The node graph.
 pub struct Graph {
     records: RefCell<Records>,
@@ -98,6 +101,13 @@ pub struct Graph {
     /// Told when nodes have arrived on another thread, and when a command has changed one.
     arrived: Notify,
     writing_down: WritingDown,
+}
+
+/// What a node that a client has let go has lost.
+fn log_all(lost: Vec<String>) {
+    for text in lost {
+        tracing::error!("{text}");
+    }
 }
 
 impl Graph {
@@ -189,7 +199,7 @@ impl Graph {
         // The last flush may take long; nobody can reach the node any more.
         drop(held);
         if let Some(unlinked) = unlinked {
-            self.let_go(unlinked).await;
+            log_all(self.let_go(unlinked).await);
         }
         Ok(())
     }
@@ -198,7 +208,7 @@ impl Graph {
     /// them.
     async fn close(&self, id: NodeId) {
         if let Some(unlinked) = self.unlink(id) {
-            self.let_go(unlinked).await;
+            log_all(self.let_go(unlinked).await);
         }
     }
 
@@ -225,15 +235,17 @@ impl Graph {
         Some(Unlinked { node, children })
     }
 
-    /// The second half of closing a node.
-    async fn let_go(&self, unlinked: Unlinked) {
+    /// The second half of closing a node. What was lost, in words.
+    async fn let_go(&self, unlinked: Unlinked) -> Vec<String> {
+        let mut lost = Vec::new();
         let mut closing = vec![unlinked];
         while let Some(Unlinked { node, children }) = closing.pop() {
             // Stored after that, its image says so.
             let closes = [node.id];
             let ended = self.writing_down.ended(&closes);
             let _ = tokio::time::timeout(WRITING_DOWN_WAIT, ended).await;
-            self.drop_node(node.thread, node.id, &node.name).await;
+            let dropped = self.drop_node(node.thread, node.id, &node.name).await;
+            lost.extend(dropped.err());
             drop(node);
             for child in children {
                 let unused = {
@@ -246,10 +258,14 @@ impl Graph {
                 }
             }
         }
+        lost
     }
 
     /// Takes a node off its thread, flushed.
-    async fn drop_node(&self, thread: ThreadId, id: NodeId, name: &str) {
+    ///
+    /// # Errors
+    /// What was lost, in words.
+    async fn drop_node(&self, thread: ThreadId, id: NodeId, name: &str) -> Result<(), String> {
         let flushed = self.threads.run(thread, move |context| {
             Box::pin(async move {
                 let Some(node) = context.remove_node(id) else {
@@ -264,21 +280,44 @@ impl Graph {
             })
         });
         match flushed.await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => {
-                tracing::error!(%error, node = name, "persistent bitmaps are lost")
-            }
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(error))) => Err(format!(
+                "Node '{name}' has lost its persistent bitmaps: {error}"
+            )),
             Ok(Err::<_, NodeError>(error)) => {
-                tracing::error!(%error, node = name, "the last flush failed");
+                Err(format!("The last flush of node '{name}' failed: {error}"))
             }
-            Err(error) => tracing::error!(%error, node = name, "a node could not be closed"),
+            Err(error) => Err(format!("Node '{name}' could not be closed: {error}")),
         }
     }
 
+    /// Makes what was written to every node durable, as far as they answer. Whether that went well shows when they are closed.
+    pub async fn flush_all(&self) {
+        let nodes: Vec<_> = {
+            let records = self.records.borrow();
+            let written = records.nodes.iter().filter(|node| !node.read_only);
+            written.map(|node| (node.thread, node.id)).collect()
+        };
+        let flushes = nodes.into_iter().map(|(thread, id)| {
+            self.threads.run(thread, move |context| {
+                Box::pin(async move {
+                    if let Some(node) = context.node(id) {
+                        // A failure is one of every later flush, too.
+                        let _ = node.flush().await;
+                    }
+                })
+            })
+        });
+        futures_util::future::join_all(flushes).await;
+    }
+
     /// Closes every node, at the end of the daemon: all at once, so that a disk that does not answer keeps no other from
-    /// being flushed.
-    pub async fn close_all(&self) {
-        self.close_roots().await;
+    /// being flushed, and each for at most `wait`. What was lost, in words.
+    pub async fn close_all(&self, wait: Duration) -> Vec<String> {
+        let roots = tokio::time::timeout(ROOTS_END_WAIT.min(wait), self.close_roots());
+        if roots.await.is_err() {
+            tracing::error!("requests of a user of a node do not end");
+        }
         let mut closing = Vec::new();
         let overlays_first = {
             let records = self.records.borrow();
@@ -291,7 +330,18 @@ impl Graph {
             }
             closing.extend(self.unlink(id));
         }
-        futures_util::future::join_all(closing.into_iter().map(|node| self.let_go(node))).await;
+        let closed = closing.into_iter().map(|unlinked| async move {
+            let name = unlinked.node.name.clone();
+            let closed = tokio::time::timeout(wait, self.let_go(unlinked)).await;
+            closed.unwrap_or_else(|_| {
+                let seconds = wait.as_secs();
+                vec![format!(
+                    "The last flush of node '{name}' did not end within {seconds} s"
+                )]
+            })
+        });
+        let lost = futures_util::future::join_all(closed).await;
+        lost.into_iter().flatten().collect()
     }
 
     /// Changes a node's length.

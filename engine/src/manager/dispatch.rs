@@ -1,13 +1,18 @@
 //! From a request to its handler, one task a request, so that a slow one holds up nobody but its own client.
 
+use std::cell::Cell;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
+use futures_util::future::{Either, join, join_all, select};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::error::EngineError;
 use crate::graph::RootPlace;
 use crate::graph::permissions::Permissions;
+use crate::job::context::JobKey;
 use crate::job::status::Status;
 use crate::manager::Manager;
 use crate::manager::publisher::Listener;
@@ -15,17 +20,21 @@ use crate::node::root::RootId;
 use crate::reply::Reply;
 use crate::request::{ExportRequest, Request};
 
-/// How long the end of the daemon waits for a transaction that is carried out.
-const TRANSACTIONS_END_WAIT: Duration = Duration::from_secs(30);
+/// How long the end of the daemon waits for a transaction that is carried out, exports and jobs together.
+const USERS_END_WAIT: Duration = Duration::from_secs(30);
 
-/// How long the end of the daemon waits for clients of exports.
-const EXPORTS_END_WAIT: Duration = Duration::from_secs(30);
+/// How much of that exports and jobs have in any case, however long a transaction took.
+const USERS_END_WAIT_MIN: Duration = Duration::from_secs(10);
 
-/// How long the end of the daemon waits for jobs that do not end.
-const JOBS_END_WAIT: Duration = Duration::from_secs(30);
+/// How long exports, and then each job, go one behind the other, which is the order in which clients hear of it. What takes longer is
+/// stuck, and nothing else waits for it.
+const ORDERLY_WAIT: Duration = Duration::from_secs(5);
 
 /// How long the end of the daemon waits for the last flushes.
 const NODES_END_WAIT: Duration = Duration::from_secs(30);
+
+/// The same if somebody was stuck so long that everybody was flushed meanwhile.
+const NODES_END_WAIT_LATE: Duration = Duration::from_secs(10);
 
 /// Takes the answer to one request, on the manager's thread and in the step that made it: no event is raised in between.
 /// Must not block.
@@ -50,13 +59,17 @@ pub(crate) enum Call {
     CloseRoot(RootId, Option<oneshot::Sender<()>>),
 }
 
-/// Serves calls until the daemon has quit or nobody can call any more. Every job is ended and every node closed then.
-pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiver<Call>) {
+/// Serves calls until the daemon has quit or nobody can call any more. Every job is ended and every node closed then; what was lost
+/// by that, in words.
+pub(crate) async fn serve(
+    manager: Rc<Manager>,
+    mut calls: mpsc::UnboundedReceiver<Call>,
+) -> Vec<String> {
     let (quit, mut has_quit) = mpsc::channel(1);
     loop {
         let call = tokio::select! {
             call = calls.recv() => call,
-            _ = has_quit.recv() => return,
+            lost = has_quit.recv() => return lost.unwrap_or_default(),
         };
         match call {
             Some(Call::Listen(listener)) => manager.publisher.add(listener),
@@ -98,9 +111,9 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
                 manager.ending.set(true);
                 let (manager, quit) = (manager.clone(), quit.clone());
                 tokio::task::spawn_local(async move {
-                    manager.end_everything().await;
+                    let lost = manager.end_everything().await;
                     answer(Ok(Reply::Done));
-                    let _ = quit.send(()).await;
+                    let _ = quit.send(lost).await;
                 });
             }
             Some(Call::Request(request, answer)) => {
@@ -111,8 +124,7 @@ pub(crate) async fn serve(manager: Rc<Manager>, mut calls: mpsc::UnboundedReceiv
             }
             None => {
                 manager.ending.set(true);
-                manager.end_everything().await;
-                return;
+                return manager.end_everything().await;
             }
         }
     }
@@ -263,35 +275,65 @@ impl Manager {
         Ok(Reply::Done)
     }
 
-    /// Closes all exports, quiets all jobs, ends them newest first, and closes every node.
-    async fn end_everything(&self) {
+    /// Closes all exports, quiets all jobs, ends them newest first, and closes every node. What was lost by that, in words.
+    async fn end_everything(&self) -> Vec<String> {
         self.graph.end_limits();
+        let deadline = Instant::now() + USERS_END_WAIT;
+        let mut lost = Vec::new();
         // Bitmaps are not stored as they are in the middle of one.
-        let transactions = tokio::time::timeout(TRANSACTIONS_END_WAIT, self.transaction.lock());
-        if transactions.await.is_err() {
-            tracing::error!("a transaction did not end in time");
+        let transaction = timeout_at(deadline, self.transaction.lock()).await;
+        if transaction.is_err() {
+            lost.push("A transaction did not end in time".to_owned());
         }
-        if tokio::time::timeout(EXPORTS_END_WAIT, self.exports.end())
-            .await
-            .is_err()
-        {
-            tracing::error!("some exports did not end in time; the daemon ends without them");
-        }
-        if tokio::time::timeout(JOBS_END_WAIT, self.end_jobs())
-            .await
-            .is_err()
-        {
-            tracing::error!("some jobs did not end in time; the daemon ends without them");
-        }
-        if tokio::time::timeout(NODES_END_WAIT, self.graph.close_all())
-            .await
-            .is_err()
-        {
-            tracing::error!("some nodes were not flushed in time; the daemon ends without them");
-        }
+        let deadline = deadline.max(Instant::now() + USERS_END_WAIT_MIN);
+        let (late, is_late) = self.end_users(deadline).await;
+        lost.extend(late);
+        let wait = match is_late {
+            true => NODES_END_WAIT_LATE,
+            false => NODES_END_WAIT,
+        };
+        lost.extend(self.graph.close_all(wait).await);
         self.threads.end();
+        lost
     }
 
+    /// Ends exports, and then jobs. Once that takes long something is stuck: then nothing waits for it any more, and all nodes are
+    /// flushed meanwhile. What has not ended by `deadline`, in words; and whether there is any.
+    async fn end_users(&self, deadline: Instant) -> (Vec<String>, bool) {
+        let (exports_ended, jobs_ended) = (Cell::new(false), Cell::new(false));
+        let (gone, told) = oneshot::channel();
+        let exports = async {
+            self.exports.end().await;
+            exports_ended.set(true);
+            let _ = gone.send(());
+        };
+        let jobs = async {
+            let _ = timeout(ORDERLY_WAIT, told).await;
+            self.end_jobs().await;
+            jobs_ended.set(true);
+        };
+        let flushes = async {
+            tokio::time::sleep(ORDERLY_WAIT).await;
+            self.graph.flush_all().await;
+        };
+        let all = async {
+            match select(pin!(join(exports, jobs)), pin!(flushes)).await {
+                Either::Left(_) => {}
+                Either::Right(((), users)) => drop(users.await),
+            }
+        };
+        let is_late = timeout_at(deadline, all).await.is_err();
+        let mut late = Vec::new();
+        if !exports_ended.get() {
+            late.push("Requests of clients of exports did not end in time".to_owned());
+        }
+        if !jobs_ended.get() {
+            late.push("Jobs did not end in time".to_owned());
+        }
+        (late, is_late)
+    }
+
+    /// Quiets all jobs, and ends them newest first: one behind the other, as long as that gets on.
     async fn end_jobs(&self) {
         let keys: Vec<_> = self
             .jobs
@@ -299,35 +341,49 @@ impl Manager {
             .newest_first()
             .map(|job| job.key)
             .collect();
-        for key in &keys {
-            self.until(*key, |job| job.started).await;
-            self.with_job(*key, |job| {
-                job.pause_count += 1;
-                job.order_pause();
-            });
-        }
-        for key in &keys {
-            self.until(*key, |job| {
-                job.finished
-                    || !job.started
-                    || matches!(job.status, Status::Paused | Status::Standby)
-            })
-            .await;
-        }
-        for key in keys {
-            self.until_settled(key).await;
-            self.with_job(key, |job| {
-                job.auto_dismiss = true;
-                job.pause_count = job.pause_count.saturating_sub(1);
-                job.order_pause();
-            });
-            let status = self.with_job(key, |job| job.status);
-            if status == Some(Status::Concluded) {
-                self.dismiss(key);
-            } else if status.is_some() {
-                self.cancel(key, true).await;
-                self.until(key, |job| job.status == Status::Null).await;
+        let orderly = Instant::now() + ORDERLY_WAIT;
+        let quiet = async {
+            for key in &keys {
+                self.until(*key, |job| job.started).await;
+                self.with_job(*key, |job| {
+                    job.pause_count += 1;
+                    job.order_pause();
+                });
             }
+            for key in &keys {
+                self.until(*key, |job| {
+                    job.finished
+                        || !job.started
+                        || matches!(job.status, Status::Paused | Status::Standby)
+                })
+                .await;
+            }
+        };
+        let _ = timeout_at(orderly, quiet).await;
+        let mut stuck = Vec::new();
+        for key in keys {
+            let mut end = Box::pin(self.end_job(key));
+            // What is late already has begun all the same.
+            if timeout_at(orderly, &mut end).await.is_err() {
+                stuck.push(end);
+            }
+        }
+        join_all(stuck).await;
+    }
+
+    async fn end_job(&self, key: JobKey) {
+        self.until_settled(key).await;
+        self.with_job(key, |job| {
+            job.auto_dismiss = true;
+            job.pause_count = job.pause_count.saturating_sub(1);
+            job.order_pause();
+        });
+        let status = self.with_job(key, |job| job.status);
+        if status == Some(Status::Concluded) {
+            self.dismiss(key);
+        } else if status.is_some() {
+            self.cancel(key, true).await;
+            self.until(key, |job| job.status == Status::Null).await;
         }
     }
 }

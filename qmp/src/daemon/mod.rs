@@ -65,10 +65,16 @@ pub fn run(program: &str, leading: &[OsString], arguments: Vec<OsString>) -> Exi
             Err(error) => refuse(program, &format!("cannot go to the background: {error}")),
         };
     }
-    match start(options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(text) => refuse(program, &text),
+    let ended = start(options);
+    let texts = match ended {
+        Ok(lost) if lost.is_empty() => return ExitCode::SUCCESS,
+        Ok(lost) => lost,
+        Err(text) => vec![text],
+    };
+    for text in texts {
+        refuse(program, &text);
     }
+    ExitCode::FAILURE
 }
 
 fn refuse(program: &str, text: &str) -> ExitCode {
@@ -76,7 +82,11 @@ fn refuse(program: &str, text: &str) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn start(options: Options) -> Result<(), String> {
+/// The daemon from its start to its end. What was lost at its end, in words.
+///
+/// # Errors
+/// Why it could not be started.
+fn start(options: Options) -> Result<Vec<String>, String> {
     if options.daemonize {
         background::leave_terminal().map_err(|error| error.to_string())?;
     }
@@ -101,8 +111,8 @@ fn start(options: Options) -> Result<(), String> {
     let outcome = runtime.block_on(live(&options, engine.handle()));
     // A blocked read of standard input must not hold up the end.
     runtime.shutdown_background();
-    engine.join();
-    outcome
+    let lost = engine.join();
+    outcome.map(|()| lost)
 }
 
 /// How far names in images are trusted, with the folders as they are named without symbolic links.

@@ -231,6 +231,10 @@ only name what stands before it.
 
 Log messages go to standard error; RUST_LOG=debug shows more of them.
 
+Exit codes: 0, ended and all is saved; 1, it could not be started, or a node
+could not be flushed or closed, or a job or a request did not end: standard
+error says which. Of qemu-storage-daemon's, the second is 0.
+
 Example:
   blockyard daemon \\
       --blockdev file,node-name=disk,filename=disk.raw \\

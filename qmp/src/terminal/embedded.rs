@@ -193,7 +193,9 @@ pub(crate) fn with_engine<T, F: Future<Output = (T, Display)>>(
         outcome
     });
     drop(handle);
-    engine.join();
+    for text in engine.join() {
+        eprintln!("blockyard: {text}");
+    }
     Ok(outcome)
 }
 
