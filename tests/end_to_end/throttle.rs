@@ -463,3 +463,49 @@ fn a_group_is_shared_across_threads() {
     }
     daemon.quit();
 }
+
+/// At these limits the header alone would take hours. Whoever finalizes a job waits for the file system, as in QEMU, not for limits.
+#[test]
+fn a_job_is_not_finalized_at_the_pace_of_its_limits() {
+    if !tools::have("qemu-img", "qemu-utils") || !tools::have("qemu-io", "qemu-utils") {
+        return;
+    }
+    for job in ["block-stream", "block-commit"] {
+        let folder = tempfile::tempdir().expect("a folder");
+        chain(folder.path());
+        let daemon = Daemon::start_in(folder, &[]);
+        let mut client = daemon.client();
+        client.run(
+            "object-add",
+            json!({"qom-type": "throttle-group", "id": "g"}),
+        );
+        let image = |name: &str, backing: Value| {
+            let filename = format!("{name}.qcow2");
+            let file = throttle(
+                &format!("{name}-t"),
+                "g",
+                &file(&format!("{name}-f"), &filename),
+                json!({}),
+            );
+            json!({"driver": "qcow2", "node-name": name, "file": file, "backing": backing})
+        };
+        let base = image("base", json!(null));
+        client.run("blockdev-add", image("top", image("mid", base)));
+        let arguments = match job {
+            "block-stream" => json!({"device": "top"}),
+            _ => json!({"device": "top", "top-node": "mid"}),
+        };
+        let waits = json!({"job-id": "j", "auto-finalize": false});
+        client.run(job, with(arguments, waits));
+        client.wait_for("j", "pending");
+        client.run(
+            "qom-set",
+            json!({"path": "g", "property": "limits", "value": {"bps-total": 10}}),
+        );
+        let begun = Instant::now();
+        client.run("job-finalize", json!({"id": "j"}));
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(25), "{job}: {took:?}");
+        daemon.quit();
+    }
+}

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use crate::data::NodeId;
 use crate::error::EngineError;
-use crate::graph::Graph;
 use crate::graph::add::Site;
 use crate::graph::filenames::FileName;
 use crate::graph::options::{Inherits, Resolved};
 use crate::graph::records::{FILE_ROLE, NodeRecord, Records};
+use crate::graph::{Graph, JobNodes};
 use crate::node::build::NodePlan;
 use crate::node::root::RootId;
 use crate::node::throttle_node::ThrottleOptions;
@@ -62,6 +62,18 @@ impl Graph {
     pub fn suspend_limits_of_root(&self, id: RootId) -> Vec<Suspended> {
         let node = self.node_of_root(id);
         node.map_or_else(Vec::new, |node| self.suspend_limits(&[node]))
+    }
+
+    /// The same for what a job uses, and what stands on that.
+    pub fn suspend_limits_of_job(&self, nodes: &JobNodes) -> Vec<Suspended> {
+        let records = self.records.borrow();
+        let used = [nodes.source, nodes.target, nodes.filter];
+        let all: Vec<NodeId> = used
+            .into_iter()
+            .flatten()
+            .flat_map(|node| records.ancestors(node))
+            .collect();
+        records.suspend_limits(&all)
     }
 
     /// Lets nothing wait for its turn any more, at the end of the daemon.

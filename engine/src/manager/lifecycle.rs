@@ -18,6 +18,7 @@ use crate::manager::driver::{DriverOrder, bug};
 use crate::manager::record::{GroupKey, JobRecord};
 use crate::reply::IoStatus;
 use crate::request::WorkSpec;
+use crate::throttle::group::Suspended;
 use blockyard_storage::error::ECANCELED;
 
 impl Manager {
@@ -181,6 +182,7 @@ impl Manager {
     pub(super) async fn finalize_group(&self, group: GroupKey) {
         self.set_settling(group, true);
         let members = self.jobs.borrow().members(group);
+        let _unlimited = self.suspend_limits(&members);
         for member in &members {
             if let Err(error) = self.prepare(*member).await {
                 self.with_job(*member, |job| fail_with(job, error));
@@ -193,6 +195,15 @@ impl Manager {
             self.finalize_one(member).await;
         }
         self.set_settling(group, false);
+    }
+
+    /// Headers are written and users drained at once, whatever limits there are, as whoever ends the jobs waits for it.
+    fn suspend_limits(&self, members: &[JobKey]) -> Vec<Suspended> {
+        let suspended = members.iter().filter_map(|member| {
+            let nodes = self.with_job(*member, |job| job.nodes.clone())??;
+            Some(self.graph.suspend_limits_of_job(&nodes))
+        });
+        suspended.flatten().collect()
     }
 
     /// The last chance of one job to fail: graph changes first, then its own.
