@@ -114,6 +114,35 @@ fn locking_off_and_force_share() {
     );
 }
 
+/// What is in a backup's way is told of by the job, or, where its filter would take over users of the source, by that.
+#[test]
+fn a_backup_onto_its_own_file() {
+    compare(
+        r#"
+        $ ln -s s.raw twin.raw
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "s", "filename": "s.raw"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "twin", "filename": "twin.raw"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "t", "filename": "t.raw"}}
+        {"execute": "blockdev-backup", "arguments": {"job-id": "j", "device": "s", "target": "twin", "sync": "full"}}
+        {"execute": "blockdev-backup", "arguments": {"job-id": "j", "device": "twin", "target": "s", "sync": "full"}}
+        {"execute": "query-named-block-nodes", "arguments": {"flat": true}}
+        {"execute": "blockdev-backup", "arguments": {"job-id": "j", "device": "s", "target": "t", "sync": "full", "filter-node-name": "twin"}}
+        {"execute": "blockdev-backup", "arguments": {"job-id": "j", "device": "s", "target": "t", "sync": "full", "filter-node-name": "1"}}
+        {"execute": "nbd-server-start", "arguments": {"addr": {"type": "unix", "data": {"path": "nbd.sock"}}}}
+        {"execute": "block-export-add", "arguments": {"type": "nbd", "id": "e", "node-name": "s", "writable": true}}
+        {"execute": "blockdev-backup", "arguments": {"job-id": "j", "device": "s", "target": "twin", "sync": "full"}}
+        {"execute": "blockdev-backup", "arguments": {"job-id": "j", "device": "twin", "target": "s", "sync": "full"}}
+        {"execute": "query-block-exports"}
+        locks s.raw
+        {"execute": "blockdev-backup", "arguments": {"job-id": "k", "device": "s", "target": "t", "sync": "full"}}
+        wait k null
+        locks s.raw
+        $ cmp s.raw t.raw
+        "#,
+        files,
+    );
+}
+
 /// A qemu-io that holds an image until it is told to go.
 pub(crate) struct Holder {
     process: Process,
@@ -201,7 +230,7 @@ fn the_daemon_meets_tools() {
     );
     assert_eq!(
         client.refusal("blockdev-backup", job("refused", "t", "u")),
-        format!("Could not create node: Failed to get shared \"write\" lock{by}")
+        format!("Failed to get shared \"write\" lock{by}")
     );
     assert_eq!(client.run("query-jobs", json!({})), json!([]));
     writer.leave();
@@ -255,7 +284,7 @@ fn two_daemons_and_one_that_is_killed() {
     // A backup's target may be read, but not by somebody who wants it to stay as it is.
     assert_eq!(
         other.refusal("blockdev-backup", job("j", "t", "u")),
-        format!("Could not create node: Failed to get shared \"write\" lock{by}")
+        format!("Failed to get shared \"write\" lock{by}")
     );
     // One source may have many readers.
     other.run("blockdev-backup", job("beside", "s", "u"));

@@ -132,8 +132,7 @@ impl Graph {
                 spec.filter_node_name.as_deref(),
                 || self.freeze_for_job(source, name, bitmap_mode),
             )
-            .await
-            .map_err(|error| error.prefixed("Could not create node: "))?;
+            .await?;
         Ok(JobNodes {
             source: Some(source),
             target: Some(target),

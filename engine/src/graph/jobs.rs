@@ -204,12 +204,20 @@ impl Graph {
     ) -> Result<(NodeId, T), EngineError> {
         let roots = self.drain_roots(source).await?;
         let done = at_once()?;
+        // What saves old data is a node of a client's in QEMU, and told of as such.
+        let cannot = |what: &'static str| {
+            move |error: EngineError| match target {
+                Some(_) => error.prefixed(what),
+                None => error,
+            }
+        };
+        let (create, replace) = ("Could not create node: ", "Could not replace node: ");
         let id = {
             let mut records = self.records.borrow_mut();
             let id = records.new_id();
             let name = match name {
                 Some(name) => {
-                    names::check(&records, name)?;
+                    names::check(&records, name).map_err(cannot(create))?;
                     name.to_owned()
                 }
                 None => names::made_up(id.0),
@@ -257,16 +265,6 @@ impl Graph {
             };
             let below_filter = records.parents_first(target);
             let linked = records.change_edges(|edges| {
-                for edge in edges.iter_mut().filter(|edge| edge.child == source) {
-                    let moves = match edge.user {
-                        User::Node(user) => !below_filter.contains(&user),
-                        User::Root(_) => true,
-                        _ => false,
-                    };
-                    if moves {
-                        edge.child = id;
-                    }
-                }
                 edges.push(Edge {
                     user: User::Node(id),
                     child: source,
@@ -284,7 +282,28 @@ impl Graph {
                     )
                 }));
             });
+            let linked = linked.map_err(cannot(create)).and_then(|()| {
+                let moved = records.change_edges(|edges| {
+                    for edge in edges.iter_mut().filter(|edge| edge.child == source) {
+                        let moves = match edge.user {
+                            User::Node(user) => user != id && !below_filter.contains(&user),
+                            User::Root(_) => true,
+                            _ => false,
+                        };
+                        if moves {
+                            edge.child = id;
+                        }
+                    }
+                });
+                moved.map_err(cannot(replace))
+            });
             if let Err(error) = linked {
+                let unlinked = records.change_edges(|edges| {
+                    edges.retain(|edge| edge.user != User::Node(id));
+                });
+                if let Err(error) = unlinked {
+                    tracing::error!(%error, "a filter could not be unlinked");
+                }
                 records.nodes.retain(|node| node.id != id);
                 return Err(error);
             }

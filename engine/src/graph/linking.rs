@@ -165,10 +165,8 @@ impl Records {
             return None;
         }
         let (taken, shared) = match node.driver {
-            // Nothing passes it. A job's own is going to be used.
-            "copy-before-write" if !is_used && !matches!(node.plan, NodePlan::Filter { .. }) => {
-                (taken, shared)
-            }
+            // Nothing passes it. A job's own is used once there is the job, which then tells of what is in its way.
+            "copy-before-write" if !is_used => (taken, shared),
             // What it reads the filter below sees to.
             "snapshot-access" => (Permissions::NONE, Permissions::EVERY),
             _ if node.inactive => inactive_permissions(node, edge.role, taken),

@@ -68,7 +68,7 @@ fn a_writer_keeps_a_backup_off_that_discards_and_a_reader_goes_with_a_mirror() {
             discard_source: true,
             ..spec
         });
-        let text = "Could not create node: Node 's' is the source of a block job and cannot be \
+        let text = "Could not replace node: Node 's' is the source of a block job and cannot be \
                     changed meanwhile";
         let refused = yard.start(discards).await.expect_err("refused");
         assert_eq!(refused.text, text);
