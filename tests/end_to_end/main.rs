@@ -38,6 +38,7 @@ mod image_jobs;
 mod image_names;
 mod images;
 mod inactive;
+mod interrupts;
 mod lifetimes;
 mod locks;
 mod long_chains;

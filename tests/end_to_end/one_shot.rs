@@ -292,6 +292,17 @@ fn signals_cancel_and_clean_up() {
         assert_eq!(last["target-removed"], true, "{last}");
         assert_eq!(place.names(), ["source"], "{kind}");
     }
+    // timeout(1) sends its signal to the process and then to its group.
+    let running = Running::start(&place, &["backup", "source", "target"]);
+    running.signal(Signal::TERM);
+    running.signal(Signal::TERM);
+    let (code, last) = running.end();
+    assert_eq!(
+        (code, &last["target-removed"]),
+        (130, &Value::from(true)),
+        "{last}"
+    );
+    assert_eq!(place.names(), ["source"]);
     // What was there before stays, and so does what is asked for.
     place.data("old", 5000);
     for options in [

@@ -91,6 +91,9 @@ pub(crate) enum Sharing {
     Everything,
 }
 
+/// Signals that come so soon after the first one are the same wish.
+const ECHO: Duration = Duration::from_millis(200);
+
 /// Whether a signal has asked to end. The second one ends the process at once.
 #[derive(Clone)]
 pub(crate) struct Interrupt {
@@ -105,6 +108,15 @@ impl Interrupt {
         tokio::spawn(async move {
             signals.next().await;
             ask.send_replace(true);
+            // timeout(1) sends its signal to the process and then to its group: that is one wish.
+            let echo = tokio::time::sleep(ECHO);
+            tokio::pin!(echo);
+            loop {
+                tokio::select! {
+                    () = &mut echo => break,
+                    () = signals.next() => {}
+                }
+            }
             signals.next().await;
             eprintln!("blockyard: ended at once by the second signal, without cleaning up");
             std::process::exit(i32::from(Exit::Cancelled.code()));

@@ -204,8 +204,15 @@ fn ended(embedded: &Embedded, chosen: &Move, job: &JobView) -> Moved {
             failed_at: job.failed_at.clone(),
         },
     };
-    let text = "the chain is what it was and its top shows the same; a part has been moved already";
-    moved.tell("chain-changed", false, text.to_owned());
+    let again = match chosen.work {
+        // What the filled image holds is its own from then on.
+        WorkSpec::Stream(_) => "the same command moves the rest",
+        _ => "the same command moves all of it anew",
+    };
+    let text = format!(
+        "the chain is what it was and its top shows the same; a part may have been moved already, and {again}"
+    );
+    moved.tell("chain-changed", false, text);
     moved
 }
 

@@ -151,8 +151,21 @@ async fn rebase(
     match rebased {
         Ok(ImageReply::Rebased(view)) => Ok(view),
         Ok(_) => Err("another reply (bug)".to_owned()),
-        Err(error) => Err(error.text),
+        Err(error) => Err(format!("{}{}", error.text, left(arguments))),
     }
+}
+
+/// What a rebase that has not come to its end leaves, for whoever reads why.
+fn left(arguments: &RebaseArguments) -> String {
+    if arguments.dry_run || arguments.header_only {
+        return String::new();
+    }
+    // What has been copied is the image's own from then on.
+    format!(
+        "; {} is on its old backing file and shows what it did, a part of what differs may have been copied into it \
+         already, and the same command goes on with the rest",
+        shown(&arguments.file)
+    )
 }
 
 async fn open_backing(embedded: &Embedded, path: &Path, spec: &RebaseSpec) -> Result<(), String> {
