@@ -126,6 +126,34 @@ fn nodes_are_opened_with_other_options_and_on_other_nodes() {
     compare(script, |_| ());
 }
 
+/// What was said of a node and means nothing to the driver is told of first.
+#[test]
+fn a_driver_stays() {
+    let script = r#"
+        $ truncate -s 1M r.img; qemu-img create -q -f qcow2 a.qcow2 1M
+        {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "f", "filename": "r.img"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "raw", "offset": 512, "file": "f"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "null", "size": 1048576}}
+        {"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "plain"}}
+        {"execute": "blockdev-add", "arguments": {"driver": "blkdebug", "node-name": "bd", "image": "null", "align": 512}}
+        {"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "a", "lazy-refcounts": true, "file": {"driver": "file", "node-name": "af", "filename": "a.qcow2"}}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "raw", "node-name": "f", "file": "null"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "host_device", "node-name": "f", "filename": "r.img"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "null-co", "node-name": "f"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "qcow2", "node-name": "af", "file": "f"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "raw", "node-name": "null", "file": "f"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "file", "node-name": "null", "filename": "r.img"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "null-aio", "node-name": "null", "size": 1048576}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "null-aio", "node-name": "null"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "null-aio", "node-name": "plain"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "raw", "node-name": "bd", "file": "null"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "raw", "node-name": "a", "file": "af"}]}}
+        {"execute": "blockdev-reopen", "arguments": {"options": [{"driver": "copy-on-read", "node-name": "raw", "file": "f"}]}}
+        {"execute": "query-named-block-nodes", "arguments": {"flat": true}}
+    "#;
+    compare(script, |_| ());
+}
+
 #[test]
 fn locks_follow_what_a_node_is_opened_for() {
     let script = r#"

@@ -21,6 +21,59 @@ pub(super) fn check_fixed(before: &DriverSpec, now: &DriverSpec) -> Result<(), E
     }
 }
 
+/// That a description of another driver says all that was said of the node and that a driver of such a node cannot do without. What is
+/// missing is told of before the driver is.
+///
+/// # Errors
+/// In QEMU's words.
+pub(super) fn check_dropped(before: &DriverSpec, now: &DriverSpec) -> Result<(), EngineError> {
+    if matches!(before, DriverSpec::Raw { .. }) {
+        // A window may go at any time.
+        return Ok(());
+    }
+    let now = said_of(now);
+    let mut said = said_of(before).into_iter();
+    match said.find(|name| !now.contains(name)) {
+        Some(name) => Err(cannot_reset(name)),
+        None => Ok(()),
+    }
+}
+
+/// Options of a driver, but for its children, that a description names.
+fn said_of(spec: &DriverSpec) -> Vec<&'static str> {
+    let options = match spec {
+        DriverSpec::File(spec) | DriverSpec::HostDevice(spec) => vec![
+            ("filename", true),
+            ("aio", spec.aio.is_some()),
+            ("locking", spec.locking.is_some()),
+        ],
+        DriverSpec::NullCo(spec) | DriverSpec::NullAio(spec) => vec![
+            ("size", spec.size.is_some()),
+            ("latency-ns", spec.latency_ns.is_some()),
+            ("read-zeroes", spec.read_zeroes.is_some()),
+        ],
+        DriverSpec::Raw { offset, size, .. } => {
+            vec![("offset", offset.is_some()), ("size", size.is_some())]
+        }
+        DriverSpec::Blkdebug(spec) => vec![
+            ("config", spec.config.is_some()),
+            ("align", spec.align.is_some()),
+            ("max-transfer", spec.max_transfer.is_some()),
+            ("opt-write-zero", spec.opt_write_zero.is_some()),
+            ("max-write-zero", spec.max_write_zero.is_some()),
+            ("opt-discard", spec.opt_discard.is_some()),
+            ("max-discard", spec.max_discard.is_some()),
+        ],
+        DriverSpec::Nbd(spec) => nbd_options(spec)
+            .into_iter()
+            .map(|(name, value)| (name, value.is_some()))
+            .collect(),
+        _ => Vec::new(),
+    };
+    let said = options.into_iter().filter(|(_, is_said)| *is_said);
+    said.map(|(name, _)| name).collect()
+}
+
 /// What is left out is told before what is another, as everything stays what it was.
 fn check_nbd(before: &NbdSpec, now: &NbdSpec) -> Result<(), EngineError> {
     let (before, now) = (nbd_options(before), nbd_options(now));

@@ -12,7 +12,7 @@ use tokio::sync::MutexGuard;
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::add::{check_stays, check_window};
-use crate::graph::fixed_options::check_fixed;
+use crate::graph::fixed_options::{check_dropped, check_fixed};
 use crate::graph::host_files::is_refused;
 use crate::graph::image_options::image_options;
 use crate::graph::linking::{Change, Link};
@@ -156,6 +156,9 @@ impl Graph {
         let mut node = node.ok_or_else(|| EngineError::generic("The node is gone"))?;
         if let Some(spec) = &spec {
             if spec.driver.name() != node.driver {
+                if let Some(before) = &node.opened_as {
+                    check_dropped(before, &spec.driver)?;
+                }
                 return Err(cannot_change("driver"));
             }
             if spec
