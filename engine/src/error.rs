@@ -11,6 +11,9 @@ pub enum ErrorKind {
     DeviceNotActive,
     /// A device, object or class that does not exist, where the client expects that class.
     DeviceNotFound,
+    /// Somebody has locked an image, and no process shows that lock: as generic for clients. It may be that of a process that was
+    /// killed a moment ago.
+    LockOfNobody,
 }
 
 /// A refused or failed request. The text is what the client sees.

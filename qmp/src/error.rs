@@ -35,7 +35,7 @@ impl QmpError {
 impl From<EngineError> for QmpError {
     fn from(error: EngineError) -> Self {
         let class = match error.kind {
-            ErrorKind::Generic => "GenericError",
+            ErrorKind::Generic | ErrorKind::LockOfNobody => "GenericError",
             ErrorKind::DeviceNotActive => "DeviceNotActive",
             ErrorKind::DeviceNotFound => "DeviceNotFound",
         };

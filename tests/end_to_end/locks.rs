@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::client::{Client, DEADLINE};
 use crate::daemon::{Daemon, Process};
+use crate::images::image;
 use crate::oracle::{compare, data_file, hole_file};
 use crate::script::locked_bytes;
 use crate::tools;
@@ -310,4 +311,39 @@ fn two_daemons_and_one_that_is_killed() {
     other.run("job-cancel", json!({"id": "j"}));
     other.wait_for("j", "null");
     second.quit();
+}
+
+/// The kernel takes a killed process's ring apart, and with it the locks, a moment after the process has ended.
+#[test]
+fn an_image_of_a_daemon_that_was_killed_is_opened_at_once() {
+    if !tools::have("qemu-img", "qemu-utils") {
+        return;
+    }
+    let daemon = Daemon::start();
+    image(daemon.folder.path(), "a.qcow2", &[]);
+    let mut client = daemon.client();
+    let node = json!({"driver": "qcow2", "node-name": "a",
+        "file": {"driver": "file", "filename": daemon.path("a.qcow2")}});
+    let mut refused = 0;
+    for _ in 0..8 {
+        let killed = Daemon::start();
+        killed.client().run("blockdev-add", node.clone());
+        let by = format!("(held by process {})", killed.pid());
+        let held = client.refusal("blockdev-add", node.clone());
+        assert!(held.ends_with(&by), "{held}");
+        killed.kill();
+        let started = Instant::now();
+        while client
+            .command("blockdev-add", node.clone())
+            .get("error")
+            .is_some()
+        {
+            refused += 1;
+            assert!(started.elapsed() < DEADLINE, "it is locked for good");
+        }
+        client.run("blockdev-del", json!({"node-name": "a"}));
+    }
+    // On a machine that has too much to do it takes longer than anybody waits for it. Without waiting it is nearly all of them.
+    assert!(refused < 4, "refused {refused} times");
+    daemon.quit();
 }

@@ -7,7 +7,7 @@ use std::io;
 
 use blockyard_ring::{HostFile, ofd_lock};
 
-use crate::error::EngineError;
+use crate::error::{EngineError, ErrorKind};
 use crate::graph::permissions::{ALL, Permissions, name_of};
 
 const USED: u64 = 100;
@@ -54,7 +54,7 @@ pub(super) fn change(
     let taken = set(file, held, wanted).and_then(|()| conflict(file, more));
     let outcome = match taken {
         Ok(None) => Ok(()),
-        Ok(Some(text)) => Err(EngineError::generic(text)),
+        Ok(Some(conflict)) => Err(conflict),
         Err(error) => Err(EngineError::generic(format!(
             "Failed to lock the file: {error}"
         ))),
@@ -84,7 +84,7 @@ fn set(file: &HostFile, held: HeldLocks, wanted: HeldLocks) -> io::Result<()> {
     Ok(())
 }
 
-fn conflict(file: &HostFile, wanted: HeldLocks) -> io::Result<Option<String>> {
+fn conflict(file: &HostFile, wanted: HeldLocks) -> io::Result<Option<EngineError>> {
     for (permissions, opposite, words) in [
         (wanted.used, UNSHARED, ""),
         (wanted.unshared, USED, "shared "),
@@ -96,7 +96,13 @@ fn conflict(file: &HostFile, wanted: HeldLocks) -> io::Result<Option<String>> {
                 let by = holder
                     .pid
                     .map_or_else(String::new, |pid| format!(" (held by process {pid})"));
-                return Ok(Some(format!("Failed to get {words}\"{name}\" lock{by}")));
+                return Ok(Some(EngineError {
+                    kind: match holder.pid {
+                        Some(_) => ErrorKind::Generic,
+                        None => ErrorKind::LockOfNobody,
+                    },
+                    text: format!("Failed to get {words}\"{name}\" lock{by}"),
+                }));
             }
         }
     }

@@ -9,7 +9,7 @@ use futures_util::future::{Either, join, join_all, select};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::error::EngineError;
+use crate::error::{EngineError, ErrorKind};
 use crate::graph::RootPlace;
 use crate::graph::permissions::Permissions;
 use crate::job::context::JobKey;
@@ -18,7 +18,7 @@ use crate::manager::Manager;
 use crate::manager::publisher::Listener;
 use crate::node::root::RootId;
 use crate::reply::Reply;
-use crate::request::{ExportRequest, Request};
+use crate::request::{ExportRequest, NodeSpec, Request};
 
 /// How long the end of the daemon waits for a transaction that is carried out, exports and jobs together.
 const USERS_END_WAIT: Duration = Duration::from_secs(30);
@@ -29,6 +29,13 @@ const USERS_END_WAIT_MIN: Duration = Duration::from_secs(10);
 /// How long exports, and then each job, go one behind the other, which is the order in which clients hear of it. What takes longer is
 /// stuck, and nothing else waits for it.
 const ORDERLY_WAIT: Duration = Duration::from_secs(5);
+
+/// How long a lock may outlive its process: the kernel takes a killed process's ring apart, and with it open files, after its end. 50 ms
+/// as a rule, several hundred on a machine that has much to do.
+const LOCK_OF_NOBODY_WAIT: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether it is gone.
+const LOCK_OF_NOBODY_PAUSE: Duration = Duration::from_millis(25);
 
 /// How long the end of the daemon waits for the last flushes.
 const NODES_END_WAIT: Duration = Duration::from_secs(30);
@@ -156,7 +163,7 @@ impl Manager {
         };
         match request {
             Request::BlockdevAdd(spec) => {
-                self.graph.add(spec).await?;
+                self.add_node(spec).await?;
                 self.go_on_with_checkpoints().await;
             }
             Request::BlockdevDel { node_name } => self.graph.delete(&node_name).await?,
@@ -273,6 +280,19 @@ impl Manager {
             Request::Quit => {}
         }
         Ok(Reply::Done)
+    }
+
+    /// Opens a node, whose image may still be locked for a moment by a process that was killed.
+    async fn add_node(&self, spec: NodeSpec) -> Result<(), EngineError> {
+        let until = Instant::now() + LOCK_OF_NOBODY_WAIT;
+        loop {
+            match self.graph.add(spec.clone()).await {
+                Err(error) if error.kind == ErrorKind::LockOfNobody && Instant::now() < until => {
+                    tokio::time::sleep(LOCK_OF_NOBODY_PAUSE).await;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Closes all exports, quiets all jobs, ends them newest first, and closes every node. What was lost by that, in words.
