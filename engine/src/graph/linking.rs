@@ -58,6 +58,8 @@ impl Records {
         if checked.is_err() {
             self.swap(change);
             self.edges = before;
+        } else {
+            self.becoming.extend(&change.reached);
         }
         checked
     }
@@ -75,6 +77,11 @@ impl Records {
     /// # Errors
     /// Only if something else was changed meanwhile that does not go together with it.
     pub(super) fn settle(&mut self, change: &Change) -> Result<(), EngineError> {
+        for id in &change.reached {
+            if let Some(place) = self.becoming.iter().position(|other| other == id) {
+                self.becoming.swap_remove(place);
+            }
+        }
         let mut reached = change.reached.clone();
         reached.extend(self.recompute(&change.ends())?);
         self.update_locks(&reached.into_iter().collect::<Vec<_>>(), Locks::Exactly)
@@ -316,6 +323,7 @@ impl Records {
         let mut changed: Vec<(NodeId, HeldLocks)> = Vec::new();
         for id in reached {
             let demands = self.demands(*id);
+            let is_becoming = self.becoming.contains(id);
             let Some(node) = self.node_mut(*id) else {
                 continue;
             };
@@ -328,7 +336,9 @@ impl Records {
             }
             let before = *held;
             let wanted = match locks {
-                Locks::Exactly => wanted,
+                // Whoever changes edges meanwhile, and may come in at any time, takes nothing from it.
+                Locks::Exactly if !is_becoming => wanted,
+                Locks::Exactly => wanted.and(before),
                 Locks::AtLeast => wanted.and(before),
             };
             if let Err(error) = image_locks::change(file, before, wanted) {

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use blockyard_ring::{HostFile, OpenMode};
 use proptest::prelude::*;
 
 use super::*;
 use crate::data::ThreadId;
 use crate::graph::disk_facts::DiskQuestion;
 use crate::graph::filenames::FileName;
+use crate::graph::image_locks::HeldLocks;
 use crate::graph::permissions::ExtraPermissions;
 use crate::graph::records::{FILE_ROLE, ImageRecord};
 use crate::job::context::JobKey;
@@ -117,6 +119,53 @@ fn an_image_keeps_others_off_its_file_and_lets_them_have_its_backing() {
         between(&records, top, base),
         (Permissions::NONE, Permissions::EVERY)
     );
+}
+
+/// Whoever leaves a node while that is still being given away takes no image lock from it.
+#[test]
+fn what_a_node_becomes_frees_its_image_when_it_has_become_that() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("image");
+    std::fs::write(&path, [0; 512]).expect("written");
+    let mode = OpenMode {
+        write: true,
+        ..OpenMode::default()
+    };
+    let file = HostFile::open(&path, mode).expect("opened");
+    let mut records = Records::default();
+    let disk = node(&mut records, "disk", "file");
+    let record = records.node_mut(disk).expect("there");
+    record.locked = Some((file, HeldLocks::default()));
+    let writes = READ.with(Permission::Write);
+    let users = [RootId(1), RootId(2)].map(User::Root);
+    let edges = users.map(|user| Edge {
+        taken: writes,
+        ..edge(user, disk, "root")
+    });
+    records.change_edges(|all| all.extend(edges)).expect("free");
+    let held = |records: &Records| {
+        let locked = records.node(disk).and_then(|node| node.locked.as_ref());
+        locked.map(|(_, held)| held.used).expect("a file")
+    };
+    assert_eq!(held(&records), writes);
+    let mut becomes = records.node(disk).expect("there").clone();
+    becomes.inactive = true;
+    let mut change = super::Change::new(vec![becomes], Vec::new());
+    change.roots = [RootId(1), RootId(2)]
+        .map(|id| RootAccess {
+            id,
+            taken: Permissions::NONE,
+            shared: Permissions::EVERY,
+        })
+        .into();
+    records.change_nodes(&mut change).expect("idle");
+    assert_eq!(held(&records), writes, "it may still be written to");
+    records
+        .change_edges(|all| all.retain(|edge| edge.user != users[1]))
+        .expect("fewer");
+    assert_eq!(held(&records), writes, "somebody else has left");
+    records.settle(&change).expect("it is that");
+    assert_eq!(held(&records), Permissions::NONE);
 }
 
 /// What qemu-storage-daemon 10.0 shows for the same chain.

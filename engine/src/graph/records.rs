@@ -241,6 +241,8 @@ pub(super) struct Records {
     pub(super) reserved: Vec<String>,
     /// Nodes that are just becoming read-only.
     pub(super) losing_write: HashSet<NodeId>,
+    /// Nodes that have not become yet what is recorded of them, once for each change: they keep their image locks.
+    pub(super) becoming: Vec<NodeId>,
     /// Nodes on their way to another thread.
     pub(super) moving: HashSet<NodeId>,
     /// What roots take and share while their node is active.
