@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::client::Client;
 use crate::daemon::Daemon;
 use crate::images::run;
+use crate::nbd::{Nbd, start_server};
 use crate::oracle::{compare, hole_file};
 use crate::script::locked_bytes;
 use crate::tools;
@@ -358,6 +359,34 @@ fn an_image_that_cannot_be_read_again_stays_inactive() {
 }
 
 /// What QEMU does not refuse in time, and overlays that are made for inactive nodes.
+#[test]
+fn what_lies_below_is_read_through_a_filter_that_cannot_keep_it() {
+    if !have_tools() {
+        return;
+    }
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    files(&daemon.path(""));
+    let write = ["-c", "write -q -P 7 1M 64k", "a.qcow2"];
+    run(&daemon.path(""), "qemu-io", &write);
+    let before = fs::read(daemon.path("b.qcow2")).expect("read");
+    let below = image("q", "b.qcow2", json!({}));
+    let filter = json!({"driver": "copy-on-read", "node-name": "c", "file": below});
+    client.run("blockdev-add", filter);
+    start_server(&daemon, &mut client, 1);
+    let export = json!({"type": "nbd", "id": "c", "node-name": "c", "writable": true,
+        "allow-inactive": true});
+    client.run("block-export-add", export);
+    let inactive = json!({"node-name": "c", "active": false});
+    client.run("blockdev-set-active", inactive);
+    let mut nbd = Nbd::open(&daemon.path("nbd.sock"), "c");
+    assert_eq!(nbd.read(1 << 20, 65536), vec![7; 65536]);
+    drop(nbd);
+    assert!(fs::read(daemon.path("b.qcow2")).expect("read") == before);
+    drop(client);
+    daemon.quit();
+}
+
 #[test]
 fn what_would_write_to_an_inactive_image_is_refused() {
     if !have_tools() {

@@ -170,6 +170,8 @@ impl Node for CopyOnReadNode {
             let child = self.child();
             let filled = match self.refusal(Operation::Read, range) {
                 Some(error) => Err(error),
+                // An inactive one, which may be somebody else's.
+                None if child.facts().read_only => Ok(()),
                 None => self.fill_from_below(&child, range).await,
             };
             match filled {

@@ -58,10 +58,10 @@ impl Mover {
         let mover = Rc::clone(self);
         spawner.spawn(Box::pin(async move {
             if let Err(error) = mover.image.flush().await {
-                tracing::warn!(
+                tracing::error!(
                     %error,
                     node = mover.name,
-                    "what was discarded takes room until the next flush"
+                    "an image could not be flushed behind what was discarded"
                 );
                 mover.behind.failed.set(true);
             }
