@@ -20,6 +20,9 @@ const UNLINKED_MAX: usize = 4096;
 /// Of the disk, one part in so many may be given up before it is made durable.
 const GIVEN_UP_PART: u64 = 8;
 
+/// And one in so many in any case: a large disk that is trimmed as a whole is not flushed at every turn.
+const GIVEN_UP_PART_MIN: u64 = 64;
+
 /// Bytes that may be on any disk.
 const GIVEN_UP_BYTES_MIN: u64 = 1 << 20;
 
@@ -78,7 +81,8 @@ impl ImageState {
     fn given_up_bytes_max(&self) -> u64 {
         let disk = self.header.borrow().guest_bytes();
         let part = (disk / GIVEN_UP_PART).max(GIVEN_UP_BYTES_MIN);
-        self.options.given_up_bytes_max.min(part)
+        let limit = self.options.given_up_bytes_max.min(part);
+        limit.max(disk / GIVEN_UP_PART_MIN)
     }
 
     /// Clusters that were given up and are counted yet: they wait for a commit, or for leases.

@@ -25,7 +25,7 @@ pub struct Options {
     /// What is given up otherwise is discarded in the file.
     pub pass_discard_other: bool,
     /// Room in bytes that may be given up before it is made free for others, which takes a flush; an eighth of the disk where that
-    /// is less, but 1 MiB at least.
+    /// is less, but 1 MiB at least, and a sixty-fourth of the disk where that is more.
     pub given_up_bytes_max: u64,
     /// What is looked at before something is written.
     pub overlap_checks: OverlapChecks,
