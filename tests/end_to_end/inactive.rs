@@ -358,7 +358,6 @@ fn an_image_that_cannot_be_read_again_stays_inactive() {
     daemon.quit();
 }
 
-/// What QEMU does not refuse in time, and overlays that are made for inactive nodes.
 #[test]
 fn what_lies_below_is_read_through_a_filter_that_cannot_keep_it() {
     if !have_tools() {
@@ -387,6 +386,7 @@ fn what_lies_below_is_read_through_a_filter_that_cannot_keep_it() {
     daemon.quit();
 }
 
+/// What QEMU does not refuse in time, and overlays that are made for inactive nodes.
 #[test]
 fn what_would_write_to_an_inactive_image_is_refused() {
     if !have_tools() {
