@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::daemon::Daemon;
-use crate::images::run;
+use crate::images::{image, run};
 use crate::inactive::{LENGTH, have_tools};
 use crate::nbd::{FLUSH, Nbd, TRIM, WRITE, ZERO, start_server};
 use crate::oracle::data_file;
@@ -200,8 +200,7 @@ fn an_image_goes_to_and_fro_under_its_writer() {
     for options in ["cluster_size=4096", "lazy_refcounts=on", "extended_l2=on"] {
         for kinds in pairs() {
             let make = |folder: &Path| {
-                let create = ["create", "-q", "-f", "qcow2", "base.qcow2", "4M"];
-                run(folder, "qemu-img", &create);
+                image(folder, "base.qcow2", &[]);
                 run(
                     folder,
                     "qemu-io",
@@ -249,11 +248,7 @@ fn what_an_image_keeps_goes_with_it() {
     {
         let shared = tempfile::tempdir().expect("a folder");
         let path = shared.path().join("disk.qcow2").display().to_string();
-        run(
-            shared.path(),
-            "qemu-img",
-            &["create", "-q", "-f", "qcow2", &path, "4M"],
-        );
+        image(shared.path(), &path, &[]);
         let folders = states
             .each_ref()
             .map(|state| state.path().display().to_string());
@@ -360,11 +355,7 @@ fn what_was_answered_is_there_although_the_image_went_away_under_its_writers() {
     }
     let shared = tempfile::tempdir().expect("a folder");
     let path = shared.path().join("disk.qcow2").display().to_string();
-    run(
-        shared.path(),
-        "qemu-img",
-        &["create", "-q", "-f", "qcow2", &path, "4M"],
-    );
+    image(shared.path(), &path, &[]);
     let mut hosts = [Host::start(Kind::Ours, &[]), Host::start(Kind::Ours, &[])];
     for host in &mut hosts {
         host.open(
