@@ -288,12 +288,13 @@ impl JobContext {
     /// [`Stop::Cancelled`] once a forced cancel is ordered; the work returns it.
     pub async fn checkpoint(&self) -> Result<(), Stop> {
         if self.shared.pause_ordered() && !self.must_end() {
+            let was_busy = self.shared.busy();
             self.shared.set_busy(false);
             self.report(Report::Parked);
             while self.shared.pause_ordered() {
                 self.shared.changed.notified().await;
             }
-            self.shared.set_busy(true);
+            self.shared.set_busy(was_busy);
             self.report(Report::Unparked);
         }
         if self.must_end() {

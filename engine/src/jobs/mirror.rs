@@ -309,12 +309,15 @@ impl Mirror {
         };
         let orders = cx.orders();
         loop {
+            // An order alone is nothing in hand: a job that waits for writes shows no work when it is asked for something else.
+            orders.set_busy(self.has_work());
             // A write that did not reach the target is copied now.
             orders.set_actively_synced(self.actively_synced(cx));
             copier.copy_to(cx, round).await?;
             copier.flush_and_verify(cx).await?;
             orders.set_actively_synced(self.actively_synced(cx));
             if orders.complete_ordered() || orders.cancel_ordered().is_some() {
+                orders.set_busy(true);
                 return Ok(());
             }
             if !self.has_work() && !cx.must_stop() {
@@ -322,7 +325,6 @@ impl Mirror {
                 let (ordered, changed) = (cx.orders_changed(), self.tracker.changed());
                 let measured = pin!(copier.until_measured(cx));
                 select(select(pin!(ordered), pin!(changed)), measured).await;
-                orders.set_busy(true);
                 orders.set_actively_synced(self.actively_synced(cx));
                 if self.has_work() {
                     let settled = cx.clock().now().after(SETTLE);

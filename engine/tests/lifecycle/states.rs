@@ -147,6 +147,26 @@ async fn a_standby_mirror_completes_after_resume() {
     yard.expect(&["m ready", "m waiting", "m pending"]);
 }
 
+#[tokio::test]
+async fn a_ready_mirror_is_not_busy_with_what_it_is_told() {
+    let yard = yard_with_nodes().await;
+    yard.start("m", mirror("s", "t", 0), true)
+        .await
+        .expect("started");
+    yard.until("m READY 8388608/8388608");
+    for speed in 1..500 {
+        yard.verb("m", VerbCall::SetSpeed { speed })
+            .await
+            .expect("accepted");
+        assert!(!yard.block_job("m").await.busy, "{speed} B/s");
+        yard.verb("m", VerbCall::Pause).await.expect("paused");
+        yard.until("m standby");
+        yard.verb("m", VerbCall::Resume).await.expect("resumed");
+        yard.until("m ready");
+        assert!(!yard.block_job("m").await.busy, "resumed, {speed}");
+    }
+}
+
 /// Brings a job into `status` and keeps it there.
 async fn job_in(yard: &Yard, status: Status) -> &'static str {
     match status {
