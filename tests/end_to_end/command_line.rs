@@ -25,7 +25,7 @@ fn refusal(mut command: Command, arguments: &[&str], folder: &Path) -> (String, 
 }
 
 fn daemon() -> Command {
-    let mut command = Command::new(tools::blockyard());
+    let mut command = tools::without_warnings();
     command.arg("daemon");
     command
 }

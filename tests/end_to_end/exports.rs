@@ -313,9 +313,10 @@ fn options_are_those_of_the_commands() {
         ),
     ] {
         let folder = tempfile::tempdir().expect("a folder");
-        let mut all = vec!["daemon"];
-        all.extend(arguments);
-        let ended = tools::run(folder.path(), &all, "");
+        let mut daemon = tools::without_warnings();
+        daemon.arg("daemon").args(arguments);
+        daemon.current_dir(folder.path());
+        let ended = tools::run_command(daemon, "");
         assert_eq!(ended.code, Some(1));
         assert_eq!(ended.errors, format!("blockyard: {expected}\n"));
     }

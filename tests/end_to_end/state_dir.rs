@@ -287,7 +287,7 @@ fn a_record_does_not_speak_for_a_disk_that_others_have_changed() {
 fn one_daemon_uses_a_state_directory() {
     let daemon = Daemon::start_with(&OPTIONS);
     let state = daemon.path("state");
-    let mut second = Command::new(tools::blockyard());
+    let mut second = tools::without_warnings();
     second.args(["daemon", "--state-dir"]).arg(&state);
     let ended = tools::run_command(second, "");
     assert_eq!(ended.code, Some(1));

@@ -53,6 +53,13 @@ pub(crate) fn ended(child: Child) -> Ended {
     }
 }
 
+/// Our program where all that it says is compared: it warns of nothing, such as a machine without io_uring.
+pub(crate) fn without_warnings() -> Command {
+    let mut command = Command::new(blockyard());
+    command.env("RUST_LOG", "error");
+    command
+}
+
 /// Where the built program is.
 pub(crate) fn blockyard() -> PathBuf {
     PathBuf::from(env!("CARGO_BIN_EXE_blockyard"))
