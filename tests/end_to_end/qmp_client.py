@@ -16,7 +16,7 @@ from qemu.qmp import (
 )
 
 SOCKET, FOLDER = sys.argv[1:3]
-DEADLINE_SECONDS = 30
+DEADLINE_SECONDS = 120
 
 
 async def add(client, name, **more):
