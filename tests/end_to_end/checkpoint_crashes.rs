@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -17,6 +17,7 @@ use crate::daemon::Daemon;
 use crate::images::run;
 use crate::nbd::{Nbd, export, start_server};
 use crate::tools;
+use crate::writer::SetAtEnd;
 
 pub(crate) const DISKS: [&str; 3] = ["a", "b", "c"];
 pub(crate) const GRANULE: u64 = 65536;
@@ -218,13 +219,14 @@ pub(crate) fn kill(pid: u32) {
 fn until_killed(disks: [Nbd; 3], client: &mut Client, known: &mut Known, seed: u64, count: usize) {
     let (stop, writes) = (AtomicBool::new(false), Arc::clone(&known.writes));
     std::thread::scope(|scope| {
+        let ends = SetAtEnd(&stop);
         scope.spawn(|| write_on(disks, &writes, &stop, seed));
         for _ in 0..count {
             if next_checkpoint(client, known).is_none() {
                 break;
             }
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(ends);
     });
 }
 
@@ -235,12 +237,17 @@ fn killed_at_any_moment_all_disks_are_at_one_checkpoint() {
     };
     let mut known = Known::default();
     let mut seed = 0x1234_5678_9abc_def1;
-    for _ in 0..25 {
+    const ROUNDS: u64 = 25;
+    for _ in 0..ROUNDS {
         let (daemon, mut client) = start(folder);
         check(&daemon, &mut client, &mut known);
         let (pid, disks) = (daemon.pid(), opened(&daemon));
-        // Any moment within a few checkpoints.
-        let moment = Duration::from_micros(random(&mut seed) % 150_000);
+        let begun = Instant::now();
+        next_checkpoint(&mut client, &mut known).expect("it runs");
+        // Any moment within a few checkpoints, however long one takes here.
+        let moment = begun
+            .elapsed()
+            .mul_f64((random(&mut seed) % 8000) as f64 / 1000.0);
         let writer_seed = random(&mut seed);
         std::thread::scope(|scope| {
             scope.spawn(move || {
@@ -252,7 +259,11 @@ fn killed_at_any_moment_all_disks_are_at_one_checkpoint() {
         drop(client);
         folder = daemon.kill();
     }
-    assert!(known.committed > 5, "{} checkpoints", known.committed);
+    assert!(
+        known.committed > ROUNDS,
+        "none was made beside the writer: {}",
+        known.committed
+    );
 }
 
 /// Kills the daemon at this call of this kind from now on, each thread counting for itself; `None`: that cannot be had here.

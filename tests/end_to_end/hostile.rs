@@ -12,6 +12,7 @@ use crate::daemon::Daemon;
 use crate::damage::{MAKING, Sound};
 use crate::images::{overlay, run};
 use crate::tools;
+use crate::writer::SetAtEnd;
 
 /// What damaged images may take at most.
 const MEMORY_BYTES_MAX: usize = 64 << 20;
@@ -45,15 +46,6 @@ enum Use {
 }
 
 const USES: [Use; 3] = [Use::Reading, Use::Writing, Use::Backing];
-
-/// Sets a flag when it goes.
-struct SetAtEnd<'a>(&'a AtomicBool);
-
-impl Drop for SetAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
 
 /// Why the image `bytes` cannot be added; `None`: it can, and is deleted again.
 fn refusal(daemon: &Daemon, client: &mut Client, bytes: &[u8], how: Use) -> Option<String> {

@@ -13,7 +13,7 @@ use crate::images::{image, overlay, run};
 use crate::nbd::{Nbd, export, start_server};
 use crate::oracle::hole_file;
 use crate::tools;
-use crate::writer::Writer;
+use crate::writer::{SetAtEnd, Writer};
 
 /// Length of the disks, as those of the images.
 const LENGTH: u64 = crate::images::SIZE;
@@ -251,6 +251,7 @@ fn backups_begin_beside_reopens_of_their_source() {
         .map(|(part, seed)| Writer::start(daemon.path("nbd.sock"), "over", part, seed));
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let ends = SetAtEnd(&is_over);
         scope.spawn(|| {
             let mut other = daemon.client();
             let backings = ["two", "one"].into_iter().cycle();
@@ -272,7 +273,7 @@ fn backups_begin_beside_reopens_of_their_source() {
             client.run("job-dismiss", json!({"id": "b"}));
             client.run("blockdev-del", json!({"node-name": node}));
         }
-        is_over.store(true, Ordering::Relaxed);
+        drop(ends);
     });
     for writer in writers {
         writer.end();

@@ -10,6 +10,7 @@ use crate::images::run;
 use crate::nbd::{Nbd, export, start_server};
 use crate::oracle::{compare, data_file, hole_file};
 use crate::tools;
+use crate::writer::SetAtEnd;
 
 const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
 
@@ -573,6 +574,7 @@ fn one_moment() {
         }
     };
     std::thread::scope(|scope| {
+        let ends = SetAtEnd(&stop);
         let writer = scope.spawn(|| {
             let mut disks = DISKS.map(|disk| Nbd::open(&socket, disk));
             while !stop.load(Ordering::Relaxed) {
@@ -600,7 +602,7 @@ fn one_moment() {
         assert!(c >= 18, "somebody has written before");
         assert!(a == c || a == c + 1, "{a} {b} {c}");
         assert!(b == a || b == c, "{a} {b} {c}");
-        stop.store(true, Ordering::Relaxed);
+        drop(ends);
         writer.join().expect("every write is answered");
     });
     for disk in DISKS {

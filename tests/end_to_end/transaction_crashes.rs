@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -16,6 +16,7 @@ use crate::checkpoint_crashes::{
 use crate::client::Client;
 use crate::daemon::Daemon;
 use crate::tools;
+use crate::writer::SetAtEnd;
 
 /// There all the time, and cleared by each transaction.
 const BASE: &str = "base";
@@ -144,6 +145,7 @@ fn until_killed(daemon: &Daemon, client: &mut Client, known: &mut Known, seed: &
     let (stop, writes) = (AtomicBool::new(false), Arc::clone(&known.writes));
     let writer_seed = random(seed);
     std::thread::scope(|scope| {
+        let ends = SetAtEnd(&stop);
         scope.spawn(|| write_on(disks, &writes, &stop, writer_seed));
         for _ in 0..2 {
             next_transaction(client, known).expect("it runs");
@@ -153,7 +155,7 @@ fn until_killed(daemon: &Daemon, client: &mut Client, known: &mut Known, seed: &
             kill(pid);
         });
         while next_transaction(client, known).is_some() {}
-        stop.store(true, Ordering::Relaxed);
+        drop(ends);
     });
 }
 

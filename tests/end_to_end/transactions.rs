@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::daemon::Daemon;
 use crate::nbd::{Nbd, export, start_server};
 use crate::oracle::{compare, hole_file};
+use crate::writer::SetAtEnd;
 
 const NODES: &str = r#"
     $ truncate -s 4M a.img b.img t.img u.img
@@ -227,6 +228,7 @@ fn one_moment() {
     let socket = daemon.path("nbd.sock");
     let (rounds, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        let ends = SetAtEnd(&stop);
         let writer = scope.spawn(|| {
             let mut disks = DISKS.map(|disk| Nbd::open(&socket, disk));
             while !stop.load(Ordering::Relaxed) {
@@ -247,7 +249,7 @@ fn one_moment() {
                 .contains(&format!("\"{disk}\""))
             {}
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(ends);
         writer.join().expect("every write is answered");
     });
     let [a, b, c] = DISKS.map(|disk| {

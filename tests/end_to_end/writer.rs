@@ -8,6 +8,15 @@ use std::thread::JoinHandle;
 
 use crate::nbd::{FLUSH, FUA, Nbd, TRIM, ZERO};
 
+/// Sets a flag when it goes, so that a thread which ends with it ends also when a test fails.
+pub(crate) struct SetAtEnd<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A client that writes at random, and knows what it has to read.
 pub(crate) struct Writer {
     stop: Arc<AtomicBool>,
