@@ -8,7 +8,6 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
-use blockyard_storage::error::{EDQUOT, EFBIG, ENOSPC};
 use blockyard_storage::{ByteRange, Preallocation};
 
 use crate::error::ImageError;
@@ -50,7 +49,7 @@ impl Qcow2 {
         let range = ByteRange::new(at.0, geometry.cluster_bytes());
         let file = &self.state.file;
         match file.preallocate(range, Preallocation::Falloc).await {
-            Err(error) if [ENOSPC, EDQUOT, EFBIG].contains(&error.errno) => Err(error.into()),
+            Err(error) if error.is_out_of_room() => Err(error.into()),
             _ => {
                 self.state.table_rooms.insert(cluster);
                 Ok(())

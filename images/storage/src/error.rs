@@ -114,6 +114,11 @@ impl StorageError {
         self.errno == ENOSPC
     }
 
+    /// Whether nothing more can be stored: the file system is full, this user's part of it, or the file has its largest length.
+    pub const fn is_out_of_room(&self) -> bool {
+        matches!(self.errno, ENOSPC | EDQUOT | EFBIG)
+    }
+
     /// Whether the file or file system does not offer the operation at all.
     pub const fn is_unsupported(&self) -> bool {
         matches!(self.errno, EOPNOTSUPP | EXDEV)

@@ -98,7 +98,7 @@ pub(crate) async fn store(image: &Qcow2, wanted: &[Wanted]) -> Result<(), ImageE
             bits: &one.bits,
         })
         .collect();
-    image.store_bitmaps(&bitmaps).await
+    image.store_bitmaps(&bitmaps).await.map(drop)
 }
 
 /// What an image says of a bitmap: how it is marked, and its bits unless they are out of date.

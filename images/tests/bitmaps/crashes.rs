@@ -93,6 +93,18 @@ impl Case {
         image.close().await
     }
 
+    /// The same, on a disk that is full when bitmaps are to be stored.
+    async fn run_without_room(&self, disk: &Disk) -> Result<(), ImageError> {
+        let file: Rc<dyn Storage> = disk.open();
+        let image = Qcow2::open(file, None, Options::default()).await?;
+        image.mark_bitmaps_in_use().await?;
+        image.discard(ByteRange::new(0, 65_536), true).await?;
+        image.flush().await?;
+        disk.set_capacity(Some(disk.allocated_bytes()));
+        store(&image, &self.after).await?;
+        image.close().await
+    }
+
     /// What has to be there in the end.
     fn outcome(&self) -> AllKept {
         let mut all = all_kept(&self.before);
@@ -236,14 +248,113 @@ fn a_full_disk_keeps_what_it_has() {
     let stores_more = |case: &Case| !case.before.is_empty() && case.removes.is_none();
     for case in cases().into_iter().filter(stores_more) {
         let (world, disk) = case.disk(5);
-        disk.set_capacity(Some(disk.allocated_bytes()));
-        let file: Rc<dyn Storage> = disk.open();
-        let ended = run(case.run(&file), || world.step()).expect("it ends");
-        refused += usize::from(ended.is_err());
-        if ended.is_err() {
-            let phase = case.look(&disk.bytes(), &case.told);
-            assert!(phase <= Phase::Marked, "{}: {phase:?}", case.told);
-        }
+        let ended = run(case.run_without_room(&disk), || world.step()).expect("it ends");
+        let Err(error) = ended else {
+            continue;
+        };
+        refused += 1;
+        let told = &case.told;
+        assert!(
+            error.to_string().starts_with("'three': "),
+            "{told}: {error}"
+        );
+        let all = kept(&disk.bytes()).expect(told);
+        assert!(
+            !all.contains_key("three") && all["two"].bits.is_none(),
+            "{told}"
+        );
+        assert_tells(&all, &case.after[0], told);
     }
     assert!(refused > 0);
+}
+
+/// Whether a bitmap has all bits that are wanted, and perhaps more.
+fn assert_tells(all: &AllKept, wanted: &Wanted, told: &str) {
+    let bits = all[wanted.name].bits.as_ref();
+    let bits = bits.unwrap_or_else(|| panic!("{told}: '{}' is in use", wanted.name));
+    let missing = wanted
+        .bits
+        .0
+        .iter()
+        .zip(&bits.0)
+        .position(|(wanted, bit)| *wanted && !bit);
+    assert_eq!(missing, None, "{told}: '{}'", wanted.name);
+}
+
+#[test]
+fn without_room_bitmaps_say_too_much_and_never_too_little() {
+    let mut cuts = 0;
+    let clear = |bits: &mut Wanted| bits.bits.0.fill(false);
+    for cluster_bytes in [512, 4096, 65_536] {
+        let mut before = vec![
+            wanted("one", 512, 1),
+            wanted("two", 65_536, 2),
+            wanted("three", 512, 3),
+        ];
+        clear(&mut before[2]);
+        // Where there is a cluster, bits are exact; where there is none, all are set.
+        let mut after = vec![
+            wanted("one", 512, 5),
+            before[1].clone(),
+            wanted("three", 512, 7),
+        ];
+        after[0].auto = false;
+        let image = with_image(
+            &new_image(&CreateOptions {
+                cluster_bytes,
+                ..CreateOptions::new(DISK_BYTES)
+            }),
+            async |image| {
+                store(image, &before).await.expect("stored");
+            },
+        );
+        let case = Case {
+            told: format!("{cluster_bytes}"),
+            image,
+            before,
+            after,
+            removes: None,
+        };
+        for steps in 0.. {
+            let told = format!("{} cut after {steps}", case.told);
+            let (world, disk) = case.disk(steps * 29 + 3);
+            let ended = run(case.run_without_room(&disk), || {
+                world.steps() < steps && world.step()
+            });
+            let ends = ended.is_some();
+            for seed in 0..3 {
+                let image = disk.bytes_after_cut(seed);
+                let verdict = ours(&image).expect("checked");
+                let wrong = verdict.report.corruptions + verdict.report.check_errors;
+                assert_eq!(wrong, 0, "{told}: {:?}", verdict.lines);
+                let all = kept(&image).expect(&told);
+                assert_eq!(all.len(), 3, "{told}");
+                for (wanted, old) in case.after.iter().zip(&case.before) {
+                    let bits = all[wanted.name].bits.as_ref();
+                    if ends || bits.is_some_and(|bits| *bits != old.bits) {
+                        assert_tells(&all, wanted, &told);
+                    }
+                }
+                if ends {
+                    assert_eq!(verdict.report.leaks, 0, "{told}: {:?}", verdict.lines);
+                    assert_eq!(all["two"], all_kept(&case.after)["two"], "{told}");
+                    assert!(!all["one"].auto, "{told}");
+                    let all_set = |name: &str| {
+                        all[name]
+                            .bits
+                            .as_ref()
+                            .is_some_and(|bits| bits.0.iter().all(|bit| *bit))
+                    };
+                    assert!(!all_set("one"), "{told}");
+                    assert_eq!(all_set("three"), cluster_bytes > 512, "{told}");
+                }
+            }
+            if let Some(ended) = ended {
+                ended.expect(&told);
+                break;
+            }
+            cuts += 1;
+        }
+    }
+    assert!(cuts > 50, "{cuts}");
 }

@@ -140,7 +140,11 @@ pub(super) async fn store(image: &Qcow2, bitmaps: &NodeBitmaps) -> Result<(), Im
     let _alone = bitmaps.write_down_alone().await;
     let recorded_as = image.header().activity();
     image.flush().await?;
-    image.store_bitmaps(&to_store).await?;
+    let stored = image.store_bitmaps(&to_store).await?;
+    for name in &stored.says_too_much {
+        let bitmap = String::from_utf8_lossy(name);
+        tracing::warn!(%bitmap, "there is no room for all of a bitmap: it says that more has changed than has");
+    }
     recording::end(bitmaps, recorded_as).await;
     Ok(())
 }

@@ -13,11 +13,14 @@
 //! Whenever the power goes, the image has the old bitmaps, marked as they were, or the new ones; clusters may be leaked. QEMU
 //! changes the directory where it stands and takes the autoclear bit away meanwhile: a power cut leaves no bitmaps at all then.
 //!
+//! A file system without room for that is no reason to lose what is tracked: bitmaps are stored where they stand then, see `in_place`.
+//!
 //! What is all clear or all set takes no cluster, so file and time follow what has changed, but for the table: eight bytes for each
 //! cluster of bits.
 //!
 //! Spec: qcow2, "Bitmaps", "Bitmaps extension", "Header" (`autoclear_features`).
 
+mod in_place;
 mod loading;
 mod room;
 mod rules;
@@ -25,7 +28,7 @@ mod storing;
 
 pub use loading::{LoadLimits, load_bitmap};
 pub use room::{BitmapSize, clusters_at_most};
-pub use storing::BitmapToStore;
+pub use storing::{BitmapToStore, Stored};
 
 use std::ops::Range;
 

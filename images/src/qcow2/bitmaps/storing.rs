@@ -35,21 +35,41 @@ pub struct BitmapToStore<'a> {
     pub bits: &'a dyn BitSource,
 }
 
+/// How bitmaps have been stored.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Stored {
+    /// Names of those that say that more has changed than has, as there was no room for all of their bits.
+    pub says_too_much: Vec<Vec<u8>>,
+}
+
 impl Qcow2 {
     /// Puts bitmaps into the image, valid; durable afterwards, with everything that was written to the disk before. They take the
     /// place of those with their names, others come behind. Nobody changes the disk meanwhile; who does so later marks what records
     /// changes as in use. What has been recorded outside ([`begin_activity`](Self::begin_activity)) counts no more.
     ///
+    /// Where there is no room, they are stored in the place of those with their names, and say that more has changed than has where
+    /// that takes more clusters than these have.
+    ///
     /// # Errors
-    /// Refused with QEMU's texts where an image cannot keep them; `EBADF` for a read-only image; what the storage says. The image
-    /// has its old bitmaps then. If not even that is known, it takes no change any more.
+    /// Refused with QEMU's texts where an image cannot keep them; `EBADF` for a read-only image; which bitmaps the image has no place
+    /// for where there is no room (all others are stored); what the storage says. The image has its old bitmaps then. If not even
+    /// that is known, it takes no change any more.
     ///
     /// # Cancel safety
-    /// Dropping the future leaves the old bitmaps or the new ones; clusters may be leaked.
-    pub async fn store_bitmaps(&self, bitmaps: &[BitmapToStore<'_>]) -> Result<(), ImageError> {
+    /// Dropping the future leaves the old bitmaps or the new ones, without room such as are in use; clusters may be leaked.
+    pub async fn store_bitmaps(&self, bitmaps: &[BitmapToStore<'_>]) -> Result<Stored, ImageError> {
         self.state
             .check_unlimited(Operation::Write, ByteRange::default())?;
-        self.told(self.store(bitmaps)).await
+        self.told(async {
+            match self.store(bitmaps).await {
+                Ok(()) => Ok(Stored::default()),
+                Err(ImageError::Storage(error)) if error.is_out_of_room() => {
+                    self.store_in_place(bitmaps, error).await
+                }
+                Err(error) => Err(error),
+            }
+        })
+        .await
     }
 
     /// Takes a bitmap out of the image, durably; whether it was there. Those that are left stay as they are.
@@ -334,7 +354,7 @@ impl Placed {
 
 impl ImageState {
     /// Where the directory stands; empty if there is none that is valid.
-    fn directory(&self) -> ByteRange {
+    pub(super) fn directory(&self) -> ByteRange {
         let header = self.header.borrow();
         let extension = header.extensions.bitmaps;
         let extension = extension.filter(|_| header.bitmaps_valid());
@@ -373,7 +393,7 @@ impl ImageState {
 }
 
 /// Whether the first `bits` of a cluster, or all of them, are set.
-fn is_all_set(cluster: &[u8], bits: u64) -> bool {
+pub(super) fn is_all_set(cluster: &[u8], bits: u64) -> bool {
     let bits = usize::try_from(bits).unwrap_or(usize::MAX);
     let (whole, rest) = (bits / 8, bits % 8);
     if whole >= cluster.len() {
