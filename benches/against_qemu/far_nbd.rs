@@ -39,6 +39,8 @@ struct Far<'a> {
     /// What is on the disk, as a raw file and as a qcow2 image.
     content: Image,
     full: Image,
+    /// What is on the far disk before anything is copied to it.
+    before: Image,
 }
 
 /// Runs every job at every delay.
@@ -46,20 +48,23 @@ struct Far<'a> {
 /// # Errors
 /// The place cannot be made, a program or a daemon fails, or a result differs from what should be there.
 pub(crate) fn run(options: &Options) -> Result<Vec<CopyResult>, Failure> {
-    let place = Place::loop_over_tmpfs(&EXT4, 5 * LENGTH_BYTES)?;
+    let place = Place::loop_over_tmpfs(&EXT4, 6 * LENGTH_BYTES)?;
     let image = |name: &str, format| Image {
         path: place.path(name),
         format,
     };
     let content = image("content.img", Format::Raw);
     let full = image("full.qcow2", Format::Qcow2);
+    let before = image("before.img", Format::Raw);
     data::fill_with_noise(&content.path, LENGTH_BYTES, 1)?;
+    data::fill_with_noise(&before.path, LENGTH_BYTES, 2)?;
     full.create_in_order(LENGTH_BYTES, &content, &runs_in_mixed_order(LENGTH_BYTES))?;
     let far = Far {
         options,
         place,
         content,
         full,
+        before,
     };
     let mut results = Vec::new();
     for delay in DELAYS {
@@ -116,13 +121,15 @@ impl Far<'_> {
             format: Format::Qcow2,
         };
         top.create(LENGTH_BYTES, &[])?;
-        match job {
-            JobKind::Stream => self.content.copy_to(&server.uri())?,
-            JobKind::Commit => {
-                run_program(Command::new("cp").arg(&self.full.path).arg(&mid.path))?;
-                mid.leave_page_cache()?;
-            }
-            _ => {}
+        let first = match job {
+            JobKind::Stream => &self.content,
+            // The server's memory has to be there: to touch it for the first time would take longer than to copy it.
+            _ => &self.before,
+        };
+        first.copy_to(&server.uri())?;
+        if job == JobKind::Commit {
+            run_program(Command::new("cp").arg(&self.full.path).arg(&mid.path))?;
+            mid.leave_page_cache()?;
         }
         self.content.leave_page_cache()?;
         top.leave_page_cache()?;
