@@ -397,7 +397,7 @@ pub trait Node {
     /// node later marks what records changes as out of date first.
     ///
     /// # Errors
-    /// In QEMU's words; the image has what it had.
+    /// In QEMU's words; the image has what it had. Where there is no room for some of them, the others may be stored.
     ///
     /// # Cancel safety
     /// Dropping the future abandons the answer; it is done all the same.

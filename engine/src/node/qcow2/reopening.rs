@@ -50,10 +50,16 @@ impl Qcow2Node {
         }
         if plan.image.read_only && !old.read_only() {
             let stored = store(&old.image, &self.bitmaps).await;
-            stored.map_err(refusal)?;
+            if let Err(error) = stored {
+                // Some may have been stored all the same.
+                old.goes_on_with(&self.bitmaps).await;
+                return Err(refusal(error));
+            }
         }
-        let written = old.close().await;
-        written.map_err(|error| EngineError::generic(error.to_string()))?;
+        if let Err(error) = old.close().await {
+            old.goes_on_with(&self.bitmaps).await;
+            return Err(EngineError::generic(error.to_string()));
+        }
         let is_other_file = !Rc::ptr_eq(files.file.node(), old.files.file.node());
         if is_other_file && !self.bitmaps.kept_names_bytes().is_empty() {
             let file = Rc::clone(files.file.node());

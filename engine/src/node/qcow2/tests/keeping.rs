@@ -206,6 +206,37 @@ fn no_bitmap_that_is_valid_has_missed_a_change() {
     assert!(seen.iter().all(|count| *count > 1), "{seen:?}");
 }
 
+/// An image that is to be read only has no room for one of its bitmaps, so it is written on: what has been stored of the others says
+/// nothing of what comes after.
+#[test]
+fn what_was_stored_in_vain_is_in_use() {
+    let yard = Yard::new(Setup::new(3, 9));
+    let add = |opened: &Opened, name: &str| {
+        let length = opened.node.facts().length_bytes;
+        let mut bitmap = Bitmap::new(name.to_owned(), length, GRANULE);
+        bitmap.keep();
+        opened.bitmaps.add(bitmap).expect("added");
+    };
+    yard.drive(async {
+        let opened = open(&yard, false).await;
+        add(&opened, NAME);
+        opened.close().await;
+        let opened = open(&yard, false).await;
+        add(&opened, "new");
+        yard.image.set_capacity(Some(yard.image.allocated_bytes()));
+        let for_reading = plan(&yard, true, 1 << 14);
+        let reopened = opened.node.reopen(&yard.context, &for_reading).await;
+        let refusal = reopened.expect_err("there is no room").to_string();
+        assert!(refusal.contains("'new': "), "{refusal}");
+        let now = open(&yard, true).await;
+        assert!(now.changed().is_none(), "it is written on");
+        yard.image.set_capacity(None);
+        opened.close().await;
+        let now = open(&yard, true).await;
+        assert!(now.changed().is_some(), "there is room again");
+    });
+}
+
 /// With a state directory no power cut loses a bitmap, however often it comes: neither one that was stored, nor one that has come
 /// since, nor what was said of it since.
 #[test]
