@@ -48,6 +48,8 @@ pub struct IntegritySpec {
     pub manifest: Option<PathBuf>,
     /// That file may be there already, and is replaced.
     pub replaces_manifest: bool,
+    /// The manifest of what the target is laid onto: what has not changed since is taken over from there, and not read.
+    pub onto_manifest: Option<PathBuf>,
     /// The target is read back and compared with them before the job ends well.
     pub verify: bool,
 }

@@ -44,6 +44,7 @@ mod locks;
 mod long_chains;
 mod made_chains;
 mod manifests;
+mod manifests_of_changes;
 mod migration;
 mod mirror_bitmaps;
 mod moves;

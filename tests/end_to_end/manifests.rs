@@ -325,11 +325,23 @@ fn jobs_of_a_daemon_write_manifests_and_refuse_what_none_can_tell() {
         job
     };
     for command in ["blockdev-backup", "blockdev-mirror"] {
-        let refused = client.refusal(command, job(json!({"sync": "top", "x-manifest": "sums"})));
-        assert_eq!(
-            refused,
-            "x-manifest tells of a whole disk: it needs sync mode 'full'"
-        );
+        for (more, text) in [
+            (
+                json!({"sync": "none", "x-manifest": "sums"}),
+                "x-manifest needs a copy that is whole: sync mode 'none' never is",
+            ),
+            (
+                json!({"x-onto-manifest": "sums"}),
+                "x-onto-manifest is for the manifest that x-manifest names",
+            ),
+            (
+                json!({"sync": "top", "x-manifest": "sums", "x-onto-manifest": "before"}),
+                "x-onto-manifest needs a bitmap that says what has changed since: sync mode \
+                 'incremental' or 'bitmap'",
+            ),
+        ] {
+            assert_eq!(client.refusal(command, job(more)), text, "{command}");
+        }
     }
     let refused = client.refusal(
         "blockdev-backup",

@@ -15,10 +15,11 @@ const CREATE_RAW: &str = "blockdev-create.\"options\"(\"raw\")";
 const AMEND_QCOW2: &str = "x-blockdev-amend.\"options\"(\"qcow2\")";
 
 /// Members that QEMU does not have: what the chain of a concluded job has become, and whether a mirror gains on its writers.
-pub(crate) const OUR_MEMBERS: [&str; 9] = [
+pub(crate) const OUR_MEMBERS: [&str; 10] = [
     "x-connections",
     "x-cbw-timeout",
     "x-manifest",
+    "x-onto-manifest",
     "x-verify",
     "x-chain",
     "x-dirty-bytes",

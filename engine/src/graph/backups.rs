@@ -62,7 +62,7 @@ impl Graph {
             let text = "max-chunk must be zero (which means no limit) or positive";
             return Err(EngineError::generic(text));
         }
-        check_integrity(&spec.integrity, spec.sync)?;
+        check_integrity(&spec.integrity, spec.sync, mode)?;
         self.check_change_of_bitmap(source, spec.bitmap.as_deref(), mode)
     }
 
@@ -167,14 +167,35 @@ impl Graph {
 }
 
 /// That what is recorded is what a manifest tells of.
-pub(super) fn check_integrity(wanted: &IntegritySpec, sync: SyncMode) -> Result<(), EngineError> {
-    if wanted.manifest.is_some() && sync != SyncMode::Full {
-        let text = "x-manifest tells of a whole disk: it needs sync mode 'full'";
+pub(super) fn check_integrity(
+    wanted: &IntegritySpec,
+    sync: SyncMode,
+    bitmap_mode: Option<BitmapMode>,
+) -> Result<(), EngineError> {
+    if wanted.manifest.is_some() && sync == SyncMode::None {
+        let text = "x-manifest needs a copy that is whole: sync mode 'none' never is";
         return Err(EngineError::generic(text));
     }
     if wanted.verify && sync == SyncMode::None {
         let text = "x-verify needs a copy that is whole: sync mode 'none' never is";
         return Err(EngineError::generic(text));
+    }
+    if wanted.onto_manifest.is_some() {
+        if wanted.manifest.is_none() {
+            let text = "x-onto-manifest is for the manifest that x-manifest names";
+            return Err(EngineError::generic(text));
+        }
+        if !matches!(sync, SyncMode::Incremental | SyncMode::Bitmap) {
+            let text = "x-onto-manifest needs a bitmap that says what has changed since: sync mode \
+                        'incremental' or 'bitmap'";
+            return Err(EngineError::generic(text));
+        }
+        if bitmap_mode == Some(BitmapMode::Always) {
+            // Nobody could tell what of it has come to the target since that manifest was written.
+            let text = "x-onto-manifest needs a bitmap that keeps all that has changed if the job fails: \
+                        bitmap-mode 'on-success' or 'never'";
+            return Err(EngineError::generic(text));
+        }
     }
     Ok(())
 }

@@ -126,7 +126,7 @@ impl Graph {
         }
         let bitmap_mode = self.check_job_bitmap(source, spec.sync, name, spec.bitmap_mode)?;
         self.check_change_of_bitmap(source, name, bitmap_mode)?;
-        check_integrity(&spec.integrity, spec.sync)?;
+        check_integrity(&spec.integrity, spec.sync, bitmap_mode)?;
         let is_new = spec.new_target.as_ref().is_some_and(|new| !new.exists);
         if let (Some(mode), true) = (mode, is_new) {
             return Err(EngineError::generic(format!(

@@ -86,7 +86,7 @@ pub(crate) async fn run(
                     moved.zero_bytes = moved.zero_bytes.saturating_add(range.length());
                     room.zeroed(range).await;
                 }
-                StepKind::Skip => {}
+                StepKind::Sum | StepKind::Skip => {}
             }
             // It costs nothing here.
             plan.took(step.kind, Duration::ZERO, false);

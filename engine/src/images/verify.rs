@@ -15,17 +15,15 @@ use crate::images::cancelled;
 use crate::images::watcher::{ImageEvent, ImageWatcher};
 use crate::limits::{COPY_CHUNK_BYTES, STATUS_EXTENTS_MAX};
 use crate::manifest::EXTENT_BYTES;
+use crate::manifest::lines::Lines;
 use crate::manifest::sums::ExtentSum;
-use crate::manifest::text::{LINE_MAX_BYTES, Reader, Record, digest_of};
+use crate::manifest::text::{Record, digest_of};
 use crate::node::Node;
 use crate::node::chain::{Content, chain_status};
 use crate::node::zeroes::is_zero;
 
 /// Pieces that are compared at once; each takes [`COPY_CHUNK_BYTES`].
 const PIECES_MAX: usize = 8;
-
-/// Bytes of the manifest that are read at once.
-const TEXT_BYTES: u64 = 256 << 10;
 
 /// Zeroes of one line that are looked at before progress is told.
 const ZEROES_BYTES: u64 = 64 << 30;
@@ -97,93 +95,6 @@ pub(super) fn check_cancelled(watcher: &ImageWatcher) -> Result<(), EngineError>
         true => Err(cancelled()),
         false => Ok(()),
     }
-}
-
-/// The lines of a manifest.
-pub(super) struct Lines {
-    node: Rc<dyn Node>,
-    length_bytes: u64,
-    position: u64,
-    /// What has been read and not taken.
-    text: Vec<u8>,
-    taken: usize,
-    reader: Reader,
-}
-
-impl Lines {
-    /// Of the manifest on a node.
-    pub(super) fn of(node: Rc<dyn Node>) -> Self {
-        Self {
-            length_bytes: node.exact_length_bytes(),
-            node,
-            position: 0,
-            text: Vec::new(),
-            taken: 0,
-            reader: Reader::new(),
-        }
-    }
-
-    /// Length of the disk that it tells of, in bytes, once a record was read.
-    pub(super) fn length_bytes(&self) -> u64 {
-        self.reader.length_bytes()
-    }
-
-    /// What the next line with a record says; `None`: there is none.
-    ///
-    /// # Errors
-    /// It cannot be read, or is none.
-    pub(super) async fn next(&mut self) -> Result<Option<Record>, EngineError> {
-        loop {
-            let rest = self.text.get(self.taken..).unwrap_or_default();
-            if let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-                let line = rest.get(..end).unwrap_or_default();
-                let record = self.reader.line(line).map_err(bad)?;
-                self.taken += end + 1;
-                match record {
-                    Some(record) => return Ok(Some(record)),
-                    None => continue,
-                }
-            }
-            if rest.len() > LINE_MAX_BYTES {
-                return Err(bad("it is no manifest: a line is too long".to_owned()));
-            }
-            if self.position >= self.length_bytes {
-                return match rest.is_empty() {
-                    true => Ok(None),
-                    false => Err(bad("its last line has no end".to_owned())),
-                };
-            }
-            self.read().await?;
-        }
-    }
-
-    async fn read(&mut self) -> Result<(), EngineError> {
-        self.text.drain(..self.taken);
-        self.taken = 0;
-        let wanted = TEXT_BYTES.min(self.length_bytes - self.position);
-        // No more than TEXT_BYTES.
-        let buffer = Buffer::zeroed(usize::try_from(wanted).unwrap_or(usize::MAX));
-        let read = self.node.read(self.position, buffer).await;
-        read.outcome.map_err(|error| {
-            let reason = errno_text(error.errno());
-            EngineError::generic(format!("Could not read the manifest: {reason}"))
-        })?;
-        self.text.extend_from_slice(read.buffer.as_slice());
-        self.position += wanted;
-        Ok(())
-    }
-
-    /// Everything was read.
-    ///
-    /// # Errors
-    /// It is no whole manifest, or has changed.
-    pub(super) fn finish(self) -> Result<(), EngineError> {
-        self.reader.finish().map_err(bad)
-    }
-}
-
-fn bad(reason: String) -> EngineError {
-    EngineError::generic(format!("The manifest cannot be used: {reason}"))
 }
 
 /// What of a piece differs.
@@ -390,4 +301,4 @@ fn unreadable(what: &str, range: ByteRange, error: &NodeError) -> EngineError {
 
 #[cfg(test)]
 #[path = "verify_tests.rs"]
-pub(super) mod tests;
+pub(crate) mod tests;

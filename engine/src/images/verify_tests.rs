@@ -9,7 +9,7 @@ use crate::node::file_node::{FileNode, FileOptions};
 
 const LENGTH: usize = 40 * EXTENT_BYTES as usize + 1536;
 
-pub(in crate::images) fn block_on<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().build();
     runtime.expect("a runtime").block_on(future)
 }
@@ -23,7 +23,7 @@ fn disk() -> Vec<u8> {
     disk
 }
 
-pub(in crate::images) fn manifest_of(disk: &[u8]) -> Vec<u8> {
+pub(crate) fn manifest_of(disk: &[u8]) -> Vec<u8> {
     let mut writer = Writer::new(disk.len() as u64);
     let extents = ByteRange::new(0, disk.len() as u64).pieces(EXTENT_BYTES);
     for (extent, bytes) in extents.zip(disk.chunks(EXTENT_BYTES as usize)) {
@@ -36,7 +36,7 @@ pub(in crate::images) fn manifest_of(disk: &[u8]) -> Vec<u8> {
 }
 
 /// A node whose zeroes are holes, but for those of `written`.
-pub(in crate::images) fn node(bytes: &[u8], written: ByteRange) -> Rc<dyn Node> {
+pub(crate) fn node(bytes: &[u8], written: ByteRange) -> Rc<dyn Node> {
     let storage = MemoryStorage::new(bytes.len() as u64);
     block_on(async {
         for (nth, block) in bytes.chunks(4096).enumerate() {

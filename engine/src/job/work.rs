@@ -4,7 +4,7 @@
 
 use blockyard_storage::LocalFuture;
 
-use crate::error::JobError;
+use crate::error::{EngineError, JobError};
 use crate::job::context::JobContext;
 
 /// Why the work stopped before its end.
@@ -14,6 +14,12 @@ pub enum Stop {
     Cancelled,
     /// It failed.
     Failed(JobError),
+}
+
+impl From<EngineError> for Stop {
+    fn from(error: EngineError) -> Self {
+        Stop::Failed(JobError::text(error.text))
+    }
 }
 
 impl From<JobError> for Stop {

@@ -123,6 +123,17 @@ impl Backup {
         }
     }
 
+    /// Nothing is copied but what has changed; a manifest may want to know of more.
+    fn keep_only(&self, changes: &DirtyMap) {
+        let clusters = self.saver.clusters();
+        clusters.keep_only(changes);
+        let more = self.integrity.recorded_besides(&clusters.unsaved());
+        if let (Some(recorder), Some(more)) = (self.integrity.recorder(), more) {
+            recorder.copy_only(clusters.unsaved());
+            clusters.keep_too(&more);
+        }
+    }
+
     /// Writers go on from here; what they are about to change is saved.
     pub(super) fn let_writers_in(&self, cx: &JobContext) {
         let destination = Destination {
@@ -208,6 +219,7 @@ impl Backup {
         if self.spec.sync == SyncMode::None {
             return self.stay(cx).await;
         }
+        self.integrity.check(cx).await?;
         self.copy(cx).await?;
         self.integrity.write().await?;
         match self.copied.clone() {
@@ -250,7 +262,16 @@ impl Backup {
     async fn keep_what_is_missing(&mut self) {
         let is_wanted = |bitmap: &Arc<FrozenBitmap>| bitmap.mode() == BitmapMode::Always;
         if self.bitmap.as_ref().is_some_and(is_wanted) && self.target.flush().await.is_ok() {
-            self.missing = Some(self.saver.clusters().unsaved());
+            self.missing = Some(self.uncopied());
+        }
+    }
+
+    /// What has not come to the target and has to.
+    fn uncopied(&self) -> DirtyMap {
+        let unsaved = self.saver.clusters().unsaved();
+        match self.integrity.recorder() {
+            Some(recorder) => recorder.copied_of(unsaved),
+            None => unsaved,
         }
     }
 
@@ -270,11 +291,11 @@ impl Work for Backup {
                 let text = "Source and target image have different sizes";
                 return Err(Stop::Failed(JobError::text(text)));
             }
+            let begun = self.integrity.begin(self.source.facts().length_bytes).await;
             if let Some(changes) = self.changes() {
-                self.saver.clusters().keep_only(changes);
+                self.keep_only(changes);
             }
             cx.progress().set_remaining(self.counted_bytes());
-            let begun = self.integrity.begin(self.source.facts().length_bytes).await;
             self.let_writers_in(cx);
             let ended = match begun {
                 Ok(_) => self.back_up(cx).await,
@@ -287,7 +308,7 @@ impl Work for Backup {
                 self.keep_what_is_missing().await;
             } else {
                 // Another job of the group may still fail.
-                self.missing = Some(self.saver.clusters().unsaved());
+                self.missing = Some(self.uncopied());
             }
             ended
         })

@@ -14,7 +14,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use crate::job::context::JobContext;
 use crate::jobs::copier::CopyOptions;
 use crate::jobs::plan::Step;
-use crate::jobs::steps::{Failure, carry_out};
+use crate::jobs::steps::{Failure, carry_out, first_part};
 use crate::manifest::Recorder;
 use crate::node::Node;
 use crate::node::copy_before_write::{Fate, Saver};
@@ -131,13 +131,19 @@ pub(super) async fn saved(
     let start = cx.clock().now();
     let (mut rest, mut outcome) = (step.range, Ok(()));
     while let Some(range) = saver.rest_of(rest) {
-        let part = Step { range, ..step };
+        let (part, is_copied) = first_part(Step { range, ..step }, recorder.as_deref());
         outcome = carry_out(part, nodes, cx, options, recorder.as_deref()).await;
         if outcome.is_err() {
             break;
         }
-        saver.settle(range, Fate::Saved);
-        rest = ByteRange::between(range.end(), rest.end());
+        saver.settle(
+            part.range,
+            match is_copied {
+                true => Fate::Saved,
+                false => Fate::Skipped,
+            },
+        );
+        rest = ByteRange::between(part.range.end(), rest.end());
     }
     Ended {
         step,

@@ -1,12 +1,19 @@
 //! [`Integrity`]: the checksums of one copy: recorded while it is made, compared with its target, put down in a manifest.
 
+use std::path::Path;
 use std::rc::Rc;
+
+use blockyard_storage::ByteRange;
 
 use crate::data::{CpuPool, DataContext, HostFiles};
 use crate::error::JobError;
+use crate::job::context::JobContext;
 use crate::job::work::Stop;
 use crate::manifest::Recorder;
-use crate::manifest::file::ManifestFile;
+use crate::manifest::file::{ManifestFile, open_earlier};
+use crate::manifest::onto::Earlier;
+use crate::node::dirty_map::DirtyMap;
+use crate::node::file_node::{FileNode, FileOptions};
 use crate::request::IntegritySpec;
 
 /// What is done about checksums of one copy.
@@ -16,6 +23,7 @@ pub(crate) struct Integrity {
     surroundings: Option<(Rc<dyn HostFiles>, CpuPool)>,
     recorder: Option<Rc<Recorder>>,
     file: Option<ManifestFile>,
+    earlier: Option<Earlier>,
 }
 
 impl Integrity {
@@ -37,10 +45,17 @@ impl Integrity {
         }
     }
 
-    /// Begins to record the copy of a disk of this length, if that is wanted. Makes the manifest's file.
+    /// The same onto an earlier manifest.
+    #[cfg(test)]
+    pub(crate) fn onto(self, earlier: Option<Earlier>) -> Self {
+        Self { earlier, ..self }
+    }
+
+    /// Begins to record the copy of a disk of this length, if that is wanted. Makes the manifest's file, and opens the one that it is
+    /// laid onto.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When either cannot be done.
     pub(crate) async fn begin(
         &mut self,
         length_bytes: u64,
@@ -49,6 +64,9 @@ impl Integrity {
             return Ok(self.recorder.clone());
         };
         let mut scratch = None;
+        if let Some(path) = &self.spec.onto_manifest {
+            self.earlier = Some(open(path, Rc::clone(&files)).await?);
+        }
         if let Some(path) = &self.spec.manifest {
             let file = ManifestFile::create(path, self.spec.replaces_manifest, files).await?;
             scratch = Some(file.scratch());
@@ -66,6 +84,32 @@ impl Integrity {
         self.recorder.as_ref()
     }
 
+    /// Where no more than what `changes` says is copied: what has to be recorded besides, as the manifest tells of a whole disk. That
+    /// is all of it, or what the earlier manifest does not tell of in whole blocks. `None`: no manifest is wanted.
+    pub(crate) fn recorded_besides(&self, changes: &DirtyMap) -> Option<DirtyMap> {
+        let recorder = self.recorder.as_ref();
+        recorder.filter(|recorder| recorder.needs_every_byte())?;
+        Some(match &self.earlier {
+            Some(earlier) => earlier.blocks_to_know(changes),
+            None => {
+                let mut all = changes.emptied();
+                all.mark(ByteRange::new(0, changes.length_bytes()));
+                all
+            }
+        })
+    }
+
+    /// Reads all of the manifest that it is laid onto, so that nothing is built upon one that is damaged.
+    ///
+    /// # Errors
+    /// It is; [`Stop::Cancelled`] after a forced cancel.
+    pub(crate) async fn check(&self, cx: &JobContext) -> Result<(), Stop> {
+        match &self.earlier {
+            Some(earlier) => earlier.check(async || cx.checkpoint().await).await,
+            None => Ok(()),
+        }
+    }
+
     /// Everything was copied: writes the manifest, which is durable then, but not there yet.
     ///
     /// # Errors
@@ -74,7 +118,10 @@ impl Integrity {
         let (Some(recorder), Some(file)) = (&self.recorder, &self.file) else {
             return Ok(());
         };
-        recorder.write_manifest(file.output()).await?;
+        match &self.earlier {
+            Some(earlier) => recorder.write_manifest_onto(earlier, file.output()).await?,
+            None => recorder.write_manifest(file.output()).await?,
+        }
         Ok(file.sync().await?)
     }
 
@@ -95,4 +142,12 @@ impl Integrity {
             file.remove();
         }
     }
+}
+
+/// The manifest at `path`, for reading.
+async fn open(path: &Path, files: Rc<dyn HostFiles>) -> Result<Earlier, JobError> {
+    let storage = open_earlier(path, files).await?;
+    let node = FileNode::new("manifest".to_owned(), storage, FileOptions::default());
+    let earlier = Earlier::open(Rc::new(node)).await;
+    earlier.map_err(|error| JobError::text(error.text))
 }

@@ -24,6 +24,7 @@ use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
 use crate::jobs::integrity::Integrity;
 use crate::jobs::plan::Layers;
 use crate::limits::COPY_CHUNK_BYTES;
+use crate::manifest::Recorder;
 use crate::node::Node;
 use crate::node::dirty_map::DirtyMap;
 use crate::node::mirror_top::{OtherSide, Quiet, Tracker};
@@ -196,6 +197,20 @@ impl Mirror {
             .recording(self.integrity.recorder().cloned())
     }
 
+    /// A manifest may want to know of more than what has changed, which is read and not written then.
+    fn record_besides(&self, recorder: &Rc<Recorder>) {
+        // What writers have changed since the filter came is in there as well.
+        let changed = self.tracker.unequal();
+        let Some(more) = self.integrity.recorded_besides(&changed) else {
+            return;
+        };
+        let mut copied = DirtyMap::new(changed.length_bytes(), self.top_unit_bytes());
+        copied.merge(&changed);
+        recorder.copy_only(copied);
+        self.tracker.mark_all(&more);
+        self.tracker.record(Rc::clone(recorder), more);
+    }
+
     /// What is copied together of layers that hold only parts. A part of a cluster that the target does not have yet would be
     /// filled up from below, where the backing that it has in the end may be missing still.
     fn top_unit_bytes(&self) -> u64 {
@@ -276,9 +291,13 @@ impl Mirror {
             }
             (Extent::Nothing, _) => {}
         }
-        if self.integrity.begin(source.length_bytes).await?.is_some() {
+        if let Some(recorder) = self.integrity.begin(source.length_bytes).await? {
             self.tracker.copy_again();
+            if self.extent == Extent::Changes {
+                self.record_besides(&recorder);
+            }
         }
+        self.integrity.check(cx).await?;
         self.knows_what_differs = true;
         self.show_target(cx);
         let mut copier = self.copier();
@@ -401,7 +420,13 @@ impl Mirror {
         let is_wanted = |bitmap: &Arc<FrozenBitmap>| bitmap.mode() == BitmapMode::Always;
         let is_wanted = self.knows_what_differs && self.bitmap.as_ref().is_some_and(is_wanted);
         // Writes that are on their way to both sides have been marked beside the bitmap.
-        let unequal = is_wanted.then(|| self.tracker.unequal());
+        let unequal = is_wanted.then(|| {
+            let unequal = self.tracker.unequal();
+            match self.integrity.recorder() {
+                Some(recorder) => recorder.copied_of(unequal),
+                None => unequal,
+            }
+        });
         self.let_go();
         self.tracker.other_side_left().await;
         if let Some(unequal) = unequal

@@ -14,6 +14,9 @@ use crate::node::{Fill, Node};
 /// Longest range zeroed at once.
 const ZERO_MAX_BYTES: u64 = 1 << 30;
 
+/// Longest range read for its checksums alone at once.
+const SUM_MAX_BYTES: u64 = 64 << 20;
+
 /// Longest range shared at once.
 const SHARE_MAX_BYTES: u64 = 256 << 20;
 
@@ -39,6 +42,8 @@ pub(crate) enum StepKind {
     Share,
     /// Let the target hold it itself.
     Fill(Fill),
+    /// Read it for its checksums: the layers that are copied do not hold it.
+    Sum,
     /// Nothing: the layers that are copied do not hold it.
     Skip,
 }
@@ -128,6 +133,7 @@ pub(crate) struct Plan {
     span: (ByteRange, bool),
     zero_stride: Stride,
     share_stride: Stride,
+    sum_stride: Stride,
     sharing: Sharing,
     /// Nothing is done but in steps, as others write meanwhile.
     beside_writers: bool,
@@ -135,6 +141,8 @@ pub(crate) struct Plan {
     tells_parts: bool,
     /// Steps are whole units.
     keeps_units: bool,
+    /// What the layers do not hold is read all the same.
+    reads_all: bool,
 }
 
 impl Plan {
@@ -155,10 +163,12 @@ impl Plan {
             span: (ByteRange::default(), true),
             zero_stride: Stride::up_to(ZERO_MAX_BYTES),
             share_stride: Stride::up_to(SHARE_MAX_BYTES),
+            sum_stride: Stride::up_to(SUM_MAX_BYTES),
             sharing,
             beside_writers: false,
             tells_parts: false,
             keeps_units: false,
+            reads_all: false,
         }
     }
 
@@ -175,7 +185,7 @@ impl Plan {
     }
 
     /// The same in steps of whole units of `unit_bytes`, a power of two, or what it is now where that is longer. Nothing is shared
-    /// if all bytes are to be read.
+    /// if all bytes are to be read, and what the layers do not hold is read, too.
     pub(crate) fn in_units(self, unit_bytes: u64, reads_all: bool) -> Self {
         Self {
             tells_parts: self.tells_parts || self.unit_bytes < unit_bytes,
@@ -185,6 +195,7 @@ impl Plan {
                 true => Sharing::Refused,
                 false => self.sharing,
             },
+            reads_all,
             ..self
         }
     }
@@ -197,6 +208,7 @@ impl Plan {
             StepKind::Copy | StepKind::Parts | StepKind::Fill(Fill::Bytes) | StepKind::Skip => {}
             StepKind::Zero | StepKind::Fill(Fill::Zeroes) => self.zero_stride.adapt(took, waited),
             StepKind::Share => self.share_stride.adapt(took, waited),
+            StepKind::Sum => self.sum_stride.adapt(took, waited),
         }
     }
 
@@ -297,6 +309,7 @@ impl Plan {
             StepKind::Skip => run.length(),
             // Its parts come one after the other.
             StepKind::Parts => self.unit_bytes,
+            StepKind::Sum => chunk(self.sum_stride.now_bytes),
             StepKind::Zero | StepKind::Fill(Fill::Zeroes) => match zeroes_are_free {
                 true => self.zero_stride.now_bytes,
                 false => chunk(self.zero_stride.now_bytes),
@@ -410,6 +423,7 @@ impl Plan {
                         let fate_of = copied_or_zeroed(parts);
                         self.known.front_units(span, unit_bytes, fate_of)
                     }
+                    false if self.reads_all => (span, StepKind::Sum),
                     false => (span, StepKind::Skip),
                 }
             }

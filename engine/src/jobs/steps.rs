@@ -10,7 +10,7 @@ use crate::job::error_policy::Side;
 use crate::jobs::copier::CopyOptions;
 use crate::jobs::plan::{Step, StepKind};
 use crate::manifest::Recorder;
-use crate::node::transfer::{Failed, Writing, bring_over, compress, copy, zero};
+use crate::node::transfer::{Failed, Writing, bring_over, compress, copy, read_for_sums, zero};
 use crate::node::{Fill, Node};
 
 /// Why one range was not copied.
@@ -30,11 +30,47 @@ impl From<Failed> for Failure {
     }
 }
 
-/// Carries one step out. What is read is recorded; then it is whole extents.
+/// Carries one step out. What is read is recorded; then it is whole extents, and what of them does not come to the target is read for
+/// its checksums alone.
 ///
 /// # Errors
 /// As [`Failure`] says; a part may have been done.
 pub(super) async fn carry_out(
+    step: Step,
+    nodes: (&Rc<dyn Node>, &dyn Node),
+    cx: &JobContext,
+    options: CopyOptions,
+    recorder: Option<&Recorder>,
+) -> Result<(), Failure> {
+    let mut rest = step.range;
+    while !rest.is_empty() {
+        let (part, _) = first_part(
+            Step {
+                range: rest,
+                ..step
+            },
+            recorder,
+        );
+        carry_out_part(part, nodes, cx, options, recorder).await?;
+        rest = ByteRange::between(part.range.end(), rest.end());
+    }
+    Ok(())
+}
+
+/// The first part of a step that is treated alike, and whether it comes to the target.
+pub(super) fn first_part(step: Step, recorder: Option<&Recorder>) -> (Step, bool) {
+    let Some(recorder) = recorder else {
+        return (step, true);
+    };
+    let (range, is_copied) = recorder.first_part(step.range);
+    let kind = match is_copied {
+        true => step.kind,
+        false => StepKind::Sum,
+    };
+    (Step { range, kind }, kind != StepKind::Sum)
+}
+
+async fn carry_out_part(
     step: Step,
     (source, target): (&Rc<dyn Node>, &dyn Node),
     cx: &JobContext,
@@ -62,6 +98,11 @@ pub(super) async fn carry_out(
                 .map_err(Failed::Writing)?;
             if let Some(recorder) = recorder {
                 recorder.zeroes(range).await;
+            }
+        }
+        StepKind::Sum => {
+            if let Some(recorder) = recorder {
+                read_for_sums(range, source, pool, recorder).await?;
             }
         }
         StepKind::Share => share(range, &**source, target).await?,

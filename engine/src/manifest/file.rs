@@ -125,6 +125,30 @@ impl Drop for ManifestFile {
     }
 }
 
+/// A manifest that is there, for reading.
+///
+/// # Errors
+/// It cannot be opened.
+pub(crate) async fn open_earlier(
+    path: &Path,
+    files: Rc<dyn HostFiles>,
+) -> Result<Rc<dyn Storage>, JobError> {
+    let path = path.to_owned();
+    let opened = blocking(&*files, move || {
+        HostFile::open(&path, OpenMode::default()).map_err(|error| {
+            let errno = error.raw_os_error();
+            let reason = errno.map_or_else(|| error.to_string(), errno_text);
+            let text = format!("Could not open manifest '{}': {reason}", path.display());
+            JobError {
+                errno,
+                ..JobError::text(text)
+            }
+        })
+    });
+    let opened = opened.await?;
+    Ok(files.storage(&opened, true))
+}
+
 /// A new file in the folder of `path`.
 fn make_beside(path: &Path) -> Result<(PathBuf, HostFile), JobError> {
     let Some(name) = path.file_name() else {

@@ -2,9 +2,11 @@
 //!
 //! A manifest is a text file; `docs/MANIFEST.md` says how to read one, [`text`] writes and reads it. While a job copies, a
 //! [`Recorder`] takes the sums of what is read, in whatever order it comes; at the end [`file::ManifestFile`] puts them into a new
-//! file with one step. [`unverified`] is what of a target has not been read back yet.
+//! file with one step. [`lines`] reads one, [`onto`] makes one onto another. [`unverified`] is what of a target has not been read back yet.
 
 pub(crate) mod file;
+pub(crate) mod lines;
+pub(crate) mod onto;
 pub(crate) mod recorder;
 pub(crate) mod sums;
 pub(crate) mod text;

@@ -9,8 +9,9 @@ use std::rc::Rc;
 use blockyard_storage::{Buffer, ByteRange, Storage};
 
 use crate::data::CpuPool;
-use crate::error::JobError;
+use crate::error::{EngineError, JobError};
 use crate::manifest::EXTENT_BYTES;
+use crate::manifest::onto::{Earlier, Sums, compose};
 use crate::manifest::sums::{ExtentSum, SUM_BYTES, Summed, Summing};
 use crate::manifest::text::Writer;
 use crate::manifest::unverified::Unverified;
@@ -31,6 +32,8 @@ pub(crate) struct Recorder {
     cpu: CpuPool,
     kept: Option<Kept>,
     unverified: Option<RefCell<Unverified>>,
+    /// What comes to the target; the rest is read for its checksums alone. `None`: all.
+    copied: RefCell<Option<DirtyMap>>,
     failure: RefCell<Option<JobError>>,
 }
 
@@ -62,6 +65,7 @@ impl Recorder {
                 known: map(),
             }),
             unverified: verifies.then(|| Unverified::new(length_bytes).into()),
+            copied: RefCell::default(),
             failure: RefCell::default(),
         }
     }
@@ -69,6 +73,39 @@ impl Recorder {
     /// Whether bytes have to be read wherever they come from: a manifest tells of all of them.
     pub(crate) fn needs_every_byte(&self) -> bool {
         self.kept.is_some()
+    }
+
+    /// Only what `map` says comes to the target: whoever copies asks for each [part](Self::first_part).
+    pub(crate) fn copy_only(&self, map: DirtyMap) {
+        *self.copied.borrow_mut() = Some(map);
+    }
+
+    /// `range` comes to the target as well.
+    pub(crate) fn copy_too(&self, range: ByteRange) {
+        if let Some(copied) = &mut *self.copied.borrow_mut() {
+            copied.mark(range);
+        }
+    }
+
+    /// The first part of `range` that is treated alike, and whether it comes to the target.
+    pub(crate) fn first_part(&self, range: ByteRange) -> (ByteRange, bool) {
+        let copied = self.copied.borrow();
+        let Some(copied) = &*copied else {
+            return (range, true);
+        };
+        match copied.run_in(range).map(|run| run.intersection(&range)) {
+            Some(run) if run.offset() == range.offset() => (run, true),
+            Some(run) => (ByteRange::between(range.offset(), run.offset()), false),
+            None => (range, false),
+        }
+    }
+
+    /// What of `missing` does come to the target.
+    pub(crate) fn copied_of(&self, mut missing: DirtyMap) -> DirtyMap {
+        if let Some(copied) = &*self.copied.borrow() {
+            missing.keep_only(copied);
+        }
+        missing
     }
 
     /// What is still to be read back.
@@ -108,6 +145,15 @@ impl Recorder {
         Recording {
             recorder: self,
             summing: Summing::new(range, self.kept.is_some()),
+            is_copied: true,
+        }
+    }
+
+    /// The same of what does not come to the target.
+    pub(crate) fn begin_to_read(&self, range: ByteRange) -> Recording<'_> {
+        Recording {
+            is_copied: false,
+            ..self.begin(range)
         }
     }
 
@@ -154,7 +200,6 @@ impl Recorder {
         if let Some(error) = self.failure() {
             return Err(error);
         }
-        let lost = |what: &str| JobError::text(format!("Internal error: {what} (bug)"));
         let kept = self
             .kept
             .as_ref()
@@ -180,6 +225,62 @@ impl Recorder {
         Ok(())
     }
 
+    /// Writes the manifest of the disk to `output`, which is empty: what was recorded, and of the rest what the `earlier` one says. Not
+    /// durable.
+    ///
+    /// # Errors
+    /// When a block was recorded in parts, or a file fails.
+    pub(crate) async fn write_manifest_onto(
+        &self,
+        earlier: &Earlier,
+        output: &dyn Storage,
+    ) -> Result<(), JobError> {
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        let kept = self
+            .kept
+            .as_ref()
+            .ok_or_else(|| lost("no manifest is wanted"))?;
+        let known = kept.known.borrow().clone();
+        let ahead = RefCell::new(Ahead::default());
+        let sums = async |block: ByteRange| {
+            let taken = self.take_sums(kept, block, &ahead).await;
+            taken.map_err(|error| EngineError::generic(error.text))
+        };
+        let composed = compose(earlier, self.length_bytes, known, sums, output).await;
+        composed.map_err(|error| JobError::text(error.text))
+    }
+
+    /// What was recorded of a block.
+    async fn take_sums(
+        &self,
+        kept: &Kept,
+        block: ByteRange,
+        ahead: &RefCell<Ahead>,
+    ) -> Result<Sums, JobError> {
+        let run = kept
+            .known
+            .borrow()
+            .run_from(block.offset(), READ_EXTENTS * EXTENT_BYTES);
+        let run = run.filter(|run| run.contains(&block));
+        let run = run.ok_or_else(|| lost("the manifest would leave something out"))?;
+        if !ahead.borrow().range.contains(&block) {
+            let bytes = sums_in(kept, run).await?;
+            *ahead.borrow_mut() = Ahead { range: run, bytes };
+        }
+        let (ahead, data) = (ahead.borrow(), kept.data.borrow());
+        let first = (block.offset() - ahead.range.offset()) / EXTENT_BYTES;
+        let first = usize::try_from(first).unwrap_or(usize::MAX);
+        let sums = ahead.bytes.as_chunks::<SUM_BYTES>().0.iter().skip(first);
+        let extents = block.pieces(EXTENT_BYTES).zip(sums);
+        let sum = |(extent, sum)| {
+            let is_data = data.run_in(extent).is_some();
+            is_data.then(|| ExtentSum::from_bytes(sum))
+        };
+        Ok(Sums(extents.map(sum).collect()))
+    }
+
     async fn write_extents(
         &self,
         kept: &Kept,
@@ -189,19 +290,51 @@ impl Recorder {
         if run.is_empty() {
             return Ok(());
         }
-        let extents = run.length().div_ceil(EXTENT_BYTES);
-        let length = usize::try_from(extents).unwrap_or(usize::MAX) * SUM_BYTES;
-        let read = kept
-            .scratch
-            .read(place_of(run.offset()), Buffer::zeroed(length))
-            .await;
-        read.outcome.map_err(|error| JobError::errno(error.errno))?;
-        let sums = read.buffer.as_slice().as_chunks::<SUM_BYTES>().0;
+        let bytes = sums_in(kept, run).await?;
+        let sums = bytes.as_chunks::<SUM_BYTES>().0;
         for (extent, sum) in run.pieces(EXTENT_BYTES).zip(sums) {
             writer.extent(extent, ExtentSum::from_bytes(sum));
         }
         Ok(())
     }
+}
+
+/// Sums that have been read from the scratch file.
+#[derive(Default)]
+struct Ahead {
+    range: ByteRange,
+    bytes: Vec<u8>,
+}
+
+/// The sums of all extents of `run`, one behind the other; what is there for zeroes means nothing.
+async fn sums_in(kept: &Kept, run: ByteRange) -> Result<Vec<u8>, JobError> {
+    let length = |range: ByteRange| {
+        let extents = range.length().div_ceil(EXTENT_BYTES);
+        usize::try_from(extents).unwrap_or(usize::MAX) * SUM_BYTES
+    };
+    let mut bytes = vec![0; length(run)];
+    let mut rest = run;
+    loop {
+        let data = kept.data.borrow().run_in(rest);
+        let Some(data) = data else {
+            return Ok(bytes);
+        };
+        let read = kept
+            .scratch
+            .read(place_of(data.offset()), Buffer::zeroed(length(data)));
+        let read = read.await;
+        read.outcome.map_err(|error| JobError::errno(error.errno))?;
+        let skipped = length(ByteRange::between(run.offset(), data.offset()));
+        let place = bytes.get_mut(skipped..skipped + length(data));
+        if let Some(place) = place {
+            place.copy_from_slice(read.buffer.as_slice());
+        }
+        rest = ByteRange::between(data.end(), run.end());
+    }
+}
+
+fn lost(what: &str) -> JobError {
+    JobError::text(format!("Internal error: {what} (bug)"))
 }
 
 /// Where the sum of the extent that begins here is kept.
@@ -233,6 +366,7 @@ pub(crate) async fn write_text(
 pub(crate) struct Recording<'a> {
     recorder: &'a Recorder,
     summing: Summing,
+    is_copied: bool,
 }
 
 impl Recording<'_> {
@@ -258,7 +392,7 @@ impl Recording<'_> {
         self.summing.push_zeroes(length);
     }
 
-    /// All of the range has come, and is on the target.
+    /// All of the range has come, and is on the target if it is to be there.
     pub(crate) async fn end(mut self) {
         for run in self.summing.take_runs() {
             if let Some(kept) = &self.recorder.kept
@@ -266,7 +400,9 @@ impl Recording<'_> {
             {
                 self.recorder.fail(error);
             }
-            if let Some(unverified) = &self.recorder.unverified {
+            if let Some(unverified) = &self.recorder.unverified
+                && self.is_copied
+            {
                 unverified.borrow_mut().add(&run);
             }
         }

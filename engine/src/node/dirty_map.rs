@@ -164,6 +164,20 @@ impl DirtyMap {
         }
     }
 
+    /// What has not changed according to `other`, in whole granules of this map, is what it was.
+    pub(crate) fn keep_only(&mut self, other: &Self) {
+        let mut from = 0;
+        while from < self.length_bytes
+            && let Some(run) = self.run_from(from, MERGED_AT_ONCE_BYTES)
+        {
+            let kept = other.run_in(run).map(|kept| kept.intersection(&run));
+            let kept = kept.unwrap_or(ByteRange::between(run.end(), run.end()));
+            self.clear(ByteRange::between(run.offset(), kept.offset()));
+            // What is kept of a granule keeps all of it.
+            from = self.outward(kept).end().max(run.offset() + 1);
+        }
+    }
+
     /// SHA-256 of the bits, one for each granule, in words of 64 bits whose first byte has the first granules; the rest of the last
     /// word is zero.
     pub(crate) fn sha256(&self) -> [u8; 32] {

@@ -8,8 +8,8 @@ use blockyard_storage::{Buffer, ByteRange, Operation, StorageError, ZeroMode};
 
 use crate::error::NodeError;
 use crate::limits::STATUS_EXTENTS_MAX;
-use crate::manifest::Recorder;
 use crate::manifest::recorder::Recording;
+use crate::manifest::{EXTENT_BYTES, Recorder};
 use crate::node::Node;
 use crate::node::chain::{Content, chain_status};
 use crate::node::runs::{Known, Runs, Seen};
@@ -89,6 +89,39 @@ pub(crate) async fn bring_over(
         }
     }
     ended(recording).await;
+    Ok(())
+}
+
+/// Reads `range`, whole extents, for its checksums; the target is left alone.
+///
+/// # Errors
+/// Of the source.
+pub(crate) async fn read_for_sums(
+    range: ByteRange,
+    source: &Rc<dyn Node>,
+    pool: &BufferPool,
+    recorder: &Recorder,
+) -> Result<(), Failed> {
+    let mut recording = recorder.begin_to_read(range);
+    let (mut known, mut rest) = (Runs::default(), range);
+    while !rest.is_empty() {
+        known.go_on_to(rest.offset());
+        look_ahead(&mut known, source, None, rest, EXTENT_BYTES).await;
+        let (run, is_zero) = known.front_units(rest, EXTENT_BYTES, Seen::is_zero);
+        rest = ByteRange::between(run.end(), rest.end());
+        if is_zero {
+            recording.zeroes(run.length());
+            continue;
+        }
+        for piece in run.pieces(BUFFER_SLOT_BYTES as u64) {
+            let length = usize::try_from(piece.length()).unwrap_or(usize::MAX);
+            let buffer = pool.take(length).await;
+            let read = source.read(piece.offset(), buffer).await;
+            read.outcome.map_err(Failed::Reading)?;
+            recorded(piece, read.buffer, &**source, Some(&mut recording)).await?;
+        }
+    }
+    recording.end().await;
     Ok(())
 }
 

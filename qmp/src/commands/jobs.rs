@@ -217,6 +217,7 @@ fn integrity(arguments: &mut Fields) -> IntegritySpec {
     IntegritySpec {
         manifest: arguments.text("x-manifest").map(PathBuf::from),
         replaces_manifest: false,
+        onto_manifest: arguments.text("x-onto-manifest").map(PathBuf::from),
         verify: arguments.flag("x-verify").unwrap_or(false),
     }
 }

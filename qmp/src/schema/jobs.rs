@@ -78,6 +78,7 @@ pub static BACKUP: Object = Object::of(&[
     optional("on-cbw-error", Type::Word(&ON_CBW_ERROR)),
     optional("x-cbw-timeout", Type::Uint32).unstable(),
     optional("x-manifest", Type::Text).unstable(),
+    optional("x-onto-manifest", Type::Text).unstable(),
     optional("x-verify", Type::Bool).unstable(),
     required("target", Type::Text),
 ]);
@@ -101,6 +102,7 @@ pub static DRIVE_BACKUP: Object = Object::of(&[
     optional("on-cbw-error", Type::Word(&ON_CBW_ERROR)),
     optional("x-cbw-timeout", Type::Uint32).unstable(),
     optional("x-manifest", Type::Text).unstable(),
+    optional("x-onto-manifest", Type::Text).unstable(),
     optional("x-verify", Type::Bool).unstable(),
     required("target", Type::Text),
     optional("format", Type::Text),
@@ -126,6 +128,7 @@ pub static MIRROR: Object = Object::of(&[
     optional("bitmap", Type::Text),
     optional("bitmap-mode", Type::Word(&BITMAP_MODE)),
     optional("x-manifest", Type::Text).unstable(),
+    optional("x-onto-manifest", Type::Text).unstable(),
     optional("x-verify", Type::Bool).unstable(),
 ]);
 /// Arguments of `drive-mirror`.
@@ -150,6 +153,7 @@ pub static DRIVE_MIRROR: Object = Object::of(&[
     optional("bitmap", Type::Text),
     optional("bitmap-mode", Type::Word(&BITMAP_MODE)),
     optional("x-manifest", Type::Text).unstable(),
+    optional("x-onto-manifest", Type::Text).unstable(),
     optional("x-verify", Type::Bool).unstable(),
 ]);
 /// Arguments of `block-commit`.

@@ -9,9 +9,11 @@ use blockyard_storage::error::{EIO, ENOSPC};
 use blockyard_storage::{ByteRange, Operation};
 
 use super::backup_stage::{Disks, Setup, Stage};
+use super::integrity::{earlier, manifest, manifest_of, manifest_onto, recorder};
 use crate::bitmap::{Bitmap, Need, NodeBitmaps};
 use crate::job::work::Stop;
-use crate::request::{BitmapMode, SyncMode};
+use crate::manifest::onto::Earlier;
+use crate::request::{BackupPerf, BitmapMode, SyncMode};
 
 const NAME: &str = "b";
 
@@ -23,6 +25,8 @@ struct Chain {
     source: Vec<u8>,
     target: Vec<u8>,
     length: u64,
+    /// Each backup has a manifest: of what the target is before it, if that is known.
+    manifests: Option<Option<Earlier>>,
 }
 
 /// How one backup ended.
@@ -37,6 +41,10 @@ impl Chain {
     fn new(seed: u64) -> Self {
         let dice = Seed::new(seed ^ 0xc4a1);
         let length = 512 * (20 + dice.below(200));
+        Self::of(seed, dice, length)
+    }
+
+    fn of(seed: u64, dice: Seed, length: u64) -> Self {
         let granularity = *dice.pick(&[512, 4096, 16_384, 1 << 20]);
         let bitmaps = Arc::new(NodeBitmaps::default());
         let bitmap = Bitmap::new(NAME.to_owned(), length, granularity);
@@ -56,6 +64,7 @@ impl Chain {
             target: bytes(3),
             length,
             dice,
+            manifests: None,
         }
     }
 
@@ -93,13 +102,18 @@ impl Chain {
         let target = disks.node(&disks.target, "target");
         let by_bitmap = Some((&self.bitmaps, NAME, mode));
         let original = self.source.clone();
-        let stage = Stage::with_bitmaps(setup.clone(), original, source, target, by_bitmap);
+        let mut stage = Stage::with_bitmaps(setup.clone(), original, source, target, by_bitmap);
+        if let Some(before) = &self.manifests {
+            stage.recorder = Some(recorder(self.length));
+            stage.earlier = before.clone().filter(|_| self.dice.one_in(2));
+        }
         let ended = stage.run(|| disks.world.step());
         stage.assert_end(&ended, || disks.world.step());
         if ended.is_ok() {
             // Nothing but what is on the target matters from now on.
             let durable = disks.target.bytes_after_cut(nth);
             assert!(durable == stage.original, "{}, {setup:?}", self.seed);
+            self.assert_recorded(&stage, &disks);
         }
         while disks.world.step() {}
         self.source = disks.source.bytes();
@@ -108,6 +122,23 @@ impl Chain {
             false => disks.target.bytes(),
         };
         Round { ended, setup, mode }
+    }
+
+    /// The manifest, if there is one, tells of the whole disk as it was.
+    fn assert_recorded(&mut self, stage: &Stage, disks: &Disks) {
+        let (Some(recorder), Some(before)) = (&stage.recorder, &mut self.manifests) else {
+            return;
+        };
+        let made = async {
+            match &stage.earlier {
+                Some(earlier) => manifest_onto(recorder, earlier).await,
+                None => manifest(recorder).await,
+            }
+        };
+        let made = blockyard_simulator::run(made, || disks.world.step());
+        let expected = manifest_of(&stage.original);
+        assert!(made == Some(expected), "{}, {:?}", self.seed, stage.setup);
+        *before = Some(earlier(&stage.original));
     }
 
     fn dirty_bytes(&self) -> u64 {
@@ -208,7 +239,7 @@ fn the_bitmap_says_what_is_missing() {
         let setup = Setup {
             operations: 0,
             cancel_at: Some(chain.dice.below(60)),
-            perf: crate::request::BackupPerf {
+            perf: BackupPerf {
                 max_workers: 1,
                 ..setup.perf
             },
@@ -228,4 +259,46 @@ fn the_bitmap_says_what_is_missing() {
         }
     });
     assert!(some.get() > 10, "{} and {}", some.get(), none.get());
+}
+
+/// Whether what has not changed is read or taken over from the manifest before, the new one tells of all that the target holds.
+#[test]
+fn each_backup_of_a_chain_has_a_manifest_of_the_whole_disk() {
+    let (whole, failed) = (Cell::new(0), Cell::new(0));
+    each_seed(
+        "blockyard-engine",
+        "each_backup_has_a_manifest",
+        60,
+        |seed| {
+            let dice = Seed::new(seed ^ 0xc4a2);
+            let length = 512 * (20 + 2048 * dice.below(4) + dice.below(2048));
+            let mut chain = Chain::of(seed, dice, length);
+            chain.manifests = Some(None);
+            for nth in 0..6 {
+                let (setup, _) = chain.random_setup(nth);
+                let cluster_bytes = *chain.dice.pick(&[65_536, 65_536, 131_072, 2 << 20]);
+                let setup = Setup {
+                    sync: SyncMode::Incremental,
+                    cluster_bytes,
+                    perf: BackupPerf {
+                        min_cluster_size: cluster_bytes,
+                        ..setup.perf
+                    },
+                    operations: setup.operations / 4,
+                    ..setup
+                };
+                let mut faults = Vec::new();
+                if chain.dice.one_in(4) {
+                    // The job's policy does not hear of what cannot be read back.
+                    let one_in = 3 + chain.dice.below(20);
+                    faults.push(Fault::fails(EIO).of(Operation::Write).one_in(one_in));
+                }
+                let round = chain.backup(nth, setup, BitmapMode::OnSuccess, &faults);
+                let count = if round.ended.is_ok() { &whole } else { &failed };
+                count.set(count.get() + 1);
+            }
+        },
+    );
+    let (whole, failed) = (whole.get(), failed.get());
+    assert!(whole > 150 && failed > 20, "{whole} whole, {failed} failed");
 }

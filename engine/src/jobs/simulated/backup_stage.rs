@@ -22,6 +22,7 @@ use crate::jobs::backup::Backup;
 use crate::jobs::integrity::Integrity;
 use crate::jobs::test_support::{Running, VirtualClock};
 use crate::manifest::Recorder;
+use crate::manifest::onto::Earlier;
 use crate::node::Node;
 use crate::node::copy_before_write::{CopyBeforeWrite, Saver, Surroundings};
 use crate::node::file_node::{FileNode, FileOptions};
@@ -107,6 +108,8 @@ pub(super) struct Stage {
     pub(super) failed_writes: RefCell<Vec<i32>>,
     /// Who is told what the job reads.
     pub(super) recorder: Option<Rc<Recorder>>,
+    /// What its manifest is laid onto.
+    pub(super) earlier: Option<Earlier>,
 }
 
 impl Stage {
@@ -175,6 +178,7 @@ impl Stage {
             errors: Cell::new(0),
             failed_writes: RefCell::default(),
             recorder: None,
+            earlier: None,
             setup,
         }
     }
@@ -370,7 +374,7 @@ impl Stage {
             self.bitmap.clone(),
             spec,
         )
-        .keeping(Integrity::with_recorder(self.recorder.clone()))
+        .keeping(Integrity::with_recorder(self.recorder.clone()).onto(self.earlier.clone()))
     }
 
     /// Runs the job and its writers until both have ended, or the job has succeeded if that is all that is wanted.

@@ -19,6 +19,7 @@ use crate::jobs::backup::Backup;
 use crate::jobs::integrity::Integrity;
 use crate::jobs::mirror::Mirror;
 use crate::jobs::test_support::{Running, VirtualClock, saver};
+use crate::manifest::onto::Earlier;
 use crate::manifest::sums::Summing;
 use crate::manifest::text::Writer;
 use crate::manifest::{EXTENT_BYTES, Recorder, sums::Summed};
@@ -42,6 +43,33 @@ pub(super) async fn manifest(recorder: &Recorder) -> String {
     let length = output.facts().length_bytes as usize;
     let read = output.read(0, Buffer::zeroed(length)).await;
     String::from_utf8(read.buffer.as_slice().to_vec()).expect("a text")
+}
+
+/// The manifest of what was recorded, and of the rest what the `earlier` one says.
+pub(super) async fn manifest_onto(recorder: &Recorder, earlier: &Earlier) -> String {
+    let output = MemoryStorage::new(0);
+    let written = recorder.write_manifest_onto(earlier, &output).await;
+    written.expect("a whole manifest");
+    let length = output.facts().length_bytes as usize;
+    let read = output.read(0, Buffer::zeroed(length)).await;
+    String::from_utf8(read.buffer.as_slice().to_vec()).expect("a text")
+}
+
+/// The manifest of a disk that held these bytes, to lay another one onto.
+pub(super) fn earlier(bytes: &[u8]) -> Earlier {
+    let text = manifest_of(bytes);
+    let opened = blockyard_simulator::run(
+        async {
+            let storage = MemoryStorage::new(0);
+            let written = storage.write(0, Buffer::copy_of(text.as_bytes())).await;
+            written.outcome.expect("written");
+            let options = FileOptions::default();
+            let node = FileNode::new("earlier".to_owned(), Rc::new(storage), options);
+            Earlier::open(Rc::new(node)).await
+        },
+        || false,
+    );
+    opened.expect("no waiting").expect("a manifest")
 }
 
 /// The manifest of a disk that holds these bytes.

@@ -1,5 +1,6 @@
 //! Mirrors by bitmap beside writers, one after the other onto the same disk.
 
+use super::super::integrity::{earlier, recorder};
 use super::*;
 use crate::bitmap::{Bitmap, NodeBitmaps};
 use crate::node::recording_node::RecordingNode;
@@ -90,4 +91,54 @@ fn a_mirror_by_bitmap_misses_nothing_whatever_came_before() {
     });
     let (equal, early) = (equal.get(), early.get());
     assert!(equal > 300 && early > 200, "{equal}, {early}");
+}
+
+/// Its manifest tells of the whole disk at the end, whether the rest is read or taken over, and whatever writers do in any block.
+#[test]
+fn a_mirror_by_bitmap_has_a_manifest_of_the_whole_disk() {
+    let (ended_well, onto) = (Cell::new(0), Cell::new(0));
+    each_seed("blockyard-engine", "a_mirror_by_bitmap_has", 120, |seed| {
+        let dice = Seed::new(seed ^ 0x3a_11fe);
+        let length = 512 * (2048 * dice.below(4) + 20 + dice.below(2048)) as usize;
+        let bytes = |share: u64| -> Vec<u8> {
+            let runs = (0..length).step_by(512 * 16);
+            let run = |at: usize| {
+                let byte = if dice.one_in(share) {
+                    dice.any() as u8
+                } else {
+                    0
+                };
+                vec![byte; (length - at).min(512 * 16)]
+            };
+            runs.flat_map(run).collect()
+        };
+        let before = bytes(2);
+        let (mut source, granularity) = (before.clone(), *dice.pick(&[4096, 65536, 1 << 20]));
+        let bitmaps = Arc::new(NodeBitmaps::default());
+        let bitmap = Bitmap::new("b".to_owned(), length as u64, granularity);
+        bitmaps.add(bitmap).expect("added");
+        for _ in 0..dice.below(4) {
+            let at = dice.below(length as u64 / 512) as usize * 512;
+            source[at..at + 512].fill(dice.any() as u8);
+            bitmaps.mark(ByteRange::new(at as u64, 512), length as u64);
+        }
+        let mut disks = Disks::holding(seed, Some((&source, &before)));
+        disks.granularity_bytes = *dice.pick(&[65536, 65536, 1 << 20]);
+        let setup = Setup {
+            operations: 1 + dice.below(8) as usize,
+            ready_for: dice.below(60),
+            ..Setup::random(seed)
+        };
+        let mut stage = disks.stage_by_bitmap(setup, &bitmaps, BitmapMode::OnSuccess);
+        stage.recorder = Some(recorder(length as u64));
+        stage.earlier = dice.one_in(2).then(|| earlier(&before));
+        let is_onto = stage.earlier.is_some();
+        // That the manifest is that of the target is looked at in there.
+        let ended = disks.run(&stage, SyncMode::Incremental).0.expect("it ends");
+        stage.assert_end(&ended, || disks.world.step());
+        ended_well.set(ended_well.get() + usize::from(ended.is_ok()));
+        onto.set(onto.get() + usize::from(ended.is_ok() && is_onto));
+    });
+    let counted = (ended_well.get(), onto.get());
+    assert!(counted.0 > 60 && counted.1 > 25, "{counted:?}");
 }

@@ -1,13 +1,17 @@
 //! What has to hold of a mirror beside writers at its end, and what was recorded of it.
 
-use super::super::integrity::{manifest, manifest_of, recorder};
+use super::super::integrity::{manifest, manifest_of, manifest_onto, recorder};
 use super::*;
 
 impl Stage {
     /// What was recorded is what the target holds.
     pub(super) async fn assert_recorded(&self, target: &[u8]) {
         if let Some(recorder) = &self.recorder {
-            assert_eq!(manifest(recorder).await, manifest_of(target));
+            let recorded = match &self.earlier {
+                Some(earlier) => manifest_onto(recorder, earlier).await,
+                None => manifest(recorder).await,
+            };
+            assert!(recorded == manifest_of(target), "{:?}", self.setup);
         }
     }
 

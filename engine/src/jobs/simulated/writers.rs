@@ -24,6 +24,7 @@ use crate::jobs::integrity::Integrity;
 use crate::jobs::mirror::Mirror;
 use crate::jobs::test_support::{Running, VirtualClock};
 use crate::manifest::Recorder;
+use crate::manifest::onto::Earlier;
 use crate::node::Node;
 use crate::node::file_node::{FileNode, FileOptions};
 use crate::node::mirror_top::{MirrorTop, Tracker};
@@ -114,6 +115,8 @@ struct Stage {
     errors: Cell<usize>,
     /// Who is told what the job reads.
     recorder: Option<Rc<Recorder>>,
+    /// What the manifest is laid onto.
+    earlier: Option<Earlier>,
 }
 
 impl Stage {
@@ -156,6 +159,7 @@ impl Stage {
             is_ready: Cell::new(false),
             errors: Cell::new(0),
             recorder: None,
+            earlier: None,
             setup,
         }
     }
@@ -537,7 +541,8 @@ fn mirror(stage: &Stage, sync: SyncMode) -> Box<dyn Work> {
         stage.bitmap.clone(),
         &spec,
     );
-    Box::new(mirror.keeping(Integrity::with_recorder(stage.recorder.clone())))
+    let integrity = Integrity::with_recorder(stage.recorder.clone());
+    Box::new(mirror.keeping(integrity.onto(stage.earlier.clone())))
 }
 
 #[test]

@@ -42,6 +42,11 @@ impl Clusters {
         *unsaved = kept;
     }
 
+    /// What `map` says, in whole clusters, is to be saved as well. Nobody may have begun.
+    pub(crate) fn keep_too(&self, map: &DirtyMap) {
+        self.unsaved.borrow_mut().merge(map);
+    }
+
     /// What is still to be saved, for somebody who goes on with it.
     pub(crate) fn unsaved(&self) -> DirtyMap {
         self.unsaved.borrow().clone()

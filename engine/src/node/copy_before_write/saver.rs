@@ -30,7 +30,7 @@ use crate::node::Node;
 use crate::node::dirty_map::DirtyMap;
 use crate::node::gate::{Closed, Gate, Way};
 use crate::node::runs::{Runs, Seen};
-use crate::node::transfer::{Failed, Writing, bring_over, look_ahead};
+use crate::node::transfer::{Failed, Writing, bring_over, look_ahead, read_for_sums};
 use crate::node::turns::{Doing, Turn};
 use crate::request::{CbwOptions, OnCbwError};
 
@@ -67,7 +67,7 @@ impl Destination {
 pub(crate) enum Fate {
     /// They are on the target.
     Saved,
-    /// The layers that are saved do not hold them.
+    /// They do not come to the target: the layers that are saved do not hold them, or they have not changed.
     Skipped,
 }
 
@@ -439,16 +439,32 @@ impl Saver {
                     fate = Fate::Skipped;
                 }
             }
-            if fate == Fate::Saved {
+            let Destination {
+                source,
+                target,
+                how,
+                recorder,
+                ..
+            } = destination;
+            let recorder = recorder.as_deref();
+            if let Some(recorder) = recorder {
+                let is_copied;
+                (span, is_copied) = recorder.first_part(span);
+                if !is_copied {
+                    fate = Fate::Skipped;
+                }
+            }
+            let is_read = recorder.is_some_and(Recorder::needs_every_byte);
+            if fate == Fate::Saved || is_read {
                 (span, _) = span.split_at(SPAN_MAX_BYTES.max(cluster_bytes));
-                let Destination {
-                    source,
-                    target,
-                    how,
-                    recorder,
-                    ..
-                } = destination;
-                let recorder = recorder.as_deref();
+            }
+            if fate == Fate::Skipped
+                && is_read
+                && let Some(recorder) = recorder
+            {
+                read_for_sums(span, source, &self.pool, recorder).await?;
+            }
+            if fate == Fate::Saved {
                 bring_over(span, source, &**target, &self.pool, *how, recorder).await?;
             }
             self.settle(span, fate);

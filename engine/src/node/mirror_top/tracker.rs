@@ -18,6 +18,7 @@ use blockyard_storage::{ByteRange, LocalFuture};
 use tokio::sync::Notify;
 
 use crate::error::NodeError;
+use crate::manifest::Recorder;
 use crate::node::Node;
 use crate::node::dirty_map::DirtyMap;
 use crate::node::gate::{Closed, Gate, Way};
@@ -46,6 +47,13 @@ pub(crate) struct OtherSide {
     pub(crate) may_unmap: bool,
 }
 
+/// What is recorded where only a part of the disk is copied.
+struct Recorded {
+    recorder: Rc<Recorder>,
+    /// Blocks that are recorded already, or will be.
+    blocks: DirtyMap,
+}
+
 /// What a mirror and the writers above its source know of each other.
 pub struct Tracker {
     dirty: RefCell<DirtyMap>,
@@ -67,6 +75,8 @@ pub struct Tracker {
     change_bytes: Cell<i64>,
     /// Bytes that writers have left to be copied, in all, those again that were copied meanwhile.
     dirtied_bytes: Cell<u64>,
+    /// Who records whole blocks of what has changed.
+    recorded: RefCell<Option<Recorded>>,
     failures: RefCell<VecDeque<NodeError>>,
     changed: Notify,
     is_over: Cell<bool>,
@@ -90,6 +100,7 @@ impl Tracker {
             overtaken: RefCell::default(),
             change_bytes: Cell::new(0),
             dirtied_bytes: Cell::new(0),
+            recorded: RefCell::default(),
             failures: RefCell::default(),
             changed: Notify::new(),
             is_over: Cell::new(false),
@@ -159,8 +170,29 @@ impl Tracker {
         dirty.outward(dirty.outward(range).align_outward(unit_bytes))
     }
 
+    /// Only what writers change is copied from now on, and what else is marked is read for its checksums: `blocks`, which have to be
+    /// marked, and each block that is written to for the first time.
+    pub(crate) fn record(&self, recorder: Rc<Recorder>, blocks: DirtyMap) {
+        *self.recorded.borrow_mut() = Some(Recorded { recorder, blocks });
+    }
+
+    /// A writer has changed `range`, or is about to.
+    fn note_written(&self, range: ByteRange) {
+        let mut blocks = None;
+        if let Some(recorded) = &mut *self.recorded.borrow_mut() {
+            recorded.recorder.copy_too(range);
+            if recorded.blocks.mark(range) > 0 {
+                blocks = Some(recorded.blocks.outward(range));
+            }
+        }
+        if let Some(blocks) = blocks {
+            self.mark(blocks);
+        }
+    }
+
     /// A writer has left `range` to be copied, in whole granules.
     pub(super) fn mark_written(&self, range: ByteRange) {
+        self.note_written(range);
         let more = self.mark(range);
         let dirtied = self.dirtied_bytes.get();
         self.dirtied_bytes.set(dirtied.saturating_add(more));
@@ -219,6 +251,7 @@ impl Tracker {
 
     /// `range` has been written on both sides: nothing of it has to be copied.
     pub(super) fn written_on_both(&self, range: ByteRange) {
+        self.note_written(range);
         let touched = self.outward(range);
         if self.looked_at.get().overlaps(&touched) {
             self.overtake(touched);

@@ -384,6 +384,8 @@ impl CopyArguments {
             integrity: IntegritySpec {
                 manifest: self.manifest.clone(),
                 replaces_manifest: self.force,
+                // An increment's is written when the copy is whole, from the files as they are then.
+                onto_manifest: None,
                 verify: self.verify,
             },
         }
