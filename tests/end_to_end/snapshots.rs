@@ -5,10 +5,12 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::chains::with;
 use crate::client::Client;
 use crate::daemon::Daemon;
 use crate::images::{image, run};
-use crate::place::{Place, code, complaint};
+use crate::nbd::{Nbd, export, start_server};
+use crate::place::{MIB, Place, code, complaint};
 use crate::tools::have_oracle;
 
 const CREATE: &str = "blockdev-snapshot-internal-sync";
@@ -117,7 +119,116 @@ fn script(daemon: &Daemon) -> Vec<Value> {
     client.wait_for("j", "null");
     ask(&mut client, json!({"device": "n", "id": "1"}));
     told.push(json!(shown(&mut client, "n")));
+    told.extend(through_filters(&mut client));
     told
+}
+
+/// The same through nodes that pass everything on to the image.
+fn through_filters(client: &mut Client) -> Vec<Value> {
+    client.run(
+        "object-add",
+        json!({"qom-type": "throttle-group", "id": "g"}),
+    );
+    let mut told = Vec::new();
+    for (image, driver, more) in [
+        ("t", "throttle", json!({"throttle-group": "g", "file": "t"})),
+        (
+            "t",
+            "throttle",
+            json!({"throttle-group": "g", "file": "t", "read-only": true}),
+        ),
+        ("t", "blkdebug", json!({"image": "t"})),
+        ("t", "copy-on-read", json!({"file": "t"})),
+        ("t", "raw", json!({"file": "t"})),
+        (
+            "t",
+            "copy-before-write",
+            json!({"file": "t", "target": "n"}),
+        ),
+        (
+            "t",
+            "throttle",
+            json!({"throttle-group": "g", "file": {"driver": "blkdebug", "image": "t"}}),
+        ),
+        (
+            "raw",
+            "throttle",
+            json!({"throttle-group": "g", "file": "raw"}),
+        ),
+        ("raw", "blkdebug", json!({"image": "raw"})),
+    ] {
+        let node = with(json!({"driver": driver, "node-name": "above"}), more);
+        client.run("blockdev-add", node);
+        for (device, name) in [("above", "s"), ("above", "s"), ("above", ""), (image, "s")] {
+            let arguments = json!({"device": device, "name": name});
+            told.push(asked(client, CREATE, arguments));
+        }
+        for node in [image, "above"] {
+            told.push(json!(shown(client, node)));
+        }
+        for arguments in [
+            json!({"device": "above"}),
+            json!({"device": "above", "name": "nope"}),
+            json!({"device": image, "name": "s"}),
+            json!({"device": "above", "name": "s"}),
+        ] {
+            told.push(asked(client, DELETE, arguments));
+        }
+        told.push(json!(shown(client, image)));
+        client.run("blockdev-del", json!({"node-name": "above"}));
+    }
+    told
+}
+
+/// What was written before through a filter is in the snapshot, and what comes later is not, while others write all the time.
+#[test]
+fn a_snapshot_below_a_filter_is_taken_beside_its_writers() {
+    if !have_oracle() {
+        return;
+    }
+    let daemon = Daemon::start();
+    let folder = daemon.path("");
+    image(&folder, "n.img", &[]);
+    let mut client = daemon.client();
+    client.run(
+        "object-add",
+        json!({"qom-type": "throttle-group", "id": "g", "x-iops-write": 200}),
+    );
+    add(&mut client, "n", "qcow2", false);
+    let above = json!({"driver": "throttle", "node-name": "above", "throttle-group": "g",
+        "file": "n"});
+    client.run("blockdev-add", above);
+    start_server(&daemon, &mut client, 4);
+    export(&mut client, "above");
+    let mut writer = Nbd::open(&daemon.path("nbd.sock"), "above");
+    writer.write(0, &[1; 65_536], 0);
+    let path = daemon.path("nbd.sock");
+    let beside = std::thread::spawn(move || {
+        let mut other = Nbd::open(&path, "above");
+        for nth in 0..100_u64 {
+            other.write(MIB + nth * 4096, &[3; 4096], 0);
+        }
+    });
+    for name in ["one", "two", "three"] {
+        client.run(CREATE, json!({"device": "above", "name": name}));
+    }
+    writer.write(0, &[2; 65_536], 0);
+    beside.join().expect("it has written");
+    client.run(DELETE, json!({"device": "above", "name": "two"}));
+    client.run("block-export-del", json!({"id": "above", "mode": "hard"}));
+    let _folder = daemon.quit_by(client);
+    run(&folder, "qemu-img", &["check", "-f", "qcow2", "n.img"]);
+    let shows = |pattern| {
+        let read = format!("read -q -P {pattern} 0 64k");
+        run(&folder, "qemu-io", &["-f", "qcow2", "-c", &read, "n.img"]);
+    };
+    shows(2);
+    let all = "read -q -P 3 1M 400k";
+    run(&folder, "qemu-io", &["-f", "qcow2", "-c", all, "n.img"]);
+    for name in ["one", "three"] {
+        run(&folder, "qemu-img", &["snapshot", "-a", name, "n.img"]);
+        shows(1);
+    }
 }
 
 #[test]

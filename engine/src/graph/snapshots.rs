@@ -26,21 +26,27 @@ impl Graph {
             let node = root(&records, device)?;
             records.check_no_job(node.id)?;
             check_writable(node)?;
-            if node.inactive || !matches!(node.plan, NodePlan::Qcow2 { .. }) {
+            let image = records.snapshot_image(node.id);
+            let Some(image) = image.filter(|image| !node.inactive && !image.inactive) else {
                 return Err(EngineError::generic(format!(
                     "Block format '{}' used by device '{device}' does not support internal snapshots",
                     node.driver
                 )));
-            }
+            };
+            records.check_no_job(image.id)?;
+            check_writable(image)?;
             if name.is_empty() {
                 return Err(EngineError::generic("Name is empty"));
             }
-            if snapshots(node)?.iter().any(|other| other.name == name) {
+            if snapshots(Some(image))?
+                .iter()
+                .any(|other| other.name == name)
+            {
                 return Err(EngineError::generic(format!(
                     "Snapshot with name '{name}' already exists on device '{device}'"
                 )));
             }
-            let id = node.id;
+            let id = image.id;
             pin(&mut records, id)?;
             id
         };
@@ -83,18 +89,22 @@ impl Graph {
             let is_meant = |other: &&SnapshotInfo| {
                 id.is_none_or(|id| other.id == id) && name.is_none_or(|name| other.name == name)
             };
-            let Some(gone) = snapshots(node)?.iter().find(is_meant).cloned() else {
+            let image = records.snapshot_image(node.id);
+            let Some(gone) = snapshots(image)?.iter().find(is_meant).cloned() else {
                 return Err(EngineError::generic(format!(
                     "Snapshot with id '{}' and name '{}' does not exist on device '{device}'",
                     id.unwrap_or("null"),
                     name.unwrap_or("null")
                 )));
             };
+            let image = image.unwrap_or(node);
             check_writable(node)?;
-            records.check_active(node.id)?;
-            let node = node.id;
-            pin(&mut records, node)?;
-            (node, gone)
+            check_writable(image)?;
+            records.check_active(image.id)?;
+            records.check_no_job(image.id)?;
+            let image = image.id;
+            pin(&mut records, image)?;
+            (image, gone)
         };
         // What the client has said: names are any bytes in the file.
         let bytes = |text: &str| text.as_bytes().to_vec();
@@ -140,6 +150,35 @@ impl Graph {
     }
 }
 
+impl Records {
+    /// The image whose internal snapshots are those of a node: its own, or that of the only node that it passes everything on to.
+    pub(super) fn snapshot_image(&self, id: NodeId) -> Option<&NodeRecord> {
+        let mut node = self.node(id)?;
+        while passes_on(node) {
+            let mut children = self.children(node.id);
+            let below = children.next()?.child;
+            if children.next().is_some() {
+                // What goes elsewhere as well is no part of the snapshot.
+                return None;
+            }
+            node = self.node(below)?;
+        }
+        matches!(node.plan, NodePlan::Qcow2 { .. }).then_some(node)
+    }
+}
+
+/// Whether a node that a client has added holds nothing itself.
+fn passes_on(node: &NodeRecord) -> bool {
+    matches!(
+        node.plan,
+        NodePlan::Raw { .. }
+            | NodePlan::Blkdebug { .. }
+            | NodePlan::CopyOnRead { .. }
+            | NodePlan::Throttle { .. }
+            | NodePlan::CopyBeforeWrite { .. }
+    )
+}
+
 /// The node that a command names, if no other node and no job stands on it.
 fn root<'a>(records: &'a Records, device: &str) -> Result<&'a NodeRecord, EngineError> {
     let node = records
@@ -162,8 +201,9 @@ fn check_writable(node: &NodeRecord) -> Result<(), EngineError> {
 }
 
 /// The internal snapshots of a node's image.
-fn snapshots(node: &NodeRecord) -> Result<&[SnapshotInfo], EngineError> {
-    let info = node.image.as_ref().and_then(|image| image.info.as_ref());
+fn snapshots(image: Option<&NodeRecord>) -> Result<&[SnapshotInfo], EngineError> {
+    let image = image.and_then(|node| node.image.as_ref());
+    let info = image.and_then(|image| image.info.as_ref());
     let has_data_file = |version_3: &Version3Info| version_3.data_file_raw.is_some();
     match info {
         Some(info) if !info.version_3.as_ref().is_some_and(has_data_file) => Ok(&info.snapshots),

@@ -246,6 +246,10 @@ fn layer_view(records: &Records, id: NodeId, known: &HashMap<NodeId, Known>) -> 
             image,
             mine.marks.unwrap_or_default(),
         );
+    } else if let Some(below) = records.snapshot_image(id)
+        && let Some(info) = below.image.as_ref().and_then(|image| image.info.as_ref())
+    {
+        view.snapshots.clone_from(&info.snapshots);
     }
     Some(view)
 }
