@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::chains::with;
 use crate::client::Client;
 use crate::daemon::Daemon;
 use crate::images::run;
@@ -479,6 +480,39 @@ fn all_nodes_become_inactive_or_none() {
     assert!(actives(&mut client).into_iter().all(|active| !active));
     client.run("blockdev-set-active", json!({"active": true}));
     assert!(actives(&mut client).into_iter().all(|active| active));
+    drop(client);
+    daemon.quit();
+}
+
+/// The image could not be activated if a bitmap had a name that it keeps: QEMU takes it, and loses the node then.
+#[test]
+fn a_bitmap_that_an_inactive_image_keeps_is_not_added_again() {
+    if !have_tools() {
+        return;
+    }
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    files(&daemon.path(""));
+    let add = ["bitmap", "--add", "b.qcow2", "kept"];
+    run(&daemon.path(""), "qemu-img", &add);
+    client.run("blockdev-add", image("q", "b.qcow2", json!({})));
+    let bitmap = |name| json!({"node": "q", "name": name});
+    for added in [
+        bitmap("kept"),
+        with(bitmap("more"), json!({"persistent": true})),
+    ] {
+        client.command("block-dirty-bitmap-add", added);
+    }
+    let active = |active| json!({"node-name": "q", "active": active});
+    client.run("blockdev-set-active", active(false));
+    for name in ["kept", "more"] {
+        let refused = client.refusal("block-dirty-bitmap-add", bitmap(name));
+        assert_eq!(refused, format!("Bitmap already exists: {name}"));
+    }
+    client.run("block-dirty-bitmap-add", bitmap("other"));
+    client.run("blockdev-set-active", active(true));
+    client.run("block-dirty-bitmap-remove", bitmap("kept"));
+    client.run("block-dirty-bitmap-add", bitmap("kept"));
     drop(client);
     daemon.quit();
 }

@@ -161,6 +161,7 @@ impl Graph {
             }
         }
         bitmaps.check_new(&bitmap.name)?;
+        self.check_not_kept(node, &bitmap.name)?;
         let granularity_bytes = u64::from(granularity_bytes);
         if facts.length_bytes / granularity_bytes > GRANULES_MAX {
             return Err(EngineError::generic(format!(
@@ -179,6 +180,26 @@ impl Graph {
         }
         bitmaps.add(new)?;
         Ok(ChangedBitmap::Added(bitmaps, bitmap.name.clone()))
+    }
+
+    /// That an inactive image has kept no bitmap of this name when it was given away: it could not be activated then.
+    ///
+    /// # Errors
+    /// QEMU's text for an active one.
+    fn check_not_kept(&self, node: NodeId, name: &str) -> Result<(), EngineError> {
+        let records = self.records.borrow();
+        let node = records.node(node).filter(|node| node.inactive);
+        let image = node.and_then(|node| node.image.as_ref());
+        let version_3 = image
+            .and_then(|image| image.info.as_ref())
+            .and_then(|info| info.version_3.as_ref());
+        let mut kept = version_3.into_iter().flat_map(|known| &known.bitmaps);
+        match kept.any(|one| one.name == name) {
+            true => Err(EngineError::generic(format!(
+                "Bitmap already exists: {name}"
+            ))),
+            false => Ok(()),
+        }
     }
 
     /// Takes a bitmap out of the image that keeps it. It is in use by its removal from then on.
