@@ -215,7 +215,7 @@ impl Uring {
         mut buffer: Buffer,
         done: usize,
     ) -> Operating {
-        let index = self.registered_index(&mut buffer);
+        let index = self.registered_index(&buffer);
         let bytes = &mut buffer.as_mut_slice()[done..];
         let address = bytes.as_mut_ptr();
         let length = u32::try_from(bytes.len()).unwrap_or(!4095_u32);
@@ -256,21 +256,20 @@ impl Uring {
     }
 
     /// The buffer's index in the ring's table, registering its slot when it is seen for the first time.
-    fn registered_index(&self, buffer: &mut Buffer) -> Option<u16> {
+    fn registered_index(&self, buffer: &Buffer) -> Option<u16> {
         let mut known = self.known_slots.borrow_mut();
         let slots = known.as_mut()?;
         let slot = buffer.slot_of(&self.pool)?;
         let seen = slots.get_mut(usize::from(slot))?;
         if !*seen {
-            // A part goes unregistered until the whole has come by.
-            let memory = buffer.whole_slot()?;
+            let (address, length) = buffer.slot_memory()?;
             let range = libc::iovec {
-                iov_base: memory.as_mut_ptr().cast(),
-                iov_len: memory.len(),
+                iov_base: std::ptr::with_exposed_provenance_mut(address),
+                iov_len: length,
             };
-            // SAFETY: the slot's memory is owned by `buffer` now, and the kernel keeps its pages from here on. A slot is
-            // never moved, and none is freed before the pool (of which `self.pool` is a handle) but with its number, which
-            // no buffer has after that; so whoever comes with this number means these pages, as long as this ring lives.
+            // SAFETY: the slot's memory is there now, as `buffer` is a part of it, and the kernel keeps its pages from here on.
+            // A slot is never moved, and none is freed before the pool (of which `self.pool` is a handle) but with its number,
+            // which no buffer has after that; so whoever comes with this number means these pages, as long as this ring lives.
             let outcome = unsafe {
                 self.ring.borrow().submitter().register_buffers_update(
                     u32::from(slot),

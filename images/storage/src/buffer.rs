@@ -18,8 +18,8 @@ pub const BUFFER_SLOT_BYTES: usize = 1 << 20;
 /// Up to this length a pool hands out less than a slot: a power of two, at least a page.
 const SMALL_BYTES_MAX: usize = 64 << 10;
 
-/// Small memory of one kind that a pool keeps for the next one.
-const SMALL_KEPT_BYTES_MAX: usize = 1 << 20;
+/// Small memory of one kind that a pool keeps for the next one: parts of one slot, which is theirs.
+const SMALL_KEPT_BYTES: usize = BUFFER_SLOT_BYTES;
 
 /// Kinds of small memory, by length.
 const SMALL_KINDS: usize = (SMALL_BYTES_MAX / BUFFER_ALIGNMENT_BYTES).trailing_zeros() as usize + 1;
@@ -37,8 +37,22 @@ pub struct Buffer {
 #[derive(Debug)]
 struct Home {
     pool: BufferPool,
-    slot: Option<u16>,
+    slot: Option<Slot>,
     charged_bytes: usize,
+}
+
+/// Memory of [`BUFFER_SLOT_BYTES`] that has a number for as long as it lives.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    number: u16,
+    address: usize,
+}
+
+/// Small memory, and what it is a part of.
+#[derive(Debug)]
+struct Small {
+    slot: Option<Slot>,
+    memory: BytesMut,
 }
 
 impl Buffer {
@@ -106,7 +120,13 @@ impl Buffer {
     pub fn join(&mut self, mut behind: Self) -> bool {
         let whole = self.length == self.memory.len();
         let end = self.memory.as_ptr_range().end;
-        let neighbours = whole && end == behind.memory.as_ptr();
+        // Small buffers that are neighbours by chance are none.
+        let one_home = match (&self.home, &behind.home) {
+            (Some(home), Some(other)) => Arc::ptr_eq(home, other),
+            (None, None) => true,
+            _ => false,
+        };
+        let neighbours = whole && one_home && end == behind.memory.as_ptr();
         if neighbours {
             self.memory.unsplit(std::mem::take(&mut behind.memory));
             self.length += behind.length;
@@ -117,15 +137,17 @@ impl Buffer {
     /// The number of the slot of `pool` that this buffer, or what it was split from, lives in.
     pub fn slot_of(&self, pool: &BufferPool) -> Option<u16> {
         let home = self.home.as_ref()?;
-        Arc::ptr_eq(&home.pool.shared, &pool.shared)
-            .then_some(home.slot)
-            .flatten()
+        let slot = home
+            .slot
+            .filter(|_| Arc::ptr_eq(&home.pool.shared, &pool.shared))?;
+        Some(slot.number)
     }
 
-    /// The whole slot, if this is all of one: what a ring registers once and uses again whenever a buffer comes from there.
-    pub fn whole_slot(&mut self) -> Option<&mut [u8]> {
-        let home = self.home.as_ref()?;
-        (home.slot.is_some() && self.memory.len() == BUFFER_SLOT_BYTES).then_some(&mut self.memory)
+    /// Where the slot is that this lives in, and its length in bytes: what a ring registers once and uses again whenever a buffer
+    /// comes from there. It stays there as long as any buffer, or the pool, has its number.
+    pub fn slot_memory(&self) -> Option<(usize, usize)> {
+        let slot = self.home.as_ref()?.slot?;
+        Some((slot.address, BUFFER_SLOT_BYTES))
     }
 }
 
@@ -163,8 +185,9 @@ struct Shared {
     budget_bytes: usize,
     used_bytes: usize,
     slots_made: u16,
-    free_slots: Vec<(u16, BytesMut)>,
-    free_small: [Vec<BytesMut>; SMALL_KINDS],
+    free_slots: Vec<(Slot, BytesMut)>,
+    /// By kind, once some of it was wanted.
+    free_small: [Option<Vec<Small>>; SMALL_KINDS],
     next_ticket: u64,
     waiters: VecDeque<Waiter>,
 }
@@ -224,9 +247,9 @@ impl BufferPool {
         self.lock().budget_bytes
     }
 
-    /// Slots it will ever have.
+    /// Slots it will ever have, if none is lost.
     pub fn slots_max(&self) -> usize {
-        self.lock().budget_bytes / BUFFER_SLOT_BYTES
+        self.lock().budget_bytes / BUFFER_SLOT_BYTES + SMALL_KINDS
     }
 
     /// A panic while the lock is held leaves counters that are still true, so a poisoned lock is used on.
@@ -238,13 +261,11 @@ impl BufferPool {
         let charged_bytes = charge_of(length);
         shared.used_bytes += charged_bytes;
         let (slot, memory) = if length <= SMALL_BYTES_MAX {
-            (None, shared.small(charged_bytes))
+            let small = shared.small(charged_bytes);
+            (small.slot, small.memory)
         } else {
-            let (slot, memory) = shared.free_slots.pop().unwrap_or_else(|| {
-                let slot = shared.slots_made;
-                shared.slots_made = shared.slots_made.saturating_add(1);
-                (slot, exactly(BUFFER_SLOT_BYTES))
-            });
+            let free = shared.free_slots.pop();
+            let (slot, memory) = free.unwrap_or_else(|| shared.new_slot());
             (Some(slot), memory)
         };
         let home = Some(Arc::new(Home {
@@ -267,13 +288,18 @@ impl BufferPool {
     fn give_back(&self, home: &Home, memory: BytesMut) {
         let mut shared = self.lock();
         shared.used_bytes -= home.charged_bytes;
-        // A slot that comes back in parts, because what used them was dropped midway, is gone with its number: a ring may know
-        // it by that. The next one is made anew.
+        // What comes back in parts, because who used them was dropped midway, is gone with its number, or is missing where that
+        // stands for more: a ring may know it by that. The next one is made anew.
         match home.slot {
             Some(slot) if memory.len() == BUFFER_SLOT_BYTES => {
                 shared.free_slots.push((slot, memory));
             }
-            None if memory.len() == home.charged_bytes => shared.keep_small(memory),
+            Some(slot) if memory.len() == home.charged_bytes => {
+                if let Some(Some(free)) = shared.free_small.get_mut(kind_of(memory.len())) {
+                    let slot = Some(slot);
+                    free.push(Small { slot, memory });
+                }
+            }
             _ => {}
         }
         let first = shared.waiters.front().map(|waiter| waiter.waker.clone());
@@ -289,19 +315,40 @@ impl Shared {
         self.used_bytes + charge_of(length) <= self.budget_bytes
     }
 
-    /// Small memory of this length, used before if there is some: making it costs as much as a request of a page.
-    fn small(&mut self, length: usize) -> BytesMut {
-        let kept = self.free_small.get_mut(kind_of(length));
-        kept.and_then(Vec::pop).unwrap_or_else(|| exactly(length))
+    fn new_slot(&mut self) -> (Slot, BytesMut) {
+        let mut memory = exactly(BUFFER_SLOT_BYTES);
+        let slot = Slot {
+            number: self.slots_made,
+            address: memory.as_mut_ptr().expose_provenance(),
+        };
+        self.slots_made = self.slots_made.saturating_add(1);
+        (slot, memory)
     }
 
-    fn keep_small(&mut self, memory: BytesMut) {
-        let length = memory.len();
-        if let Some(kept) = self.free_small.get_mut(kind_of(length))
-            && (kept.len() + 1) * length <= SMALL_KEPT_BYTES_MAX
-        {
-            kept.push(memory);
+    /// Small memory of this length: a part of the slot of its kind, which a ring knows; making it costs as much as a request of a
+    /// page. When all of that is in use, memory of its own.
+    fn small(&mut self, length: usize) -> Small {
+        let kind = kind_of(length);
+        let is_new = self.free_small.get(kind).is_some_and(Option::is_none);
+        if is_new {
+            let (slot, mut rest) = self.new_slot();
+            let mut parts = Vec::with_capacity(SMALL_KEPT_BYTES / length);
+            while !rest.is_empty() {
+                let memory = rest.split_to(length);
+                let slot = Some(slot);
+                parts.push(Small { slot, memory });
+            }
+            // Those in front are used first, so that memory is touched as it is needed.
+            parts.reverse();
+            if let Some(free) = self.free_small.get_mut(kind) {
+                *free = Some(parts);
+            }
         }
+        let free = self.free_small.get_mut(kind).and_then(Option::as_mut);
+        free.and_then(Vec::pop).unwrap_or_else(|| Small {
+            slot: None,
+            memory: exactly(length),
+        })
     }
 }
 
@@ -426,7 +473,7 @@ mod tests {
         assert!(poll_once(small.as_mut()).is_pending());
         drop((second, third));
         assert!(poll_once(small.as_mut()).is_ready());
-        assert_eq!(pool.slots_max(), 2);
+        assert_eq!(pool.slots_max(), 2 + SMALL_KINDS);
     }
 
     #[test]
@@ -448,13 +495,58 @@ mod tests {
     fn slots_come_back_under_their_number() {
         let pool = BufferPool::new(BUFFER_SLOT_BYTES);
         for _ in 0..3 {
-            let mut buffer = pool.try_take(100_000).expect("free");
+            let buffer = pool.try_take(100_000).expect("free");
             assert_eq!(buffer.slot_of(&pool), Some(0));
-            let whole = buffer.whole_slot().expect("a whole slot");
-            assert_eq!(whole.len(), BUFFER_SLOT_BYTES);
+            let address = buffer.as_slice().as_ptr().expose_provenance();
+            assert_eq!(buffer.slot_memory(), Some((address, BUFFER_SLOT_BYTES)));
             assert!(buffer.slot_of(&BufferPool::new(0)).is_none());
         }
-        assert!(pool.try_take(4096).expect("free").slot_of(&pool).is_none());
+    }
+
+    #[test]
+    fn small_buffers_of_a_kind_are_parts_of_one_slot_as_long_as_there_is_room() {
+        let pool = BufferPool::new(8 << 20);
+        for (number, length) in [65536, 4096].into_iter().enumerate() {
+            let fit = BUFFER_SLOT_BYTES / length;
+            let buffers: Vec<_> = (0..fit + 2).map(|_| pool.try_take(length)).collect();
+            let buffers: Vec<_> = buffers.into_iter().flatten().collect();
+            assert_eq!(buffers.len(), fit + 2);
+            let (inside, outside) = buffers.split_at(fit);
+            let mut places: Vec<usize> = Vec::new();
+            for buffer in inside {
+                assert_eq!(buffer.slot_of(&pool).map(usize::from), Some(number));
+                let (address, slot_bytes) = buffer.slot_memory().expect("a slot");
+                let place = buffer.as_slice().as_ptr().expose_provenance() - address;
+                assert!(place + buffer.capacity() <= slot_bytes);
+                places.push(place);
+            }
+            places.sort_unstable();
+            assert!(
+                places
+                    .iter()
+                    .enumerate()
+                    .all(|(nth, place)| *place == nth * length)
+            );
+            for buffer in outside {
+                assert!(buffer.slot_of(&pool).is_none() && buffer.slot_memory().is_none());
+            }
+        }
+        assert_eq!(pool.in_use_bytes(), 0);
+        let slots_made = pool.lock().slots_made;
+        assert!(usize::from(slots_made) <= pool.slots_max());
+    }
+
+    #[test]
+    fn neighbours_of_one_slot_are_no_parts_of_one_buffer() {
+        let pool = BufferPool::new(8 << 20);
+        let mut first = pool.try_take(4096).expect("free");
+        let second = pool.try_take(4096).expect("free");
+        assert_eq!(
+            first.as_slice().as_ptr_range().end,
+            second.as_slice().as_ptr()
+        );
+        assert!(!first.join(second));
+        assert_eq!((first.len(), pool.in_use_bytes()), (4096, 4096));
     }
 
     #[test]
@@ -479,8 +571,10 @@ mod tests {
         let many: Vec<_> = (0..100).map(|_| pool.try_take(65536)).collect();
         assert!(many.iter().all(Option::is_some));
         drop(many);
-        let kept = pool.lock().free_small[kind_of(65536)].len();
-        assert_eq!(kept * 65536, SMALL_KEPT_BYTES_MAX);
+        let kept = pool.lock().free_small[kind_of(65536)]
+            .as_ref()
+            .map(Vec::len);
+        assert_eq!(kept, Some(SMALL_KEPT_BYTES / 65536));
         let mut parts = pool.try_take(8192).expect("free");
         drop(parts.split_off(4096));
         drop(parts);
@@ -496,8 +590,8 @@ mod tests {
             let address = whole.as_slice().as_ptr();
             let mut third = whole.split_off(8192);
             let mut second = whole.split_off(4096);
-            assert!(whole.whole_slot().is_none());
             assert_eq!(third.slot_of(&pool), whole.slot_of(&pool));
+            assert_eq!(third.slot_memory(), whole.slot_memory());
             for (part, byte) in [(&mut whole, 1), (&mut second, 2), (&mut third, 3)] {
                 part.as_mut_slice().fill(byte);
             }
@@ -523,8 +617,7 @@ mod tests {
         assert!(pool.try_take(1).is_none(), "a part is in use");
         drop(lost);
         assert_eq!(pool.in_use_bytes(), 0);
-        let mut next = pool.try_take(BUFFER_SLOT_BYTES).expect("free");
+        let next = pool.try_take(BUFFER_SLOT_BYTES).expect("free");
         assert_eq!(next.slot_of(&pool), Some(1), "no number stands for two");
-        assert!(next.whole_slot().is_some());
     }
 }
