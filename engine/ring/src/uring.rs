@@ -30,6 +30,10 @@ const FILES_MAX: u32 = 1024;
 /// another core and this thread goes on; below, handing over costs more than it brings.
 const COPIED_APART_BYTES: usize = 256 << 10;
 
+/// Once transfers of so many bytes are queued the kernel begins them, so that it works on them while more are being made ready. A
+/// system call for each of these is little beside what they move; with less they all wait for the end of the thread's round.
+const BEGUN_EARLY_BYTES: u64 = 128 << 10;
+
 /// Marks the completion of the read that listens to the bell.
 const BELL: u64 = u64::MAX;
 
@@ -78,6 +82,8 @@ pub(crate) struct Uring {
     /// Where the kernel puts the bell's count.
     bell_count: Box<Cell<u64>>,
     bell_armed: Cell<bool>,
+    /// Transfers that the kernel has not been told of, in bytes.
+    untold_bytes: Cell<u64>,
     pool: BufferPool,
     /// Which slots of the pool the ring knows; `None`: buffers cannot be registered here.
     known_slots: RefCell<Option<Vec<bool>>>,
@@ -135,6 +141,7 @@ impl Uring {
             waker,
             bell_count: Box::new(Cell::new(0)),
             bell_armed: Cell::new(false),
+            untold_bytes: Cell::new(0),
             known_slots: RefCell::new(buffers.then(|| vec![false; pool.slots_max()])),
             pool,
             free_files: RefCell::new(if files {
@@ -228,8 +235,22 @@ impl Uring {
         if !file.is_direct() && bytes.len() >= COPIED_APART_BYTES {
             entry = entry.flags(squeue::Flags::ASYNC);
         }
+        let length = u64::from(length);
         let file = file.descriptor().clone();
-        self.submit(Held::Buffer(buffer), file, slot.0, entry)
+        let operating = self.submit(Held::Buffer(buffer), file, slot.0, entry);
+        self.begin_early(length);
+        operating
+    }
+
+    /// So many more bytes are queued.
+    fn begin_early(&self, length: u64) {
+        let untold = self.untold_bytes.get() + length;
+        let is_enough = untold >= BEGUN_EARLY_BYTES;
+        self.untold_bytes.set(if is_enough { 0 } else { untold });
+        if is_enough {
+            // What it does not take now, and what it has to say about that, is left for the next turn.
+            let _ = self.ring.borrow().submitter().submit();
+        }
     }
 
     /// Queues an entry whose addresses lead into what is `held`, on a file that is at `file_index` of the table, if it is there.
@@ -307,6 +328,7 @@ impl Uring {
     /// When the ring itself fails.
     pub(crate) fn turn(&self, timeout: Option<Duration>) -> io::Result<()> {
         self.arm_bell();
+        self.untold_bytes.set(0);
         self.refill();
         let nothing_left = self.backlog.borrow().is_empty();
         let may_wait = timeout != Some(Duration::ZERO) && nothing_left && self.waker.fall_asleep();
