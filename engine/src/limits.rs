@@ -14,7 +14,8 @@ pub const CLIENT_SHARE_BYTES: usize = 8 << 20;
 pub const CLIENT_OWN_BYTES: usize = 64 << 10;
 
 /// Connections to the NBD server at once, whatever its client allows; those beyond wait to be let in. Each has a buffer of its own,
-/// 32 KiB received ahead, as much again of heads that are not sent, and 256 KiB where it is encrypted: 400 MiB for all of them.
+/// 32 KiB received ahead, as much again of heads that are not sent, and 256 KiB where it is encrypted: 400 MiB for all of them. In the
+/// kernel each takes 512 KiB of replies that a client on a UNIX socket does not read.
 pub const CONNECTIONS_MAX: usize = 1024;
 
 /// Requests of one connection that are carried out at once; those behind are not read yet.

@@ -14,7 +14,7 @@ use crate::host_storage::HostStorage;
 use crate::polled_socket::{PolledSocket, Poller};
 use crate::ring_file::RingFile;
 use crate::ring_socket::RingSocket;
-use crate::socket::Socket;
+use crate::socket::{Socket, widen};
 use crate::uring::{Uring, set_up};
 use crate::wake::RemoteWaker;
 use crate::workers::Workers;
@@ -188,6 +188,7 @@ impl Reactor {
     /// # Errors
     /// When the descriptor cannot be waited for, as a file's.
     pub fn socket(&self, socket: OwnedFd) -> io::Result<Rc<dyn Socket>> {
+        widen(&socket);
         Ok(match &self.way {
             WayOfWaiting::Ring(uring) => Rc::new(RingSocket::new(uring.clone(), socket)?),
             WayOfWaiting::Poll(poller) => Rc::new(PolledSocket::new(poller.clone(), socket)?),

@@ -7,9 +7,14 @@ use std::os::fd::OwnedFd;
 
 use blockyard_storage::{Buffer, LocalFuture};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, sockopt};
 
 /// Parts of one send at most; more are sent by several calls of the kernel.
 pub(crate) const PARTS_MAX: usize = 512;
+
+/// What a UNIX socket may hold that its other side has not taken yet, in bytes of data. The system's 208 KiB are less than one reply
+/// of 256 KiB: sender and receiver then wait for each other within each of them.
+const UNIX_SEND_BYTES: usize = 256 << 10;
 
 /// How much of its room a receive wants to see filled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +87,22 @@ pub trait Socket {
     /// Leaves the connection open when this is dropped, for somebody who has the descriptor, too. Nothing may be in flight
     /// then.
     fn keep(&self);
+}
+
+/// Lets a UNIX socket take more at once, as far as the system allows. Others find their size by themselves.
+pub(crate) fn widen(socket: &OwnedFd) {
+    let is_unix = sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX);
+    // The kernel counts its own bookkeeping as well, and makes what it is told twice as much for that.
+    let room = sockopt::socket_send_buffer_size(socket).unwrap_or(0);
+    if !is_unix || room >= 2 * UNIX_SEND_BYTES {
+        return;
+    }
+    // Only who administers the network may have more than net.core.wmem_max. It works without, if less well.
+    let outcome = sockopt::set_socket_send_buffer_size_force(socket, UNIX_SEND_BYTES)
+        .or_else(|_| sockopt::set_socket_send_buffer_size(socket, UNIX_SEND_BYTES));
+    if let Err(error) = outcome {
+        tracing::debug!(%error, "a socket keeps its room");
+    }
 }
 
 /// See [`Socket::peer_has_ended`].

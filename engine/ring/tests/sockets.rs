@@ -1,5 +1,6 @@
 //! Sockets with and without a ring: every byte arrives, in order; whatever waits ends when the socket does.
 
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::pin::pin;
@@ -72,6 +73,18 @@ fn the_end_of_a_peer_is_seen_without_receiving() {
         let (one, _other) = pair(reactor);
         one.shutdown();
         assert!(one.peer_has_ended());
+    });
+}
+
+/// One reply of the length that copying clients ask for, on a system whose own setting is less.
+#[test]
+fn a_unix_socket_takes_a_quarter_mebibyte_that_nobody_has_received() {
+    on_each_backend(|reactor| {
+        let (one, _other) = UnixStream::pair().expect("a pair");
+        let mut sender = one.try_clone().expect("another descriptor");
+        let _socket = reactor.socket(OwnedFd::from(one)).expect("a socket");
+        sender.set_nonblocking(true).expect("set");
+        assert_eq!(sender.write(&pattern(256 << 10)).ok(), Some(256 << 10));
     });
 }
 
