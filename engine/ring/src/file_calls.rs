@@ -1,17 +1,24 @@
 //! The blocking calls on a host file, each whole or failed: what workers carry out for both backends.
 
+use std::cmp::Ordering;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use blockyard_storage::error::{EAGAIN, EINVAL, EIO, ENOSPC, EOPNOTSUPP, EXDEV};
 use blockyard_storage::{Buffer, ByteRange, Extent, Preallocation, ZeroMode};
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstat, ftruncate, seek};
+use rustix::fs::{
+    FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fstat, ftruncate, seek,
+};
 use rustix::io::Errno;
 
 use crate::host_file::FileKind;
 
 /// Zeroes written at once where the file system has no better way.
 const ZERO_PIECE_BYTES: usize = 1 << 20;
+
+/// What a file system may take for a block, in bytes; network ones say what they like to be asked for.
+const BLOCK_BYTES_MIN: u64 = 4096;
+const BLOCK_BYTES_MAX: u64 = 64 << 10;
 
 /// `ENXIO`: no more data behind this offset.
 const ENXIO: i32 = 6;
@@ -125,24 +132,20 @@ pub fn zero(
     if range.is_empty() {
         return Ok(());
     }
-    if mode.may_unmap && !abilities.no_punch_hole.load(Ordering::Relaxed) {
+    if mode.may_unmap && !abilities.no_punch_hole.load(Relaxed) {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match call(|| fallocate(file, flags, range.offset(), range.length())) {
             Ok(()) => return grow_to(file, kind, range.end()),
-            Err(errno) if is_refused(errno) => {
-                abilities.no_punch_hole.store(true, Ordering::Relaxed)
-            }
+            Err(errno) if is_refused(errno) => abilities.no_punch_hole.store(true, Relaxed),
             Err(errno) => return Err(errno),
         }
     }
-    if !abilities.no_zero_range.load(Ordering::Relaxed) {
+    if !abilities.no_zero_range.load(Relaxed) {
         // Block devices refuse to be kept from growing; they never do.
         let flags = FallocateFlags::ZERO_RANGE;
         match call(|| fallocate(file, flags, range.offset(), range.length())) {
             Ok(()) => return Ok(()),
-            Err(errno) if is_refused(errno) => {
-                abilities.no_zero_range.store(true, Ordering::Relaxed)
-            }
+            Err(errno) if is_refused(errno) => abilities.no_zero_range.store(true, Relaxed),
             Err(errno) => return Err(errno),
         }
     }
@@ -157,10 +160,35 @@ pub fn zero(
 }
 
 fn grow_to(file: &OwnedFd, kind: FileKind, end: u64) -> Result<(), Failed> {
-    if kind == FileKind::Regular && length_of(file)? < end {
-        return call(|| ftruncate(file, end));
+    if kind == FileKind::Regular {
+        let length = length_of(file)?;
+        if length < end {
+            return lengthen(file, length, end);
+        }
     }
     Ok(())
+}
+
+/// Makes a file of `length` bytes longer.
+///
+/// ext4 fills the rest of the last block with zeroes in its cache then, also where all else goes past the cache, and does not wait for
+/// what is on its way to that block: the cache's copy may be from before, and is written over it later (Linux 6.18; the next flush
+/// mostly fails with EIO). Reserving the rest of that block makes the file longer as well, and does wait. What is left begins with
+/// a block.
+fn lengthen(file: &OwnedFd, length: u64, end: u64) -> Result<(), Failed> {
+    let past_cache = fcntl_getfl(file).is_ok_and(|flags| flags.contains(OFlags::DIRECT));
+    if past_cache {
+        let block = u64::try_from(call(|| fstat(file))?.st_blksize).unwrap_or(0);
+        let block = block.clamp(BLOCK_BYTES_MIN, BLOCK_BYTES_MAX);
+        let rest = length.next_multiple_of(block).min(end) - length;
+        let reserve = || fallocate(file, FallocateFlags::empty(), length, rest);
+        // Where that is not known, or finds no room, there is no such block or no better way. Setting the length that it has
+        // already would do to the last block what has to be avoided.
+        if rest > 0 && call(reserve).is_ok() && length + rest == end {
+            return Ok(());
+        }
+    }
+    call(|| ftruncate(file, end))
 }
 
 /// Writes zeroes as data, in bounded pieces.
@@ -181,13 +209,13 @@ fn write_zeroes(file: &OwnedFd, range: ByteRange) -> Result<(), Failed> {
 /// # Errors
 /// What the kernel says.
 pub fn discard(file: &OwnedFd, abilities: &Abilities, range: ByteRange) -> Result<(), Failed> {
-    if range.is_empty() || abilities.no_punch_hole.load(Ordering::Relaxed) {
+    if range.is_empty() || abilities.no_punch_hole.load(Relaxed) {
         return Ok(());
     }
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     match call(|| fallocate(file, flags, range.offset(), range.length())) {
         Err(errno) if is_refused(errno) => {
-            abilities.no_punch_hole.store(true, Ordering::Relaxed);
+            abilities.no_punch_hole.store(true, Relaxed);
             Ok(())
         }
         outcome => outcome,
@@ -220,13 +248,13 @@ pub fn allocation(
     while !rest.is_empty() && extents.len() < extents_max.max(1) {
         let (data, end) = if rest.offset() >= length {
             (false, rest.end())
-        } else if kind != FileKind::Regular || abilities.no_seek_data.load(Ordering::Relaxed) {
+        } else if kind != FileKind::Regular || abilities.no_seek_data.load(Relaxed) {
             (true, length.min(rest.end()))
         } else {
             match run_at(file, rest.offset(), length) {
                 Ok(run) => run,
                 Err(errno) if is_refused(errno) => {
-                    abilities.no_seek_data.store(true, Ordering::Relaxed);
+                    abilities.no_seek_data.store(true, Relaxed);
                     continue;
                 }
                 Err(errno) => return Err(errno),
@@ -274,7 +302,13 @@ pub fn resize(file: &OwnedFd, length_bytes: u64) -> Result<(), Failed> {
     if i64::try_from(length_bytes).is_err() {
         return Err(EINVAL);
     }
-    call(|| ftruncate(file, length_bytes))
+    let length = length_of(file)?;
+    match length_bytes.cmp(&length) {
+        Ordering::Less => call(|| ftruncate(file, length_bytes)),
+        // Not even a call: see [`lengthen`].
+        Ordering::Equal => Ok(()),
+        Ordering::Greater => lengthen(file, length, length_bytes),
+    }
 }
 
 /// Reserves room for `range`.

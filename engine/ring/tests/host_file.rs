@@ -7,7 +7,8 @@ use std::task::Poll;
 
 use blockyard_ring::{BackendChoice, HostFile, OpenMode, Reactor, ReactorConfig};
 use blockyard_storage::buffer::BufferPool;
-use blockyard_storage::{Buffer, ByteRange, ZeroMode};
+use blockyard_storage::{Buffer, ByteRange, Preallocation, ZeroMode};
+use futures_util::future::{join, join_all};
 
 mod support;
 use support::block_on;
@@ -286,5 +287,88 @@ fn the_alignment_of_a_hole_is_that_of_its_disk() {
         made.set_len(length_bytes).expect("sized");
         let file = HostFile::open(&path, mode).expect("opened");
         assert_eq!(file.request_alignment(), 4096, "{name}");
+    }
+}
+
+/// A file system may go through its cache to make a file longer whose last block is a part of one: what is on its way to that block
+/// past the cache must not be undone by it.
+#[test]
+fn writes_to_the_last_block_survive_that_the_file_becomes_longer() {
+    const SECTOR: usize = 512;
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let path = folder.path().join("image");
+    let mode = OpenMode {
+        write: true,
+        direct: true,
+        create: true,
+    };
+    for backend in [BackendChoice::Auto, BackendChoice::Threads] {
+        for round in 0..140_u32 {
+            let _ = std::fs::remove_file(&path);
+            let opened = HostFile::open(&path, mode).ok();
+            let Some(file) = opened.filter(|file| file.request_alignment() as usize <= SECTOR)
+            else {
+                eprintln!(
+                    "SKIPPED: no direct I/O of sectors on {}",
+                    folder.path().display()
+                );
+                return;
+            };
+            let reactor = reactor(backend);
+            let storage = reactor.file(file, false);
+            let sectors = 1 + round as usize % 7;
+            block_on(&reactor, async {
+                let whole = Buffer::copy_of(&[1; 8192]);
+                storage.write(0, whole).await.outcome.expect("written");
+                let length = 4096 + (sectors * SECTOR) as u64;
+                storage.resize(length).await.expect("cut");
+                storage.sync().await.expect("synced");
+                let writes = (0..sectors).map(|nth| {
+                    let byte = 2 + nth as u8;
+                    storage.write(
+                        4096 + (nth * SECTOR) as u64,
+                        Buffer::copy_of(&[byte; SECTOR]),
+                    )
+                });
+                let more = [SECTOR as u64, 100 * 4096][round as usize / 7 % 2];
+                let added = ByteRange::new(length, more);
+                let longer = async {
+                    match round as usize / 14 % 5 {
+                        0 => storage.resize(added.end()).await,
+                        1 => storage.zero(added, ZeroMode::default()).await,
+                        2 => {
+                            let may_unmap = true;
+                            let holes = ZeroMode {
+                                may_unmap,
+                                ..ZeroMode::default()
+                            };
+                            storage.zero(added, holes).await
+                        }
+                        3 => storage.preallocate(added, Preallocation::Falloc).await,
+                        _ => {
+                            storage
+                                .write(added.end(), Buffer::zeroed(SECTOR))
+                                .await
+                                .outcome
+                        }
+                    }
+                };
+                let (written, longer) = join(join_all(writes), longer).await;
+                longer.expect("longer");
+                assert!(written.iter().all(|one| one.outcome.is_ok()));
+                assert_eq!(storage.sync().await, Ok(()), "{backend:?}, round {round}");
+            });
+            drop(storage);
+            let found = std::fs::read(&path).expect("read");
+            let (kept, added) = found[4096..].split_at(sectors * SECTOR);
+            for (nth, sector) in kept.chunks(SECTOR).enumerate() {
+                assert_eq!(
+                    sector,
+                    [2 + nth as u8; SECTOR],
+                    "{backend:?}, round {round}"
+                );
+            }
+            assert!(added.iter().all(|byte| *byte == 0));
+        }
     }
 }
