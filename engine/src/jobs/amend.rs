@@ -35,6 +35,7 @@ impl Amend {
             backing_format: spec.backing_fmt.clone().map(String::into_bytes),
             // The node knows.
             is_overlay: false,
+            is_recorded: false,
             data_file_raw: spec.data_file_raw,
             lazy_refcounts: spec.lazy_refcounts,
             // A negative width is as wrong as none.

@@ -21,6 +21,7 @@ use futures_util::future::{Either, select};
 use crate::node::gate::{Gate, Way};
 use crate::node::qcow2::Qcow2Node;
 use crate::node::qcow2::mover::Mover;
+use crate::node::qcow2::recording;
 use crate::node::{AmendStop, Reopened};
 
 impl Qcow2Node {
@@ -55,6 +56,7 @@ impl Qcow2Node {
         let wanted = wanted.map_err(|error| old.amend_stop(error))?;
         let options = AmendOptions {
             is_overlay: old.backing().is_some(),
+            is_recorded: self.bitmaps.is_recorded(),
             ..options.clone()
         };
         let (old_bytes, new_bytes) = (before.header.guest_bytes(), wanted.guest_bytes());
@@ -92,6 +94,10 @@ impl Qcow2Node {
         let file: Rc<dyn Storage> = old.files.file.clone();
         let amended = amend(&file, options, pace).await;
         let reopened = reopen(Some(&self.gate), &self.mover, &self.amended, old).await;
+        if reopened.is_ok() {
+            // Nobody has written meanwhile.
+            recording::continues(&self.mover().image, &self.bitmaps);
+        }
         match amended {
             Ok(()) => reopened,
             Err(error) => Err(old.stop_of(error)),

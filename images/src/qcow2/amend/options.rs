@@ -27,6 +27,8 @@ pub struct AmendOptions {
     /// Something is below the image as it is used, whatever its header says: what reads as zeroes must not become
     /// unallocated.
     pub is_overlay: bool,
+    /// Whoever has the image open goes on recording its changes, also with another length of the disk.
+    pub is_recorded: bool,
     /// The external data file reads as the guest's disk does: that can only be given up.
     pub data_file_raw: Option<bool>,
     /// Let reference counts be written late.
@@ -178,15 +180,21 @@ impl AmendOptions {
     }
 
     fn header(&self, old: &Header, geometry: Geometry, backing: &Backing) -> Header {
+        let new_bytes = self.size_bytes.filter(|size| *size != old.guest_bytes());
+        // What is recorded of the disk's changes stays true as long as nobody changes the disk who does not record it.
+        let kept = match self.is_recorded || new_bytes.is_none() {
+            true => autoclear::KNOWN | autoclear::ACTIVITY,
+            false => autoclear::KNOWN,
+        };
         let mut header = Header {
             geometry,
             backing_name: backing.name.clone(),
             incompatible: old.incompatible & !incompatible::DIRTY,
-            autoclear: old.autoclear & autoclear::KNOWN,
+            autoclear: old.autoclear & kept,
             ..old.clone()
         };
         header.extensions.backing_format = backing.format.clone();
-        if let Some(size_bytes) = self.size_bytes.filter(|size| *size != old.guest_bytes()) {
+        if let Some(size_bytes) = new_bytes {
             header.size_bytes = size_bytes;
         }
         if let Some(lazy) = self.lazy_refcounts {

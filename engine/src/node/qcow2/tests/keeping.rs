@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use blockyard_images::pace::Unwatched;
+use blockyard_images::qcow2::amend::AmendOptions;
 use blockyard_images::qcow2::units::Version;
 use blockyard_simulator::{Seed, each_seed};
 use blockyard_storage::{Buffer, ByteRange, ZeroMode};
@@ -79,13 +81,21 @@ async fn session(
         let offset = GRANULE * dice.below(length / GRANULE);
         let longest = (length - offset).min(5 << 10);
         let range = ByteRange::new(offset, 1 + dice.below(longest));
-        match dice.below(9) {
+        match dice.below(10) {
             0 => opened.node.flush().await.expect("flushed"),
             1 => {
                 for read_only in [true, false] {
                     let plan = plan(yard, read_only, 1 << 14);
                     let reopened = opened.node.reopen(&yard.context, &plan).await;
                     reopened.expect("opened in another way");
+                }
+            }
+            5 => {
+                let options = amendment(dice);
+                let amended = opened.node.amend(&options, &Unwatched).await;
+                amended.expect("amended");
+                if dice.one_in(2) {
+                    opened.node.record_bitmaps().await;
                 }
             }
             // Counts of one bit do not allow it.
@@ -117,6 +127,18 @@ async fn session(
         }
     }
     opened.close().await;
+}
+
+/// What rewrites the header, and shows the same disk.
+fn amendment(dice: &Seed) -> AmendOptions {
+    let named = dice.one_in(2);
+    AmendOptions {
+        backing_name: named.then(|| vec![b'x'; 1 + dice.below(40) as usize]),
+        backing_format: named.then(|| b"raw".to_vec()),
+        lazy_refcounts: dice.one_in(2).then(|| dice.one_in(2)),
+        refcount_bits: dice.one_in(2).then(|| 16 << dice.below(3)),
+        ..AmendOptions::default()
+    }
 }
 
 /// Every granule that is another than it was has changed according to the map, and none that nobody has written to.
