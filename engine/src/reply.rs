@@ -21,6 +21,11 @@ pub use crate::tls::authorization::{Format, Rule};
 pub enum Reply {
     /// Done, nothing to tell.
     Done,
+    /// A node is closed; what was lost by that, in words, naming nodes. It is logged, too.
+    Closed {
+        /// Last flushes that failed, bitmaps that could not be stored.
+        lost: Vec<String>,
+    },
     /// All jobs, newest first.
     Jobs(Vec<JobView>),
     /// All block jobs, newest first.

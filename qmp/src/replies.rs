@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 pub fn value(reply: &Reply) -> Value {
     match reply {
         // Work on images is never asked for over the wire.
-        Reply::Done | Reply::Image(_) => json!({}),
+        Reply::Done | Reply::Closed { .. } | Reply::Image(_) => json!({}),
         Reply::Jobs(jobs) => jobs.iter().map(job).collect(),
         Reply::BlockJobs(jobs) => jobs.iter().map(block_job).collect(),
         Reply::Nodes(nodes) => nodes.iter().map(node).collect(),

@@ -104,7 +104,7 @@ pub struct Graph {
 }
 
 /// What a node that a client has let go has lost.
-fn log_all(lost: Vec<String>) {
+fn log_all(lost: &[String]) {
     for text in lost {
         tracing::error!("{text}");
     }
@@ -164,11 +164,11 @@ impl Graph {
         self.find(name).ok_or_else(|| not_found(name, name))
     }
 
-    /// Closes a node that was added by name, and the unnamed ones only it uses.
+    /// Closes a node that was added by name, and the unnamed ones only it uses. What was lost by that, in words; it is logged, too.
     ///
     /// # Errors
     /// In QEMU's words and order.
-    pub async fn delete(&self, name: &str) -> Result<(), EngineError> {
+    pub async fn delete(&self, name: &str) -> Result<Vec<String>, EngineError> {
         let held = self.hold_named(&[name]).await;
         let id = {
             let records = self.records.borrow();
@@ -198,17 +198,19 @@ impl Graph {
         let unlinked = self.unlink(id);
         // The last flush may take long; nobody can reach the node any more.
         drop(held);
-        if let Some(unlinked) = unlinked {
-            log_all(self.let_go(unlinked).await);
-        }
-        Ok(())
+        let lost = match unlinked {
+            Some(unlinked) => self.let_go(unlinked).await,
+            None => Vec::new(),
+        };
+        log_all(&lost);
+        Ok(lost)
     }
 
     /// Lets a node go, makes what was written to it durable, and lets its unnamed children go when nobody else uses
     /// them.
     async fn close(&self, id: NodeId) {
         if let Some(unlinked) = self.unlink(id) {
-            log_all(self.let_go(unlinked).await);
+            log_all(&self.let_go(unlinked).await);
         }
     }
 

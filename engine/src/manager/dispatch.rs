@@ -119,8 +119,8 @@ pub(crate) async fn serve(
                 let (manager, quit) = (manager.clone(), quit.clone());
                 tokio::task::spawn_local(async move {
                     let lost = manager.end_everything().await;
-                    answer(Ok(Reply::Done));
                     let _ = quit.send(lost).await;
+                    answer(Ok(Reply::Done));
                 });
             }
             Some(Call::Request(request, answer)) => {
@@ -128,6 +128,11 @@ pub(crate) async fn serve(
                 tokio::task::spawn_local(async move {
                     answer(manager.handle(*request).await);
                 });
+            }
+            // Who has asked for the end need not stay until it is there; what is lost meanwhile is told all the same.
+            None if manager.ending.get() => {
+                drop(quit);
+                return has_quit.recv().await.unwrap_or_default();
             }
             None => {
                 manager.ending.set(true);
@@ -166,7 +171,10 @@ impl Manager {
                 self.add_node(spec).await?;
                 self.go_on_with_checkpoints().await;
             }
-            Request::BlockdevDel { node_name } => self.graph.delete(&node_name).await?,
+            Request::BlockdevDel { node_name } => {
+                let lost = self.graph.delete(&node_name).await?;
+                return Ok(Reply::Closed { lost });
+            }
             Request::BlockResize {
                 device,
                 node_name,

@@ -149,11 +149,25 @@ pub(crate) struct Embedded {
     cache: Cache,
 }
 
+/// What a command came to.
+pub(crate) trait CameTo {
+    /// Whether it has done what it was asked for.
+    fn is_success(&self) -> bool;
+}
+
+impl<T, E> CameTo for Result<T, E> {
+    fn is_success(&self) -> bool {
+        self.is_ok()
+    }
+}
+
 /// Runs `work` with an engine of its own, which has ended when this returns.
 ///
 /// # Errors
-/// When engine, runtime or signals cannot be had; `work` has not begun then.
-pub(crate) fn with_engine<T, F: Future<Output = (T, Display)>>(
+/// When engine, runtime or signals cannot be had: `work` has not begun. When something could not be saved at the end, as by a last
+/// flush that failed, although `work` has done what it was asked for. If that has failed, its own reason matters more; what was
+/// lost is told on standard error then.
+pub(crate) fn with_engine<T: CameTo, F: Future<Output = (T, Display)>>(
     arguments: EngineArguments,
     display: Display,
     work: impl FnOnce(Embedded) -> F,
@@ -198,17 +212,60 @@ pub(crate) fn with_engine<T, F: Future<Output = (T, Display)>>(
         interrupt,
         cache: arguments.cache,
     };
-    let outcome = runtime.block_on(async {
+    let (outcome, files) = runtime.block_on(async {
         let outcome = work(embedded).await;
+        let files = files_of_nodes(&handle).await;
         // It says no more than that the engine has ended before.
         let _ = handle.call(Request::Quit).await;
-        outcome
+        (outcome, files)
     });
     drop(handle);
-    for text in engine.join() {
-        eprintln!("blockyard: {text}");
+    let lost = engine.join();
+    let (came_to, display) = outcome;
+    if lost.is_empty() {
+        return Ok((came_to, display));
     }
-    Ok(outcome)
+    let text = not_saved(lost, &files);
+    if came_to.is_success() {
+        return Err((format!("it was done, but {text}"), display));
+    }
+    display.error(&text);
+    Ok((came_to, display))
+}
+
+/// That something was lost when files were closed, and what.
+fn not_saved(lost: Vec<String>, files: &[(String, String)]) -> String {
+    let lost = lost.into_iter().map(|text| naming_files(text, files));
+    let lost: Vec<String> = lost.collect();
+    format!(
+        "not everything could be saved at the end: {}",
+        lost.join("; ")
+    )
+}
+
+/// The files that nodes show, by the names of the nodes.
+async fn files_of_nodes(handle: &EngineHandle) -> Vec<(String, String)> {
+    let nodes = handle.call(Request::QueryNamedBlockNodes { flat: true });
+    match nodes.await {
+        Ok(Reply::Nodes(nodes)) => nodes
+            .into_iter()
+            .map(|node| (node.node_name, node.filename))
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// The same text about files: names of nodes mean nothing to whoever runs a command.
+fn naming_files(text: String, files: &[(String, String)]) -> String {
+    let named = files
+        .iter()
+        .map(|(node, file)| (format!("node '{node}'"), file));
+    let named = named.filter(|(node, file)| !file.is_empty() && !node.is_empty());
+    named.fold(text, |text, (node, file)| {
+        let file = format!("'{file}'");
+        let at_the_start = node.replacen('n', "N", 1);
+        text.replace(&at_the_start, &file).replace(&node, &file)
+    })
 }
 
 impl Embedded {
@@ -518,12 +575,16 @@ impl Embedded {
     /// Closes a node.
     ///
     /// # Errors
-    /// The engine's.
+    /// The engine's. When something was lost by that, as by a last flush that failed: the node is closed then.
     pub(crate) async fn delete_node(&self, name: &str) -> Result<(), EngineError> {
+        let files = files_of_nodes(&self.engine).await;
         let node_name = name.to_owned();
-        self.call(Request::BlockdevDel { node_name })
-            .await
-            .map(drop)
+        match self.call(Request::BlockdevDel { node_name }).await? {
+            Reply::Closed { lost } if !lost.is_empty() => {
+                Err(EngineError::generic(not_saved(lost, &files)))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Runs a job to its end, on the display if it is `shown`; a mirror is completed once it has converged. A signal cancels it; its end is

@@ -19,7 +19,7 @@ use crate::terminal::chain::arguments::{CommitArguments, MoveArguments, StreamAr
 use crate::terminal::chain::{layer_at, told};
 use crate::terminal::copy::ends::shown;
 use crate::terminal::display::{Display, Ended, Fact, Outcome};
-use crate::terminal::embedded::{Embedded, Sharing, with_engine};
+use crate::terminal::embedded::{CameTo, Embedded, Sharing, with_engine};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::Disk;
 use crate::terminal::room;
@@ -47,6 +47,12 @@ struct Moved {
     outcome: Outcome,
     bytes: u64,
     facts: Vec<Fact>,
+}
+
+impl CameTo for Moved {
+    fn is_success(&self) -> bool {
+        self.outcome == Outcome::Completed
+    }
 }
 
 impl Moved {

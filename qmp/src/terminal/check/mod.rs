@@ -17,7 +17,7 @@ use crate::terminal::check::arguments::{CheckArguments, Format};
 use crate::terminal::check::report::{human, json, repaired};
 use crate::terminal::display::{Display, DisplayArguments};
 use crate::terminal::embedded::{
-    Cache, Embedded, EngineArguments, ImageFile, Sharing, with_engine,
+    Cache, CameTo, Embedded, EngineArguments, ImageFile, Sharing, with_engine,
 };
 use crate::terminal::exit::Exit;
 
@@ -58,6 +58,12 @@ enum Checked {
     Failed(String),
     Unsupported,
     Cancelled,
+}
+
+impl CameTo for Checked {
+    fn is_success(&self) -> bool {
+        matches!(self, Checked::Done(_))
+    }
 }
 
 /// Runs `check`.

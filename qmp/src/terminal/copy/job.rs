@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::terminal::copy::arguments::{CopyKind, SOURCE, TARGET};
 use crate::terminal::copy::ends::{Source, Target, shown};
 use crate::terminal::display::{Fact, Outcome};
-use crate::terminal::embedded::{Embedded, NodeFile};
+use crate::terminal::embedded::{CameTo, Embedded, NodeFile};
 
 /// The error of a job that was cancelled.
 const CANCELED: &str = "Operation canceled";
@@ -43,6 +43,12 @@ pub(crate) struct Copied {
     /// The job as it was at its end; `None`: it did not begin, and has written nothing.
     pub(crate) job: Option<JobView>,
     pub(crate) facts: Vec<Fact>,
+}
+
+impl CameTo for Copied {
+    fn is_success(&self) -> bool {
+        self.outcome == Outcome::Completed
+    }
 }
 
 impl Copied {

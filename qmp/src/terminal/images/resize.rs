@@ -100,7 +100,8 @@ async fn resize(
     let cannot = |what: &str| format!("cannot resize {}: {what}", shown(disk.path));
     match resized {
         Ok(ImageReply::Resized(view)) => {
-            closed.map_err(|error| cannot(&error.text))?;
+            closed
+                .map_err(|error| format!("{} was resized, but {}", shown(disk.path), error.text))?;
             Ok(view)
         }
         Ok(_) => Err(cannot("another reply (bug)")),
