@@ -6,7 +6,9 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use crate::place::{MIB, Place, code, complaint};
+use crate::images::run;
+use crate::made_chains::info;
+use crate::place::{MIB, Place, Tiny, can_mount, code, complaint};
 use crate::tools;
 
 pub(crate) fn have_qemu_img() -> bool {
@@ -221,6 +223,36 @@ fn raw_disks_change_their_length() {
         "looks like a qcow2 image; say -f qcow2",
     );
     place.fail(&["resize", "disk", "1x"], "a number of bytes");
+}
+
+/// The table is shared with a snapshot, so that going back may not need another one.
+#[test]
+fn room_that_cannot_be_reserved_leaves_the_old_length() {
+    if !have_qemu_img() || !can_mount() {
+        return;
+    }
+    let place = Place::new();
+    let Some(tiny) = Tiny::mount(place.path("tiny")) else {
+        return;
+    };
+    make(&place, &["create", "-q", "-f", "qcow2", "tiny/disk", "2M"]);
+    let write = ["-f", "qcow2", "-c", "write -P 7 64k 100k", "tiny/disk"];
+    run(place.folder.path(), "qemu-io", &write);
+    make(&place, &["snapshot", "-c", "kept", "tiny/disk"]);
+    // As much of it as there is room for.
+    let _ = fs::write(tiny.path.join("fill"), vec![1; 5 * MIB as usize]);
+    for mode in ["falloc", "full"] {
+        let resize = ["resize", "-f", "qcow2", "--preallocation", mode];
+        let ended = place.run(&[&resize[..], &["tiny/disk", "+8M"]].concat());
+        assert_eq!(code(&ended), 1, "{mode}");
+        let told = complaint(&ended);
+        let words = "cannot resize 'tiny/disk': Could not preallocate: No space left on device\n";
+        assert!(told.ends_with(words), "{mode}: {told}");
+        let length = &info(&tiny.path, "disk")["virtual-size"];
+        assert_eq!(*length, 2 * MIB, "{mode}");
+        make(&place, &["check", "-q", "tiny/disk"]);
+    }
+    drop(tiny);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::qcow2::growth::l1_entries;
 use crate::qcow2::header_updates::interrupted;
 use crate::qcow2::image::{ImageState, Qcow2};
 use crate::qcow2::layout::entries::L1Entry;
-use crate::qcow2::lookup::Look;
+use crate::qcow2::lookup::{Look, Source};
 use crate::qcow2::open::DiskChange;
 use crate::qcow2::units::{ClusterCount, HostCluster, Version};
 use crate::qcow2::waiting::{Turn, give_way};
@@ -245,6 +245,12 @@ impl Qcow2 {
             return Ok(ByteRange::between(end.min(range.end()), range.end()));
         }
         let front = range.intersection(&state.slice_span(range));
+        // Where nothing is, nothing changes: a table that snapshots share would have to be copied, for which there may be no room.
+        let there = self.find(front).await?;
+        if there.source == Source::Unallocated && !state.geometry.extended_l2() {
+            return Ok(ByteRange::between(there.range.end(), range.end()));
+        }
+        drop(there);
         self.change(front, Change::Forget).await?;
         Ok(range.split_at(front.length()).1)
     }
