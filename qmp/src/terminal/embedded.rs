@@ -26,6 +26,9 @@ use crate::terminal::exit::Exit;
 /// How often a running job is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// How long names of files are waited for, which only make a message better.
+const NAMES_WAIT: Duration = Duration::from_secs(2);
+
 /// How the engine works.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct EngineArguments {
@@ -243,11 +246,11 @@ fn not_saved(lost: Vec<String>, files: &[(String, String)]) -> String {
     )
 }
 
-/// The files that nodes show, by the names of the nodes.
+/// The files that nodes show, by the names of the nodes; none if a disk does not answer.
 async fn files_of_nodes(handle: &EngineHandle) -> Vec<(String, String)> {
     let nodes = handle.call(Request::QueryNamedBlockNodes { flat: true });
-    match nodes.await {
-        Ok(Reply::Nodes(nodes)) => nodes
+    match tokio::time::timeout(NAMES_WAIT, nodes).await {
+        Ok(Ok(Reply::Nodes(nodes))) => nodes
             .into_iter()
             .map(|node| (node.node_name, node.filename))
             .collect(),
