@@ -1,6 +1,7 @@
 //! `blockdev-snapshot-sync`: refusals and existing overlays as on the reference daemon, and what a new one says of itself.
 
 use std::fmt::Write as _;
+use std::fs;
 
 use serde_json::{Value, json};
 
@@ -8,6 +9,7 @@ use crate::chains::on;
 use crate::daemon::Daemon;
 use crate::images::{chain, image, run};
 use crate::oracle::compare;
+use crate::place::{MIB, Tiny, can_mount};
 use crate::tools;
 
 fn line(script: &mut String, command: &str, arguments: &Value) {
@@ -91,4 +93,64 @@ fn a_new_overlay_names_what_it_stands_on() {
         "qemu-img",
         &["compare", "top.qcow2", "o.qcow2"],
     );
+}
+
+/// A command that fails for want of room leaves no file behind that it has made, and every file that was there.
+#[test]
+fn a_full_file_system_keeps_no_part_of_a_new_image() {
+    if !tools::have("qemu-img", "qemu-utils") || !can_mount() {
+        return;
+    }
+    let daemon = Daemon::start();
+    chain(daemon.folder.path());
+    let Some(tiny) = Tiny::mount(daemon.folder.path().join("tiny")) else {
+        return;
+    };
+    let names = || {
+        let entries = fs::read_dir(&tiny.path).expect("a folder");
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.expect("an entry").file_name())
+            .collect();
+        names.sort();
+        names
+    };
+    let fill = tiny.path.join("fill");
+    // As much of it as there is room for.
+    let _ = fs::write(&fill, vec![1; 5 * MIB as usize]);
+    fs::write(tiny.path.join("old"), "").expect("a name takes no room");
+    let mut client = daemon.client();
+    client.run("blockdev-add", on("top", "top.qcow2"));
+    let snapshot = |name: &str| json!({"node-name": "top", "snapshot-file": format!("tiny/{name}"), "snapshot-node-name": "o"});
+    let copy = |name: &str| json!({"job-id": "j", "device": "top", "target": format!("tiny/{name}"), "format": "qcow2", "sync": "full"});
+    let commands = [
+        (
+            "blockdev-snapshot-sync",
+            &snapshot as &dyn Fn(&str) -> Value,
+        ),
+        ("drive-backup", &copy),
+        ("drive-mirror", &copy),
+    ];
+    for (command, arguments) in commands {
+        for name in ["new", "old"] {
+            let refusal = client.refusal(command, arguments(name));
+            assert!(refusal.ends_with("No space left on device"), "{refusal}");
+            assert_eq!(names(), ["fill", "old"], "{command} {name}");
+            if command != "drive-mirror" {
+                let action = json!({"type": command, "data": arguments(name)});
+                let refusal = client.refusal("transaction", json!({"actions": [action]}));
+                assert!(refusal.ends_with("No space left on device"), "{refusal}");
+                assert_eq!(
+                    names(),
+                    ["fill", "old"],
+                    "{command} {name} in a transaction"
+                );
+            }
+        }
+    }
+    fs::remove_file(&fill).expect("removed");
+    client.run("drive-backup", copy("new"));
+    client.wait_for("j", "null");
+    client.run("blockdev-snapshot-sync", snapshot("old"));
+    assert_eq!(names(), ["new", "old"]);
+    daemon.quit();
 }

@@ -49,7 +49,7 @@ impl Graph {
     /// Makes an image; what was in its file before is gone. It is durable when this returns.
     ///
     /// # Errors
-    /// In QEMU's words; what was made in the file may be left.
+    /// In QEMU's words. A file that was not there before is removed then, one that was stays, with what was made in it.
     pub(super) async fn make_image(&self, new: &NewImage<'_>) -> Result<(), EngineError> {
         if new
             .backing
@@ -72,14 +72,29 @@ impl Graph {
         let thread = self.threads.choose();
         let made = self.threads.run(thread, move |context| {
             Box::pin(async move {
-                let work = CreateFile::new(options, &context);
-                carry_out(Box::new(work), &context).await
+                let mut work = CreateFile::new(options, &context);
+                carry_out(&mut work, &context).await?;
+                Ok::<_, EngineError>(work.take_made())
             })
         });
-        made.await??;
+        let made = made.await??;
         if !is_qcow2 {
             return Ok(());
         }
+        let outcome = self.fill_qcow2(new).await;
+        if let (Err(_), Some(made)) = (&outcome, made) {
+            let removed = self.threads.run(thread, move |context| {
+                context.files().blocking(Box::new(move || made.remove()))
+            });
+            if let Err(error) = removed.await {
+                tracing::warn!(%error, "a half-made file stays");
+            }
+        }
+        outcome
+    }
+
+    /// Makes an empty image of a file that is there.
+    async fn fill_qcow2(&self, new: &NewImage<'_>) -> Result<(), EngineError> {
         let image = qcow2_spec(new);
         let holder = self.open_unowned(file_node(new.filename)).await?;
         let made = self.threads.run(self.thread_of(holder), move |context| {
@@ -87,8 +102,8 @@ impl Graph {
                 let Some(node) = context.node(holder) else {
                     return Err(EngineError::generic("The node is gone"));
                 };
-                let work = CreateQcow2::new(&image, node, None);
-                carry_out(Box::new(work), &context).await
+                let mut work = CreateQcow2::new(&image, node, None);
+                carry_out(&mut work, &context).await
             })
         });
         let made = made.await;
@@ -121,7 +136,7 @@ fn qcow2_spec(new: &NewImage<'_>) -> CreateQcow2Spec {
 }
 
 /// Does a job's work within a command: nobody hears of it but of its error.
-async fn carry_out(mut work: Box<dyn Work>, context: &DataContext) -> Result<(), EngineError> {
+async fn carry_out(work: &mut dyn Work, context: &DataContext) -> Result<(), EngineError> {
     let shared = Arc::new(JobShared::new(0, CopyMode::Background));
     let (reports, _) = tokio::sync::mpsc::unbounded_channel();
     let cx = JobContext::new(

@@ -14,7 +14,7 @@ impl Graph {
     /// use it now; its file stays.
     ///
     /// # Errors
-    /// In QEMU's words and order; what was made in the file may be left.
+    /// In QEMU's words and order. A file that was not there before is left only with a whole image in it.
     pub async fn put_new_overlay(&self, spec: &NewOverlaySpec) -> Result<PutOverlay, EngineError> {
         let name = spec.node_name.as_deref().unwrap_or_default();
         let device = spec.device.as_deref().unwrap_or_default();

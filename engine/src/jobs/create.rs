@@ -2,6 +2,7 @@
 //!
 //! A file that this job made is removed again when the job fails or is cancelled; one that was there before stays.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -50,13 +51,58 @@ pub(crate) struct CreateFileOptions {
 pub(crate) struct CreateFile {
     options: CreateFileOptions,
     files: Rc<dyn HostFiles>,
-    made: bool,
+    made: Option<MadeFile>,
+}
+
+/// A file that was not there before a job or a command made it.
+#[derive(Debug)]
+pub(crate) struct MadeFile {
+    path: PathBuf,
+    /// As it was made. Open, so that no other file can have its number.
+    file: std::fs::File,
+}
+
+impl MadeFile {
+    /// Makes a file that is empty; `None`: there is something already.
+    fn make(path: &Path) -> std::io::Result<Option<Self>> {
+        let mut options = std::fs::OpenOptions::new();
+        match options.write(true).create_new(true).open(path) {
+            Ok(file) => Ok(Some(Self {
+                path: path.to_owned(),
+                file,
+            })),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes it, whatever is in it by now, unless its name leads to something else meanwhile. May wait for the disk.
+    pub(crate) fn remove(self) {
+        let identity = |facts: &std::fs::Metadata| (facts.dev(), facts.ino());
+        let is_there = || -> std::io::Result<bool> {
+            let (ours, named) = (
+                self.file.metadata()?,
+                std::fs::symlink_metadata(&self.path)?,
+            );
+            Ok(identity(&ours) == identity(&named))
+        };
+        let removed = match is_there() {
+            Ok(true) => std::fs::remove_file(&self.path),
+            Ok(false) => return,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            let path = self.path.display();
+            tracing::warn!(%error, %path, "a half-made file could not be removed");
+        }
+    }
 }
 
 /// An opened, locked and emptied file.
 struct Opened {
     file: HostFile,
-    made: bool,
+    made: Option<MadeFile>,
 }
 
 impl CreateFile {
@@ -65,8 +111,13 @@ impl CreateFile {
         Self {
             options,
             files: context.files().clone(),
-            made: false,
+            made: None,
         }
+    }
+
+    /// The file, if it was not there before, for who has more to do with it: nothing removes it any more but its owner.
+    pub(crate) fn take_made(&mut self) -> Option<MadeFile> {
+        self.made.take()
     }
 
     async fn create(&mut self, cx: &JobContext) -> Result<(), Stop> {
@@ -139,7 +190,7 @@ impl CreateFile {
 
     /// A new name is durable once its folder is.
     async fn sync_folder(&self) -> Result<(), JobError> {
-        if !self.made {
+        if self.made.is_none() {
             return Ok(());
         }
         let path = self.options.filename.clone();
@@ -172,18 +223,15 @@ impl CreateFile {
 
     /// Removes what this job made, and only that.
     async fn remove(&mut self) {
-        if !std::mem::take(&mut self.made) {
+        let Some(made) = self.made.take() else {
             return;
-        }
-        let path = self.options.filename.clone();
-        let removed = self
-            .blocking(move || {
-                std::fs::remove_file(&path)
-                    .map_err(|error| JobError::text(format!("{}: {error}", path.display())))
-            })
-            .await;
-        if let Err(error) = removed {
-            tracing::warn!(reason = error.text, "a half-made file could not be removed");
+        };
+        let removed = self.blocking(move || {
+            made.remove();
+            Ok(())
+        });
+        if let Err(error) = removed.await {
+            tracing::warn!(reason = error.text, "a half-made file stays");
         }
     }
 }
@@ -247,36 +295,30 @@ const CREATION_LOCKS: [u64; 3] = [101, 103, 203];
 
 /// Opens or makes, locks and empties; a failure leaves nothing behind that was not there.
 fn open_empty(path: &Path) -> Result<Opened, JobError> {
-    let mut made = false;
-    let opened = try_open_empty(path, &mut made);
-    if opened.is_err()
-        && made
-        && let Err(error) = std::fs::remove_file(path)
-    {
-        tracing::warn!(%error, "a half-made file could not be removed");
+    let made = MadeFile::make(path).map_err(|error| not_created(path, &error))?;
+    match try_open_empty(path) {
+        Ok(file) => Ok(Opened { file, made }),
+        Err(error) => {
+            if let Some(made) = made {
+                made.remove();
+            }
+            Err(error)
+        }
     }
-    opened.map(|file| Opened { file, made })
 }
 
-fn try_open_empty(path: &Path, made: &mut bool) -> Result<HostFile, JobError> {
-    let text = |error: &std::io::Error| {
-        let reason = error
-            .raw_os_error()
-            .map_or_else(|| error.to_string(), errno_text);
-        JobError {
-            errno: error.raw_os_error(),
-            ..JobError::text(format!("Could not create '{}': {reason}", path.display()))
-        }
-    };
-    *made = match std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(path)
-    {
-        Ok(_) => true,
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
-        Err(error) => return Err(text(&error)),
-    };
+fn not_created(path: &Path, error: &std::io::Error) -> JobError {
+    let reason = error
+        .raw_os_error()
+        .map_or_else(|| error.to_string(), errno_text);
+    JobError {
+        errno: error.raw_os_error(),
+        ..JobError::text(format!("Could not create '{}': {reason}", path.display()))
+    }
+}
+
+fn try_open_empty(path: &Path) -> Result<HostFile, JobError> {
+    let text = |error: &std::io::Error| not_created(path, error);
     let mode = OpenMode {
         write: true,
         ..OpenMode::default()

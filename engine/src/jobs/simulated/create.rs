@@ -236,3 +236,29 @@ fn paused_and_cancelled_at_every_step() {
         }
     }
 }
+
+/// What somebody else has put there meanwhile under the same name is none of the job's business.
+#[test]
+fn a_failed_job_removes_only_the_file_that_it_has_made() {
+    for how in WAYS {
+        let place = Place {
+            // Something is there in the end.
+            was_there: true,
+            ..Place::new(how, false)
+        };
+        let (theirs, name) = (place.folder.path().join("theirs"), place.path());
+        place.world.add_fault(Fault::fails(EIO).nth(2));
+        let result = place.create(|_, _| {
+            if name.exists() && !theirs.exists() {
+                std::fs::write(&theirs, "theirs").expect("written");
+                std::fs::hard_link(&theirs, place.folder.path().join("link")).expect("linked");
+                std::fs::rename(place.folder.path().join("link"), &name).expect("replaced");
+            }
+        });
+        assert!(
+            matches!(result, Err(Stop::Failed(_))),
+            "{how:?}: {result:?}"
+        );
+        assert_eq!(std::fs::read(&name).expect("there"), b"theirs", "{how:?}");
+    }
+}
