@@ -159,7 +159,11 @@ fn exit_codes_are_those_of_qemu_img() {
     for (arguments, expected, words) in [
         (&["check", "leaked"][..], 3, "Leaked cluster"),
         (&["check", "-f", "raw", "leaked"], 63, "nothing to check"),
-        (&["check", "missing"], 1, "No such file or directory"),
+        (
+            &["check", "missing"],
+            1,
+            "blockyard: Could not open 'missing': No such file or directory",
+        ),
         (&["check", "text"], 1, "Image is not in qcow2 format"),
         (&["check", "."], 1, "cannot use '.'"),
         (&["check"], 1, "FILE"),

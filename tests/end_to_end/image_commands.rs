@@ -384,6 +384,10 @@ fn maps_are_those_of_qemu_img() {
             same(&place, &["map", "-f", format, name]);
         }
     }
+    make(&place, &["create", "-q", "-f", "raw", "without", "0"]);
+    let without = ["map", "-f", "raw", "--output=json", "without"];
+    same(&place, &without);
+    same(&place, &[&without[..], &["--start-offset", "5M"]].concat());
     let create = [
         "create",
         "-q",

@@ -15,6 +15,7 @@ use blockyard_engine::request::{Discard, NamedBy};
 
 use crate::terminal::check::arguments::{CheckArguments, Format};
 use crate::terminal::check::report::{human, json, repaired};
+use crate::terminal::copy::ends::cannot_use;
 use crate::terminal::display::{Display, DisplayArguments};
 use crate::terminal::embedded::{
     Cache, CameTo, Embedded, EngineArguments, ImageFile, Sharing, with_engine,
@@ -107,7 +108,7 @@ async fn check(embedded: &mut Embedded, arguments: &CheckArguments) -> Checked {
         named_by: NamedBy::Client,
     };
     if let Err(error) = embedded.add_image_file(&file).await {
-        return Checked::Failed(format!("cannot use {shown}: {error}"));
+        return Checked::Failed(cannot_use(&arguments.file, &error.to_string()));
     }
     if arguments.format == Format::Raw {
         return Checked::Unsupported;

@@ -416,6 +416,15 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
     }
 }
 
+/// That a file cannot be used, and why; which file that is is said once.
+pub(crate) fn cannot_use(path: &Path, reason: &str) -> String {
+    let path = shown(path);
+    match reason.starts_with(&format!("Could not open {path}: ")) {
+        true => reason.to_owned(),
+        false => format!("cannot use {path}: {reason}"),
+    }
+}
+
 /// A path as messages show it.
 pub(crate) fn shown(path: &Path) -> String {
     format!("'{}'", path.display())

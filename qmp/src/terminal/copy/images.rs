@@ -14,7 +14,7 @@ use blockyard_engine::request::{BackingRef, DetectZeroes, Discard, NamedBy, Node
 use crate::size;
 use crate::terminal::check::arguments::Format;
 use crate::terminal::copy::arguments::{Asked, Changes, SOURCE, TARGET};
-use crate::terminal::copy::ends::{Source, Target, shown};
+use crate::terminal::copy::ends::{Source, Target, cannot_use, shown};
 use crate::terminal::copy::job::{Copied, add_source, add_target, check_unused, outcome_of};
 use crate::terminal::copy::{check_manifest, check_unmodified};
 use crate::terminal::display::Outcome;
@@ -82,7 +82,7 @@ impl<'a> Copy<'a> {
             named_by: NamedBy::Client,
         };
         let source_format = disk.format()?;
-        let cannot = |error: &dyn std::fmt::Display| format!("cannot use {}: {error}", shown(path));
+        let cannot = |error: &dyn std::fmt::Display| cannot_use(path, &error.to_string());
         match source_format {
             Format::Raw => {
                 add_source(embedded, &source).await?;
@@ -275,8 +275,7 @@ impl<'a> Copy<'a> {
 
     /// Gives the target what it needs of room and tables, and opens its node.
     async fn open_target(&self, embedded: &mut Embedded, target: &Target) -> Result<(), Copied> {
-        let path = shown(&target.path);
-        let cannot = |text: &str| Copied::refused(format!("cannot use {path}: {text}"));
+        let cannot = |text: &str| Copied::refused(cannot_use(&target.path, text));
         if self.asked.target_format() == Format::Raw {
             let options = self.asked.copy.options(self.asked.kind);
             let added = add_target(embedded, &options, &self.source, target).await;

@@ -11,7 +11,7 @@ use blockyard_engine::request::{
 use serde_json::Value;
 
 use crate::terminal::copy::arguments::{CopyKind, SOURCE, TARGET};
-use crate::terminal::copy::ends::{Source, Target, shown};
+use crate::terminal::copy::ends::{Source, Target, cannot_use, shown};
 use crate::terminal::display::{Fact, Outcome};
 use crate::terminal::embedded::{CameTo, Embedded, NodeFile};
 
@@ -117,7 +117,7 @@ pub(crate) async fn add_source(embedded: &Embedded, source: &Source) -> Result<b
         detect_zeroes: DetectZeroes::Off,
     };
     let added = embedded.add_node(&node).await;
-    added.map_err(|error| format!("cannot use {}: {error}", shown(&source.path)))
+    added.map_err(|error| cannot_use(&source.path, &error.to_string()))
 }
 
 /// Gives the target its length and room, and opens its node. A file is empty then. Returns whether the page cache is
@@ -131,9 +131,7 @@ pub(crate) async fn add_target(
     source: &Source,
     target: &Target,
 ) -> Result<bool, Copied> {
-    let cannot = |error: EngineError| {
-        Copied::refused(format!("cannot use {}: {error}", shown(&target.path)))
-    };
+    let cannot = |error: EngineError| Copied::refused(cannot_use(&target.path, &error.to_string()));
     if !target.is_device {
         if !target.is_new {
             check_unused(embedded, target).await.map_err(cannot)?;

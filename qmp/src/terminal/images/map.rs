@@ -99,7 +99,7 @@ async fn map(embedded: &mut Embedded, arguments: &MapArguments) -> Result<(), St
         .await;
     match mapped {
         Ok(ImageReply::Mapped) => {
-            printer.end(&embedded.display);
+            printer.end(&embedded.display, arguments.start_offset);
             Ok(())
         }
         Ok(_) => Err(cannot("another reply (bug)")),
@@ -185,11 +185,29 @@ impl Printer {
         }
     }
 
-    fn end(self, display: &Display) {
+    /// `start`: where it began.
+    fn end(self, display: &Display, start: u64) {
         match self {
-            Printer::Json { last } => display.result(&(last.unwrap_or("[".to_owned()) + "]")),
+            // Where there is nothing, qemu-img says so in an entry.
+            Printer::Json { last } => {
+                let last = last.unwrap_or_else(|| format!("[{}", json(&nothing_at(start))));
+                display.result(&(last + "]"));
+            }
             Printer::Human { .. } => {}
         }
+    }
+}
+
+fn nothing_at(start: u64) -> MapExtent {
+    MapExtent {
+        start,
+        length_bytes: 0,
+        depth: 0,
+        present: false,
+        zero: false,
+        data: false,
+        compressed: false,
+        offset: None,
     }
 }
 
