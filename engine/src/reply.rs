@@ -97,6 +97,8 @@ pub struct JobView {
     pub error: Option<String>,
     /// The chain it has worked on, as it is now that the job has concluded, from the top down.
     pub chain: Option<Vec<LayerView>>,
+    /// For those that keep both sides equal: how fast the source changes and is copied, once somebody has written.
+    pub rates: Option<RatesView>,
     /// On which node and bytes it failed, where it was a request that failed. Not on the wire.
     pub failed_at: Option<String>,
     /// How long its requests took. Not on the wire.

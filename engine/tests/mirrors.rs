@@ -413,6 +413,11 @@ fn a_mirror_that_falls_behind_says_so_until_its_writers_wait() {
             };
             assert!(behind.dirty_bytes > 4 << 20, "{behind:?}");
             assert!(behind.copied_a_second < 4 << 20, "{behind:?}");
+            let jobs = yard.engine.call(Request::QueryJobs).await;
+            let Ok(Reply::Jobs(jobs)) = jobs else {
+                panic!("no jobs: {jobs:?}");
+            };
+            assert!(jobs[0].rates.is_some());
             let copy_mode = Some(CopyMode::WriteBlocking);
             let changed = yard.verb(VerbCall::Change { copy_mode }).await;
             changed.expect("changed");

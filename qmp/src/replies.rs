@@ -1,5 +1,6 @@
 //! Replies as clients see them.
 
+use blockyard_engine::job::rates::RatesView;
 use blockyard_engine::reply::{
     BitmapInfo, BitmapView, BlockJobView, CheckpointView, Compression, Counted, ExportView, Format,
     FormatSpecific, GraphNodeKind, GraphView, ImageView, IoStatus, JobView, LayerView, NodeView,
@@ -133,7 +134,17 @@ fn job(job: &JobView) -> Value {
     if let Some(chain) = &job.chain {
         value["x-chain"] = chain.iter().map(layer).collect();
     }
+    put_rates(&mut value, job.rates.as_ref());
     value
+}
+
+fn put_rates(value: &mut Value, rates: Option<&RatesView>) {
+    if let Some(rates) = rates {
+        value["x-dirty-bytes"] = json!(rates.dirty_bytes);
+        value["x-dirty-rate"] = json!(rates.dirtied_a_second);
+        value["x-copy-rate"] = json!(rates.copied_a_second);
+        value["x-converges"] = json!(rates.converges());
+    }
 }
 
 fn layer(layer: &LayerView) -> Value {
@@ -175,12 +186,7 @@ fn block_job(job: &BlockJobView) -> Value {
     if let Some(synced) = job.actively_synced {
         value["actively-synced"] = json!(synced);
     }
-    if let Some(rates) = &job.rates {
-        value["x-dirty-bytes"] = json!(rates.dirty_bytes);
-        value["x-dirty-rate"] = json!(rates.dirtied_a_second);
-        value["x-copy-rate"] = json!(rates.copied_a_second);
-        value["x-converges"] = json!(rates.converges());
-    }
+    put_rates(&mut value, job.rates.as_ref());
     value
 }
 

@@ -9,6 +9,7 @@ use crate::error::{JobError, NodeError};
 use crate::event::BlockJobFigures;
 use crate::graph::JobNodes;
 use crate::job::context::{JobKey, JobShared};
+use crate::job::rates::RatesView;
 use crate::job::status::Status;
 use crate::job::verb::JobType;
 use crate::manager::driver::DriverOrder;
@@ -119,6 +120,7 @@ impl JobRecord {
             total_progress: self.shared.progress.total_bytes(),
             error: self.error.as_ref().map(|error| error.text.clone()),
             chain: self.chain.clone(),
+            rates: self.rates(),
             failed_at: self.error.as_ref().and_then(JobError::place),
             latency: self.shared.latency.view(),
         }
@@ -154,10 +156,15 @@ impl JobRecord {
             error: self.error.as_ref().map(|error| error.text.clone()),
             actively_synced: (self.job_type == JobType::Mirror)
                 .then(|| self.shared.actively_synced()),
-            rates: match self.finished {
-                true => None,
-                false => self.shared.rates.view(),
-            },
+            rates: self.rates(),
+        }
+    }
+
+    /// How fast its source changes and is copied, as long as it works.
+    fn rates(&self) -> Option<RatesView> {
+        match self.finished {
+            true => None,
+            false => self.shared.rates.view(),
         }
     }
 }

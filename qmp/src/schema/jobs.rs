@@ -232,6 +232,10 @@ pub static JOB_INFO: Object = Object::of(&[
     required("total-progress", Type::Int),
     optional("error", Type::Text),
     optional("x-chain", Type::List(&Type::Object(&CHAIN_LAYER))).unstable(),
+    optional("x-dirty-bytes", Type::Int).unstable(),
+    optional("x-dirty-rate", Type::Int).unstable(),
+    optional("x-copy-rate", Type::Int).unstable(),
+    optional("x-converges", Type::Bool).unstable(),
 ]);
 /// One image of a chain.
 pub static CHAIN_LAYER: Object = Object::of(&[
