@@ -199,10 +199,12 @@ only name what stands before it.
   --object [qom-type=]throttle-group,id=ID,limits.bps-total=N,...
         create an object; the same as the command object-add
   --nbd-server addr.type=unix,addr.path=PATH[,OPTION=VALUE]...
-  --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,...]
-        start the NBD server; the same as the command nbd-server-start
+  --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,OPTION=VALUE]...
+        start the NBD server; the same as the command nbd-server-start.
+        OPTION: max-connections, handshake-max-seconds, tls-creds, tls-authz
   --export [type=]nbd,id=ID,node-name=NAME[,name=EXPORT][,writable=on|off]
-        [,description=TEXT][,allocation-depth=on|off] | JSON
+        [,description=TEXT][,allocation-depth=on|off][,bitmaps.N=BITMAP]
+        [,writethrough=on|off][,allow-inactive=on|off] | JSON
         let clients use a node; the same as the command block-export-add
   --daemonize
         go to the background once everything is set up
