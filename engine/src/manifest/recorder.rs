@@ -192,18 +192,21 @@ impl Recorder {
         Ok(())
     }
 
+    /// What was kept of everything that was to be recorded.
+    fn all_recorded(&self) -> Result<&Kept, JobError> {
+        match (self.failure(), &self.kept) {
+            (Some(error), _) => Err(error),
+            (None, Some(kept)) => Ok(kept),
+            (None, None) => Err(lost("no manifest is wanted")),
+        }
+    }
+
     /// Writes the manifest of all that was recorded to `output`, which is empty. Not durable.
     ///
     /// # Errors
     /// When something was not recorded, or a file fails.
     pub(crate) async fn write_manifest(&self, output: &dyn Storage) -> Result<(), JobError> {
-        if let Some(error) = self.failure() {
-            return Err(error);
-        }
-        let kept = self
-            .kept
-            .as_ref()
-            .ok_or_else(|| lost("no manifest is wanted"))?;
+        let kept = self.all_recorded()?;
         if kept.known.borrow().dirty_bytes() != self.length_bytes {
             return Err(lost("the manifest would leave something out"));
         }
@@ -235,13 +238,7 @@ impl Recorder {
         earlier: &Earlier,
         output: &dyn Storage,
     ) -> Result<(), JobError> {
-        if let Some(error) = self.failure() {
-            return Err(error);
-        }
-        let kept = self
-            .kept
-            .as_ref()
-            .ok_or_else(|| lost("no manifest is wanted"))?;
+        let kept = self.all_recorded()?;
         let known = kept.known.borrow().clone();
         let ahead = RefCell::new(Ahead::default());
         let sums = async |block: ByteRange| {
