@@ -25,7 +25,7 @@ pub(crate) use activity::Regions;
 pub(crate) use anew::LOOK_PAUSE;
 pub use frozen::FrozenBitmap;
 pub(crate) use frozen::JobEnd;
-pub(crate) use one::Bitmap;
+pub use one::Bitmap;
 pub(crate) use persistent::BitmapInMemory;
 pub use request::{BitmapChange, BitmapName};
 pub(crate) use succession::Succession;
@@ -66,8 +66,9 @@ pub(crate) enum Need {
 }
 
 impl NodeBitmaps {
-    /// Something within `range` of a disk that is this long now has changed, or may have.
-    pub(crate) fn mark(&self, range: ByteRange, length_bytes: u64) {
+    /// Something within `range` of a disk that is this long now, in bytes, has changed, or may have. All bitmaps that record have it
+    /// afterwards, in memory.
+    pub fn mark(&self, range: ByteRange, length_bytes: u64) {
         for bitmap in self.lock().iter_mut() {
             // An image's own file becomes longer as it is written.
             if bitmap.map().length_bytes() < length_bytes {
@@ -78,7 +79,7 @@ impl NodeBitmaps {
     }
 
     /// Whether a change has to be marked.
-    pub(crate) fn record(&self) -> bool {
+    pub fn record(&self) -> bool {
         self.any_records.load(Ordering::Acquire)
     }
 
@@ -93,8 +94,8 @@ impl NodeBitmaps {
     /// Takes a new one in.
     ///
     /// # Errors
-    /// As [`check_new`](Self::check_new).
-    pub(crate) fn add(&self, mut bitmap: Bitmap) -> Result<(), EngineError> {
+    /// In QEMU's words: its name is taken, or none.
+    pub fn add(&self, mut bitmap: Bitmap) -> Result<(), EngineError> {
         let mut all = self.lock();
         check_new(&all, bitmap.name())?;
         bitmap.set_place(next_place(&all));

@@ -9,7 +9,7 @@ use crate::reply::BitmapView;
 
 /// One dirty bitmap of a node.
 #[derive(Clone, Debug)]
-pub(crate) struct Bitmap {
+pub struct Bitmap {
     name: String,
     /// As it stands in the image that keeps it.
     name_in_image: Vec<u8>,
@@ -55,8 +55,9 @@ struct Successor {
 }
 
 impl Bitmap {
-    /// A bitmap of a disk on which nothing has changed yet. It records from now on.
-    pub(crate) fn new(name: String, length_bytes: u64, granularity_bytes: u64) -> Self {
+    /// A bitmap of a disk on which nothing has changed yet, in granules of `granularity_bytes` (a power of two). It records from now
+    /// on.
+    pub fn new(name: String, length_bytes: u64, granularity_bytes: u64) -> Self {
         Self {
             name_in_image: name.as_bytes().to_vec(),
             name,

@@ -290,6 +290,9 @@ impl DirtyMap {
                 last.min(start + PAGE_BITS - 1) - start,
             );
             let entry = self.pages.entry(page).or_insert_with(Page::empty);
+            if dirty && u64::from(entry.set) == PAGE_BITS {
+                continue;
+            }
             if dirty && to - from == PAGE_BITS - 1 {
                 changed += PAGE_BITS - u64::from(entry.set);
                 was_last_changed = start + to == last && entry.word(WORDS - 1) >> 63 == 0;
