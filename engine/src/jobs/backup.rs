@@ -16,7 +16,7 @@ use crate::bitmap::{FrozenBitmap, JobEnd};
 use crate::error::JobError;
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
-use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES, WindowLimits};
 use crate::jobs::integrity::Integrity;
 use crate::jobs::plan::Layers;
 use crate::limits::COPY_CHUNK_BYTES;
@@ -28,9 +28,6 @@ use crate::request::{BackupSpec, BitmapMode, SyncMode};
 
 /// Smallest unit in which progress is counted, in bytes.
 const CLUSTER_MIN_BYTES: u64 = 64 << 10;
-
-/// Requests in flight, however many workers the client allows.
-const WINDOW_MAX: usize = 16;
 
 /// Bytes of the source discarded at once.
 const DISCARD_BYTES: u64 = 64 << 20;
@@ -184,7 +181,7 @@ impl Backup {
             },
             unit_bytes: self.target_unit_bytes(),
             compress: self.spec.compress,
-            window_max: workers.min(WINDOW_MAX),
+            window: WindowLimits::of(chunk_max_bytes).with_requests(workers),
             chunk_max_bytes,
             granularity_bytes: cluster.min(chunk_max_bytes),
             may_unmap: false,

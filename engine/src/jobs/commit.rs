@@ -8,13 +8,10 @@ use blockyard_storage::{ByteRange, LocalFuture};
 
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
-use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES, WindowLimits};
 use crate::jobs::plan::{Layers, Plan};
 use crate::limits::{COPY_CHUNK_BYTES, SECTOR_BYTES};
 use crate::node::Node;
-
-/// Requests in flight.
-const WINDOW_MAX: usize = 16;
 
 /// Requests are multiples of this where the rate limit cuts them, in bytes.
 const GRANULARITY_BYTES: u64 = 64 << 10;
@@ -50,7 +47,7 @@ impl Commit {
             layers,
             unit_bytes: self.unit_bytes(),
             compress: false,
-            window_max: WINDOW_MAX,
+            window: WindowLimits::of(COPY_CHUNK_BYTES),
             chunk_max_bytes: COPY_CHUNK_BYTES,
             granularity_bytes: GRANULARITY_BYTES,
             may_unmap: true,

@@ -19,7 +19,7 @@ use crate::job::context::{Cursor, JobContext};
 use crate::job::error_policy::{ErrorAction, Side};
 use crate::job::work::Stop;
 use crate::jobs::changes::{Changes, Goal};
-pub(crate) use crate::jobs::copy_options::{CopyOptions, REMEMBER_BYTES};
+pub(crate) use crate::jobs::copy_options::{CopyOptions, REMEMBER_BYTES, WindowLimits};
 use crate::jobs::in_flight::{
     Ended, Window, begun, carried_out, give_way, in_its_turn, saved, timed,
 };
@@ -86,7 +86,7 @@ impl Copier {
         Self {
             source,
             target,
-            window_size: WindowSize::new(options.window_max),
+            window_size: WindowSize::new(options.window, options.chunk_max_bytes),
             options,
             plan,
             retry: VecDeque::new(),
@@ -327,7 +327,8 @@ impl Copier {
                     cx.charge(step.range.length());
                 }
                 self.in_flight.push(step.range);
-                self.window_size.begun(cx.clock().now());
+                let now = cx.clock().now();
+                self.window_size.begun(now, step.copied_bytes());
                 if let Some(saver) = self.saver.clone() {
                     let nodes = (&source, &*target);
                     let how = (self.options, self.recorder.clone());
@@ -499,6 +500,7 @@ impl Copier {
         {
             self.plan.add(run);
             self.is_first = false;
+            self.window_size.follow_writers();
         }
         if self.plan.is_done()
             && let Some(run) = self.next_unsaved()

@@ -14,7 +14,7 @@ use blockyard_storage::{Buffer, ByteRange, LocalFuture, Operation, StorageError,
 use futures_util::future::{Either, select};
 use tokio::sync::mpsc;
 
-use super::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use super::copier::{Copier, CopyOptions, REMEMBER_BYTES, WindowLimits};
 use super::plan::Layers;
 use super::test_support::{Running, VirtualClock, answer};
 use crate::clock::{Clock, Moment};
@@ -293,7 +293,10 @@ impl Case {
                 layers: Layers::All,
                 unit_bytes: 1,
                 compress: false,
-                window_max: 4,
+                window: WindowLimits {
+                    requests: 4,
+                    bytes: 16 << 20,
+                },
                 chunk_max_bytes: 1 << 20,
                 granularity_bytes: CLUSTER,
                 may_unmap: false,
@@ -399,7 +402,7 @@ fn random_case(seed: u64) -> Case {
     let source = MemoryNode::new(&clock, bytes, dice.any());
     let target = MemoryNode::new(&clock, garbage, dice.any());
     let mut case = Case::new(&clock, source, target);
-    case.options.window_max = 1 + dice.below(8) as usize;
+    case.options.window.requests = 1 + dice.below(8) as usize;
     case.options.chunk_max_bytes = CLUSTER << dice.below(5);
     case
 }
@@ -453,7 +456,7 @@ fn what_is_in_flight_goes_on_while_something_is_looked_up_or_flushed() {
     for seed in 0..300_u64 {
         let mut case = random_case(seed);
         case.options.remember_bytes = CLUSTER;
-        case.options.window_max = 2 + seed as usize % 4;
+        case.options.window.requests = 2 + seed as usize % 4;
         for node in [&mut case.source, &mut case.target] {
             Rc::get_mut(node).expect("not shared yet").queue = Some(Rc::default());
         }
@@ -558,7 +561,7 @@ fn a_slow_disk_still_pauses_soon() {
     let mut target = MemoryNode::new(&clock, vec![0; 64 << 20], 2);
     target.bytes_per_second = 8 << 20;
     let mut case = Case::new(&clock, source, target);
-    case.options.window_max = 16;
+    case.options.window.requests = 16;
     case.order = Order::Pause(Duration::from_millis(1500));
     let outcome = case.run();
     assert_eq!(outcome.result, Ok(()));

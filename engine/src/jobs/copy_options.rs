@@ -5,11 +5,56 @@ use crate::jobs::plan::Layers;
 /// Bytes between two durable points, if nothing else is wanted.
 pub(crate) const REMEMBER_BYTES: u64 = 1 << 30;
 
+/// Requests in flight at most that are as long as they may be: a pause waits for them.
+const LONG_REQUESTS_MAX: u64 = 16;
+
+/// Requests in flight at most that bring over what writers have just changed, however short: theirs wait behind them.
+pub(crate) const FOLLOWING_MAX: usize = 16;
+
+/// Shorter ones: where a distance is what they wait for, more of them move more.
+const REQUESTS_MAX: usize = 64;
+
+/// How much of a copy is in flight at most. The bytes are kept by and large: when requests become longer, those that are on their way
+/// already end first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WindowLimits {
+    /// Requests, however short they are.
+    pub(crate) requests: usize,
+    /// Bytes of all of them; one may be longer.
+    pub(crate) bytes: u64,
+}
+
+impl WindowLimits {
+    /// What a job has in flight whose requests are of at most `longest_bytes`, if nobody wants less.
+    pub(crate) fn of(longest_bytes: u64) -> Self {
+        Self {
+            requests: REQUESTS_MAX,
+            bytes: longest_bytes.saturating_mul(LONG_REQUESTS_MAX),
+        }
+    }
+
+    /// The same, and no more than so many requests.
+    pub(crate) fn with_requests(self, most: usize) -> Self {
+        Self {
+            requests: self.requests.min(most),
+            ..self
+        }
+    }
+
+    /// The same, and no more than so many bytes.
+    pub(crate) fn with_bytes(self, most: u64) -> Self {
+        Self {
+            bytes: self.bytes.min(most),
+            ..self
+        }
+    }
+}
+
 /// How one job copies.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CopyOptions {
-    /// Requests in flight at most.
-    pub(crate) window_max: usize,
+    /// How much is in flight at most.
+    pub(crate) window: WindowLimits,
     /// What of the source is copied.
     pub(crate) layers: Layers,
     /// What the target keeps together, in bytes, a power of two.

@@ -20,7 +20,7 @@ use crate::error::{JobError, NodeError};
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
 use crate::jobs::changes::Goal;
-use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES, WindowLimits};
 use crate::jobs::integrity::Integrity;
 use crate::jobs::plan::Layers;
 use crate::limits::COPY_CHUNK_BYTES;
@@ -173,9 +173,7 @@ impl Mirror {
             layers,
             unit_bytes: self.target_unit_bytes(),
             compress: false,
-            window_max: usize::try_from(in_flight / chunk)
-                .unwrap_or(usize::MAX)
-                .clamp(1, 16),
+            window: WindowLimits::of(chunk).with_bytes(in_flight),
             chunk_max_bytes: chunk,
             granularity_bytes: granularity.clamp(BLOCK_BYTES, chunk),
             may_unmap: self.may_unmap,

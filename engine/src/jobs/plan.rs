@@ -84,6 +84,20 @@ pub(crate) struct Step {
     pub(crate) kind: StepKind,
 }
 
+impl Step {
+    /// How many of the bytes go through memory, if all of them have to.
+    pub(super) fn copied_bytes(&self) -> u64 {
+        match self.kind {
+            StepKind::Copy | StepKind::Parts | StepKind::Fill(Fill::Bytes) => self.range.length(),
+            StepKind::Zero
+            | StepKind::Share
+            | StepKind::Fill(Fill::Zeroes)
+            | StepKind::Sum
+            | StepKind::Skip => 0,
+        }
+    }
+}
+
 /// Whether extents can be shared between the two sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sharing {

@@ -6,7 +6,7 @@ use blockyard_storage::{ByteRange, LocalFuture};
 
 use crate::job::context::JobContext;
 use crate::job::work::{Stop, Work};
-use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES};
+use crate::jobs::copier::{Copier, CopyOptions, REMEMBER_BYTES, WindowLimits};
 use crate::jobs::plan::{Layers, Plan};
 use crate::limits::{COPY_CHUNK_BYTES, SECTOR_BYTES};
 use crate::node::Node;
@@ -68,9 +68,7 @@ impl Stream {
             layers: self.filled(),
             unit_bytes,
             compress: false,
-            window_max: usize::try_from(IN_FLIGHT_BYTES / chunk_bytes)
-                .unwrap_or(1)
-                .max(1),
+            window: WindowLimits::of(chunk_bytes).with_bytes(IN_FLIGHT_BYTES),
             chunk_max_bytes: chunk_bytes,
             granularity_bytes: GRANULARITY_BYTES.max(unit_bytes),
             may_unmap: false,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::clock::Moment;
 use crate::jobs::ceiling::Ceiling;
+use crate::jobs::copy_options::{FOLLOWING_MAX, WindowLimits};
 
 /// Requests in flight at first, before anything is known.
 const START: usize = 4;
@@ -40,11 +41,21 @@ const FAR_PERCENT: u32 = 140;
 /// Measurements until the first trial there.
 const REST_FAR: u32 = 32;
 
+/// Of how many of the last requests the length is looked at, by and large.
+const LENGTHS: u64 = 8;
+
+/// How many times as many short requests there may be for it to be found out anew how many are of use.
+const MANY_MORE: usize = 4;
+
 /// How many requests one copy has in flight.
 #[derive(Clone, Debug)]
 pub(super) struct WindowSize {
     count: usize,
-    count_max: usize,
+    limits: WindowLimits,
+    /// What requests are long lately.
+    length_bytes: u64,
+    /// There might have been so many when it was last found out how many are of use.
+    looked_up_to: usize,
     /// Slow requests hold the number down to this.
     ceiling: Ceiling,
     phase: Phase,
@@ -63,6 +74,17 @@ enum Phase {
         in_vain: u32,
     },
     Trying(Trial),
+}
+
+impl Phase {
+    fn growing_from(count: usize) -> Self {
+        Self::Growing {
+            round: count,
+            best: None,
+            first_took: None,
+            in_vain: 0,
+        }
+    }
 }
 
 /// A number of requests and a somewhat different one, by turns.
@@ -99,33 +121,55 @@ struct Measure {
 }
 
 impl WindowSize {
-    /// At most `count_max`, and at least one.
-    pub(super) fn new(count_max: usize) -> Self {
-        let count_max = count_max.max(1);
+    /// At most as `limits` say, and at least one. No request is longer than `longest_bytes`, as the first ones are taken to be.
+    pub(super) fn new(limits: WindowLimits, longest_bytes: u64) -> Self {
+        let count_max = most(limits, longest_bytes);
         let count = count_max.min(START);
         Self {
             count,
-            count_max,
-            ceiling: Ceiling::new(count_max),
-            phase: Phase::Growing {
-                round: count,
-                best: None,
-                first_took: None,
-                in_vain: 0,
-            },
+            limits,
+            length_bytes: longest_bytes,
+            looked_up_to: count_max,
+            ceiling: Ceiling::new(limits.requests.max(1)),
+            phase: Phase::growing_from(count),
             measure: Measure::default(),
         }
     }
 
     /// Requests to have in flight, at least one.
     pub(super) fn requests(&self) -> usize {
-        self.count.min(self.ceiling.count())
+        self.count.min(self.count_max()).min(self.ceiling.count())
     }
 
-    /// A copy begins.
-    pub(super) fn begun(&mut self, now: Moment) {
+    /// From now on what others write is brought over.
+    pub(super) fn follow_writers(&mut self) {
+        self.limits = self.limits.with_requests(FOLLOWING_MAX);
+    }
+
+    /// As many as may be in flight of such as there were lately.
+    fn count_max(&self) -> usize {
+        most(self.limits, self.length_bytes)
+    }
+
+    /// A copy of so many bytes begins; of none, if it is not carried through memory.
+    pub(super) fn begun(&mut self, now: Moment, bytes: u64) {
+        if bytes > 0 {
+            self.length_bytes = (self.length_bytes * (LENGTHS - 1) + bytes).div_ceil(LENGTHS);
+            self.look_further();
+        }
         if self.measure.to_pass == 0 {
             self.measure.from.get_or_insert(now);
+        }
+    }
+
+    /// Where requests have become so short that many more of them may be in flight, trials of a few more would take long.
+    fn look_further(&mut self) {
+        let count_max = self.count_max();
+        let is_trying = matches!(self.phase, Phase::Trying(_));
+        if is_trying && count_max >= self.looked_up_to.saturating_mul(MANY_MORE) {
+            self.looked_up_to = count_max;
+            self.phase = Phase::growing_from(self.count);
+            self.measure_anew(self.count);
         }
     }
 
@@ -143,7 +187,7 @@ impl WindowSize {
             return;
         }
         if let Phase::Growing { .. } = self.phase {
-            self.count = (self.count + 1).min(self.count_max);
+            self.count = (self.count + 1).min(self.count_max());
         }
         let Some(rate) = self.measured(now, bytes, took) else {
             return;
@@ -217,7 +261,7 @@ impl WindowSize {
             Some(best) if !has_grown => (best, in_vain + 1),
             _ => ((round, rate), 0),
         };
-        if in_vain < GROWN_IN_VAIN_MAX && round < self.count_max {
+        if in_vain < GROWN_IN_VAIN_MAX && round < self.count_max() {
             self.phase = Phase::Growing {
                 round: self.count,
                 best: Some(best),
@@ -226,6 +270,7 @@ impl WindowSize {
             };
             return;
         }
+        self.looked_up_to = self.count_max();
         let is_far = in_vain == 0 && rate.took * 100 <= first_took * FAR_PERCENT;
         self.start(Trial {
             base: best.0,
@@ -255,8 +300,10 @@ impl WindowSize {
             true => BETTER_PERCENT,
             false => EQUAL_PERCENT,
         };
-        let is_kept =
-            other.is_at_least(wanted_percent, base) && rate.is_at_least(wanted_percent, base_again);
+        // Together: each by itself is off by more than what is looked for.
+        let is_kept = other
+            .and(rate)
+            .is_at_least(wanted_percent, base.and(base_again));
         let next = self.next_trial(trial, is_kept);
         self.start(next);
     }
@@ -267,9 +314,9 @@ impl WindowSize {
         let in_vain = if is_kept { 0 } else { trial.in_vain + 1 };
         let is_wide = trial.is_wide && in_vain < 2;
         let goes_up = (trial.other > trial.base) == is_kept;
-        let can_go_up = base < self.count_max;
+        let can_go_up = base < self.count_max();
         let other = match can_go_up && (goes_up || base == 1) {
-            true => more(base, is_wide).min(self.count_max),
+            true => more(base, is_wide).min(self.count_max()),
             false => fewer(base, is_wide),
         };
         let rest = match in_vain {
@@ -286,7 +333,15 @@ impl WindowSize {
         }
     }
 
-    fn start(&mut self, trial: Trial) {
+    fn start(&mut self, mut trial: Trial) {
+        let count_max = self.count_max();
+        if trial.base > count_max {
+            // Requests have become longer.
+            self.looked_up_to = count_max;
+            trial.base = count_max;
+            trial.other = fewer(count_max, trial.is_wide);
+            trial.rates = [None; 3];
+        }
         let known = trial.rates.iter().flatten().count();
         let before = std::mem::replace(
             &mut self.count,
@@ -302,6 +357,12 @@ impl WindowSize {
     }
 }
 
+/// How many requests of this length may be in flight.
+fn most(limits: WindowLimits, length_bytes: u64) -> usize {
+    let fit = usize::try_from(limits.bytes / length_bytes.max(1));
+    fit.unwrap_or(usize::MAX).min(limits.requests).max(1)
+}
+
 fn more(base: usize, is_wide: bool) -> usize {
     base + (base / if is_wide { 1 } else { 3 }).max(1)
 }
@@ -311,6 +372,15 @@ fn fewer(base: usize, is_wide: bool) -> usize {
 }
 
 impl Rate {
+    /// Of both measurements, the time of which is about as long.
+    fn and(self, other: Rate) -> Rate {
+        Rate {
+            bytes: self.bytes + other.bytes,
+            time: self.time + other.time,
+            took: (self.took + other.took) / 2,
+        }
+    }
+
     /// Whether it is as much as so many hundredths of another.
     fn is_at_least(self, percent: u128, other: Rate) -> bool {
         let times = |rate: Rate, of: Rate| u128::from(rate.bytes) * of.time.as_nanos();
@@ -331,11 +401,30 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
+    /// For requests of 1 MiB each.
+    fn of_long(count_max: usize) -> WindowSize {
+        let limits = WindowLimits {
+            requests: count_max,
+            bytes: count_max as u64 * MIB,
+        };
+        WindowSize::new(limits, MIB)
+    }
+
     /// Runs so many requests; what was in flight over the last quarter of them, on average.
     fn settled<F: Fn(usize) -> Duration>(
         size: &mut WindowSize,
         disk: &Disk<F>,
         requests: u64,
+    ) -> f64 {
+        settled_with(size, disk, requests, MIB)
+    }
+
+    /// The same of requests of so many bytes each.
+    fn settled_with<F: Fn(usize) -> Duration>(
+        size: &mut WindowSize,
+        disk: &Disk<F>,
+        requests: u64,
+        bytes: u64,
     ) -> f64 {
         let mut now = Duration::ZERO;
         let mut state = 7_u64;
@@ -352,7 +441,7 @@ mod tests {
                 let lane = lanes.iter_mut().min().unwrap();
                 *lane = now.max(*lane) + time;
                 flying.push((*lane, now));
-                size.begun(Moment::new(now));
+                size.begun(Moment::new(now), bytes);
             }
             flying.sort();
             let (end, begun) = flying.remove(0);
@@ -361,7 +450,7 @@ mod tests {
             let took = end.saturating_sub(begun);
             size.took(took);
             if was_full {
-                size.ended(Moment::new(now), MIB, took);
+                size.ended(Moment::new(now), bytes, took);
             }
             if number >= requests - requests / 4 {
                 sum += size.requests();
@@ -379,12 +468,63 @@ mod tests {
             noise_percent: 5,
         };
         for count_max in [1, 3, 16, 64] {
-            let mut size = WindowSize::new(count_max);
+            let mut size = of_long(count_max);
             settled(&mut size, &far, 2 * count_max as u64);
             assert_eq!(size.requests(), count_max);
             let long = settled(&mut size, &far, 40_000);
             assert!(long > 0.7 * count_max as f64, "{long} of {count_max}");
         }
+    }
+
+    #[test]
+    fn a_far_end_gets_more_of_short_requests_and_no_more_bytes_of_long_ones() {
+        let far = Disk {
+            lanes: 1000,
+            service: |_| Duration::from_millis(10),
+            noise_percent: 5,
+        };
+        let mut size = WindowSize::new(WindowLimits::of(MIB), MIB);
+        for _ in 0..3 {
+            let short = settled_with(&mut size, &far, 4_000, 64 << 10);
+            assert!(short > 0.7 * 64.0, "{short}");
+            let middle = settled_with(&mut size, &far, 4_000, 512 << 10);
+            assert!((0.7 * 32.0..=32.0).contains(&middle), "{middle}");
+            let long = settled(&mut size, &far, 4_000);
+            assert!((0.7 * 16.0..=16.0).contains(&long), "{long}");
+        }
+        // What is in flight while they become longer.
+        settled_with(&mut size, &far, 4_000, 64 << 10);
+        let mut flying = size.requests() as u64 * (64 << 10);
+        for _ in 0..100 {
+            size.begun(Moment::default(), MIB);
+            // The oldest short one has ended.
+            flying = (flying + MIB).saturating_sub(64 << 10);
+            if flying.div_ceil(MIB) >= size.requests() as u64 {
+                break;
+            }
+        }
+        assert!(flying <= 24 * MIB, "{flying}");
+    }
+
+    #[test]
+    fn a_worker_less_is_a_worker_less() {
+        let limits = WindowLimits::of(MIB).with_requests(3);
+        let far = Disk {
+            lanes: 1000,
+            service: |_| Duration::from_millis(10),
+            noise_percent: 5,
+        };
+        let mut size = WindowSize::new(limits, MIB);
+        for bytes in [4096, MIB, 4096] {
+            let few = settled_with(&mut size, &far, 1_000, bytes);
+            assert!((2.0..=3.0).contains(&few), "{few}");
+        }
+        let mut size = WindowSize::new(WindowLimits::of(MIB), MIB);
+        settled_with(&mut size, &far, 1_000, 4096);
+        size.follow_writers();
+        assert!(size.requests() <= FOLLOWING_MAX, "{}", size.requests());
+        let one = WindowLimits::of(MIB).with_bytes(1);
+        assert_eq!(WindowSize::new(one, MIB).requests(), 1);
     }
 
     #[test]
@@ -395,7 +535,7 @@ mod tests {
                 service: |waiting| Duration::from_micros(280 + 6 * waiting as u64),
                 noise_percent,
             };
-            let mut size = WindowSize::new(16);
+            let mut size = of_long(16);
             settled(&mut size, &one, 64);
             assert!(size.requests() <= 8, "{}", size.requests());
             let long = settled(&mut size, &one, 20_000);
@@ -411,10 +551,10 @@ mod tests {
                 service: |_| Duration::from_millis(1),
                 noise_percent,
             };
-            let mut size = WindowSize::new(64);
+            let mut size = of_long(64);
             let long = settled(&mut size, &lanes, 40_000);
             assert!(
-                (6.0..=14.0).contains(&long),
+                (6.0..=16.0).contains(&long),
                 "{long} with {noise_percent} % of noise"
             );
         }
@@ -422,21 +562,23 @@ mod tests {
 
     #[test]
     fn slow_requests_make_it_few_if_they_wait_for_each_other_and_quick_ones_many_again() {
-        let mut size = WindowSize::new(16);
-        let slow = Disk {
-            lanes: 1,
-            service: |_| Duration::from_millis(300),
-            noise_percent: 10,
-        };
-        let few = settled(&mut size, &slow, 200);
-        assert!(few <= 3.0, "{few}");
-        let far = Disk {
-            lanes: 1000,
-            service: |_| Duration::from_millis(10),
-            noise_percent: 0,
-        };
-        settled(&mut size, &far, 2_000);
-        assert!(size.requests() >= 12, "{}", size.requests());
+        for (bytes, many) in [(MIB, 16), (64 << 10, 64)] {
+            let mut size = WindowSize::new(WindowLimits::of(MIB), MIB);
+            let slow = Disk {
+                lanes: 1,
+                service: |_| Duration::from_millis(300),
+                noise_percent: 10,
+            };
+            let few = settled_with(&mut size, &slow, 400, bytes);
+            assert!(few <= 3.0, "{few}");
+            let far = Disk {
+                lanes: 1000,
+                service: |_| Duration::from_millis(10),
+                noise_percent: 0,
+            };
+            settled_with(&mut size, &far, 4_000, bytes);
+            assert!(size.requests() * 4 >= many * 3, "{}", size.requests());
+        }
     }
 
     #[test]
@@ -457,7 +599,7 @@ mod tests {
                 noise_percent,
             };
             for requests in [400, 4_000, 40_000] {
-                let mut size = WindowSize::new(16);
+                let mut size = of_long(16);
                 let many = settled(&mut size, &far, requests);
                 assert!(
                     many > 12.0,
@@ -469,7 +611,7 @@ mod tests {
 
     #[test]
     fn a_disk_that_becomes_slow_gets_few_and_many_again_when_it_turns_out_to_be_far() {
-        let mut size = WindowSize::new(16);
+        let mut size = of_long(16);
         let quick = Disk {
             lanes: 4,
             service: |_| Duration::from_millis(1),
@@ -487,9 +629,9 @@ mod tests {
 
     #[test]
     fn a_copy_that_something_else_holds_up_is_no_measure() {
-        let mut size = WindowSize::new(16);
+        let mut size = of_long(16);
         for second in 0..1_000 {
-            size.begun(Moment::new(Duration::from_secs(second)));
+            size.begun(Moment::new(Duration::from_secs(second)), MIB);
             size.took(Duration::from_millis(1));
             size.ended(
                 Moment::new(Duration::from_secs(second)),

@@ -18,8 +18,9 @@ pub const BUFFER_SLOT_BYTES: usize = 1 << 20;
 /// Up to this length a pool hands out less than a slot: a power of two, at least a page.
 const SMALL_BYTES_MAX: usize = 64 << 10;
 
-/// Small memory of one kind that a pool keeps for the next one: parts of one slot, which is theirs.
-const SMALL_KEPT_BYTES: usize = BUFFER_SLOT_BYTES;
+/// Buffers of small memory of one kind that a pool keeps for the next ones, at least: as many as one copy has in flight. They are
+/// parts of slots, which are theirs.
+const SMALL_KEPT: usize = 64;
 
 /// Kinds of small memory, by length.
 const SMALL_KINDS: usize = (SMALL_BYTES_MAX / BUFFER_ALIGNMENT_BYTES).trailing_zeros() as usize + 1;
@@ -186,10 +187,17 @@ struct Shared {
     used_bytes: usize,
     slots_made: u16,
     free_slots: Vec<(Slot, BytesMut)>,
-    /// By kind, once some of it was wanted.
-    free_small: [Option<Vec<Small>>; SMALL_KINDS],
+    /// By kind.
+    free_small: [FreeSmall; SMALL_KINDS],
     next_ticket: u64,
     waiters: VecDeque<Waiter>,
+}
+
+/// Free small memory of one kind, all of it parts of slots.
+#[derive(Debug, Default)]
+struct FreeSmall {
+    free: Vec<Small>,
+    slots_made: usize,
 }
 
 #[derive(Debug)]
@@ -249,7 +257,8 @@ impl BufferPool {
 
     /// Slots it will ever have, if none is lost.
     pub fn slots_max(&self) -> usize {
-        self.lock().budget_bytes / BUFFER_SLOT_BYTES + SMALL_KINDS
+        self.lock().budget_bytes / BUFFER_SLOT_BYTES
+            + (0..SMALL_KINDS).map(slots_of_kind).sum::<usize>()
     }
 
     /// A panic while the lock is held leaves counters that are still true, so a poisoned lock is used on.
@@ -295,9 +304,9 @@ impl BufferPool {
                 shared.free_slots.push((slot, memory));
             }
             Some(slot) if memory.len() == home.charged_bytes => {
-                if let Some(Some(free)) = shared.free_small.get_mut(kind_of(memory.len())) {
+                if let Some(kind) = shared.free_small.get_mut(kind_of(memory.len())) {
                     let slot = Some(slot);
-                    free.push(Small { slot, memory });
+                    kind.free.push(Small { slot, memory });
                 }
             }
             _ => {}
@@ -325,14 +334,16 @@ impl Shared {
         (slot, memory)
     }
 
-    /// Small memory of this length: a part of the slot of its kind, which a ring knows; making it costs as much as a request of a
-    /// page. When all of that is in use, memory of its own.
+    /// Small memory of this length: a part of a slot of its kind, which a ring knows; making it costs as much as a request of a
+    /// page. When all of those are in use, memory of its own.
     fn small(&mut self, length: usize) -> Small {
         let kind = kind_of(length);
-        let is_new = self.free_small.get(kind).is_some_and(Option::is_none);
-        if is_new {
+        let known = self.free_small.get(kind);
+        let is_short = known
+            .is_some_and(|known| known.free.is_empty() && known.slots_made < slots_of_kind(kind));
+        if is_short {
             let (slot, mut rest) = self.new_slot();
-            let mut parts = Vec::with_capacity(SMALL_KEPT_BYTES / length);
+            let mut parts = Vec::with_capacity(BUFFER_SLOT_BYTES / length);
             while !rest.is_empty() {
                 let memory = rest.split_to(length);
                 let slot = Some(slot);
@@ -340,12 +351,14 @@ impl Shared {
             }
             // Those in front are used first, so that memory is touched as it is needed.
             parts.reverse();
-            if let Some(free) = self.free_small.get_mut(kind) {
-                *free = Some(parts);
+            if let Some(known) = self.free_small.get_mut(kind) {
+                known.slots_made += 1;
+                known.free = parts;
             }
         }
-        let free = self.free_small.get_mut(kind).and_then(Option::as_mut);
-        free.and_then(Vec::pop).unwrap_or_else(|| Small {
+        let known = self.free_small.get_mut(kind);
+        let free = known.and_then(|known| known.free.pop());
+        free.unwrap_or_else(|| Small {
             slot: None,
             memory: exactly(length),
         })
@@ -363,6 +376,11 @@ fn charge_of(length: usize) -> usize {
 
 fn kind_of(charged_bytes: usize) -> usize {
     (charged_bytes / BUFFER_ALIGNMENT_BYTES).trailing_zeros() as usize
+}
+
+/// Slots whose parts are small memory of a kind.
+fn slots_of_kind(kind: usize) -> usize {
+    (SMALL_KEPT * (BUFFER_ALIGNMENT_BYTES << kind)).div_ceil(BUFFER_SLOT_BYTES)
 }
 
 /// Waits for a buffer.
@@ -473,7 +491,7 @@ mod tests {
         assert!(poll_once(small.as_mut()).is_pending());
         drop((second, third));
         assert!(poll_once(small.as_mut()).is_ready());
-        assert_eq!(pool.slots_max(), 2 + SMALL_KINDS);
+        assert_eq!(pool.slots_max(), 2 + 1 + 1 + 1 + 2 + 4);
     }
 
     #[test]
@@ -504,29 +522,26 @@ mod tests {
     }
 
     #[test]
-    fn small_buffers_of_a_kind_are_parts_of_one_slot_as_long_as_there_is_room() {
+    fn small_buffers_of_a_kind_are_parts_of_its_slots_as_long_as_there_is_room() {
         let pool = BufferPool::new(8 << 20);
-        for (number, length) in [65536, 4096].into_iter().enumerate() {
-            let fit = BUFFER_SLOT_BYTES / length;
+        for (length, numbers) in [(65536, 0..4), (4096, 4..5)] {
+            let fit = numbers.len() * BUFFER_SLOT_BYTES / length;
             let buffers: Vec<_> = (0..fit + 2).map(|_| pool.try_take(length)).collect();
             let buffers: Vec<_> = buffers.into_iter().flatten().collect();
             assert_eq!(buffers.len(), fit + 2);
             let (inside, outside) = buffers.split_at(fit);
-            let mut places: Vec<usize> = Vec::new();
+            let mut places: Vec<(usize, usize)> = Vec::new();
             for buffer in inside {
-                assert_eq!(buffer.slot_of(&pool).map(usize::from), Some(number));
+                let number = buffer.slot_of(&pool).map(usize::from).expect("a slot");
                 let (address, slot_bytes) = buffer.slot_memory().expect("a slot");
                 let place = buffer.as_slice().as_ptr().expose_provenance() - address;
                 assert!(place + buffer.capacity() <= slot_bytes);
-                places.push(place);
+                places.push((number, place));
             }
             places.sort_unstable();
-            assert!(
-                places
-                    .iter()
-                    .enumerate()
-                    .all(|(nth, place)| *place == nth * length)
-            );
+            let fits_in =
+                |number| (0..BUFFER_SLOT_BYTES / length).map(move |nth| (number, nth * length));
+            assert!(places.into_iter().eq(numbers.flat_map(fits_in)));
             for buffer in outside {
                 assert!(buffer.slot_of(&pool).is_none() && buffer.slot_memory().is_none());
             }
@@ -571,10 +586,10 @@ mod tests {
         let many: Vec<_> = (0..100).map(|_| pool.try_take(65536)).collect();
         assert!(many.iter().all(Option::is_some));
         drop(many);
-        let kept = pool.lock().free_small[kind_of(65536)]
-            .as_ref()
-            .map(Vec::len);
-        assert_eq!(kept, Some(SMALL_KEPT_BYTES / 65536));
+        assert_eq!(
+            pool.lock().free_small[kind_of(65536)].free.len(),
+            SMALL_KEPT
+        );
         let mut parts = pool.try_take(8192).expect("free");
         drop(parts.split_off(4096));
         drop(parts);

@@ -8,7 +8,7 @@ use super::yard::{BEFORE_WINDOW, KINDS, Kind, Nothing, Setup, Watch, Yard};
 use crate::job::context::{Cursor, JobContext, JobShared};
 use crate::job::error_policy::OnError;
 use crate::job::work::{Stop, Work};
-use crate::jobs::copier::{Copier, CopyOptions};
+use crate::jobs::copier::{Copier, CopyOptions, WindowLimits};
 use crate::jobs::plan::Layers;
 
 /// Cuts the power after so many steps.
@@ -66,7 +66,7 @@ impl Copy {
             layers: Layers::All,
             unit_bytes: 1,
             compress: false,
-            window_max: 8,
+            window: WindowLimits::of(8192).with_requests(8),
             chunk_max_bytes: 8192,
             granularity_bytes: 4096,
             may_unmap: yard.setup.unmaps,
