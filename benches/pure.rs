@@ -3,6 +3,7 @@
 use std::hint::black_box;
 use std::time::Duration;
 
+use blockyard_engine::bitmap::{Bitmap, NodeBitmaps};
 use blockyard_engine::clock::Moment;
 use blockyard_engine::job::speed::RateLimit;
 use blockyard_engine::node::zeroes::is_zero;
@@ -10,12 +11,20 @@ use blockyard_qmp::commands;
 use blockyard_qmp::wire::document::{Document, Json};
 use blockyard_qmp::wire::output::render;
 use blockyard_qmp::wire::reader::Reader;
+use blockyard_storage::ByteRange;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::json;
 
 const MIB: usize = 1 << 20;
 
-criterion_group!(benches, qmp_input, qmp_output, qmp_commands, copying);
+criterion_group!(
+    benches,
+    qmp_input,
+    qmp_output,
+    qmp_commands,
+    copying,
+    marking
+);
 criterion_main!(benches);
 
 fn qmp_input(criterion: &mut Criterion) {
@@ -98,5 +107,37 @@ fn copying(criterion: &mut Criterion) {
             }
         });
     });
+    group.finish();
+}
+
+/// What a write of 4 KiB has to do with the bitmaps of its disk, here of 512 MiB: as in the scenario `marking` of the other bench.
+fn marking(criterion: &mut Criterion) {
+    const DISK_BYTES: u64 = 512 << 20;
+    const WRITE_BYTES: u64 = 4 << 10;
+    /// Odd and in no relation to the disk: each block comes once before any comes again.
+    const STRIDE_BLOCKS: u64 = 81_001;
+    let mut group = criterion.benchmark_group("marking");
+    group.throughput(Throughput::Elements(1));
+    for (name, granularity_bytes) in [
+        ("no bitmap", None),
+        ("granules of 64 KiB", Some(64 << 10)),
+        ("granules of 4 KiB", Some(4 << 10)),
+    ] {
+        let bitmaps = NodeBitmaps::default();
+        if let Some(granularity_bytes) = granularity_bytes {
+            let bitmap = Bitmap::new("changes".to_owned(), DISK_BYTES, granularity_bytes);
+            bitmaps.add(bitmap).expect("the first one of its name");
+        }
+        let mut block = 0;
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                block = (block + STRIDE_BLOCKS) % (DISK_BYTES / WRITE_BYTES);
+                let range = ByteRange::new(black_box(block) * WRITE_BYTES, WRITE_BYTES);
+                if black_box(&bitmaps).record() {
+                    bitmaps.mark(range, DISK_BYTES);
+                }
+            });
+        });
+    }
     group.finish();
 }

@@ -1,5 +1,6 @@
 //! Either daemon as a child process, and what it costs: CPU time and peak memory from /proc.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -29,6 +30,19 @@ impl Daemon {
     /// # Errors
     /// It is not ready within ten seconds.
     pub(crate) fn start(options: &Options, side: Side, sockets: usize) -> Result<Daemon, Failure> {
+        Self::start_with(options, side, sockets, &[])
+    }
+
+    /// The same with more arguments.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub(crate) fn start_with(
+        options: &Options,
+        side: Side,
+        sockets: usize,
+        more: &[&OsStr],
+    ) -> Result<Daemon, Failure> {
         let directory =
             tempfile::tempdir().map_err(|error| Failure::new(format!("scratch: {error}")))?;
         let paths: Vec<PathBuf> = (0..sockets)
@@ -52,7 +66,7 @@ impl Daemon {
                 .arg(format!("chardev=c{index},id=m{index}"));
         }
         let pidfile = directory.path().join("pid");
-        command.arg("--pidfile").arg(&pidfile);
+        command.arg("--pidfile").arg(&pidfile).args(more);
         let log = fs::File::create(directory.path().join("log"))
             .map_err(|error| Failure::new(error.to_string()))?;
         command

@@ -134,7 +134,7 @@ pub(crate) enum Scenario {
     Incremental,
     /// Backup of 8,695 changed clusters of a sparse disk of 800 GiB, qcow2 and raw: the first byte, all of it; as in `ram`.
     SparseIncremental,
-    /// 4 KiB random writes to an export, 32 at once, without a bitmap, with one, with a persistent one; as in `ram`.
+    /// 4 KiB random writes to an export, 32 at once, without a bitmap and with ones of several kinds; as in `ram`.
     Marking,
     /// 50 QMP clients while 16 paced jobs run: delay of replies.
     Clients,
