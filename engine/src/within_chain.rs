@@ -16,7 +16,7 @@ pub struct CommitSpec {
     pub top_node: Option<String>,
     /// The same by its file name.
     pub top: Option<String>,
-    /// What the overlay's header calls its new backing file; `None`: the base's file name.
+    /// What the overlay's header calls its new backing file; `None`: the base's file name, as it is seen from the overlay's folder.
     pub backing_file: Option<String>,
     /// A base that is a file itself is called raw in the header.
     pub backing_mask_protocol: bool,
@@ -42,7 +42,7 @@ pub struct StreamSpec {
     pub base_node: Option<String>,
     /// Node of the last image that does not stay below it.
     pub bottom: Option<String>,
-    /// What the device's header calls its new backing file; `None`: the base's file name.
+    /// What the device's header calls its new backing file; `None`: the base's file name, as it is seen from the device's folder.
     pub backing_file: Option<String>,
     /// A base that is a file itself is called raw in the header.
     pub backing_mask_protocol: bool,

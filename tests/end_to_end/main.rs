@@ -10,6 +10,7 @@ mod blkdebug;
 mod chain_errors;
 mod chain_jobs;
 mod chain_locks;
+mod chain_names;
 mod chains;
 mod check;
 mod checkpoint_crashes;

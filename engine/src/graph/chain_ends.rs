@@ -222,12 +222,13 @@ impl Graph {
             match shown {
                 None => (String::new(), ""),
                 Some(node) => {
-                    let shown = node.filename.to_string();
+                    let folder = records.folder(image).unwrap_or_default();
+                    let seen = node.filename.seen_from(folder);
                     let format = match named.mask_protocol && node.is_protocol() {
                         true => "raw",
                         false => node.driver,
                     };
-                    (named.name.clone().unwrap_or(shown), format)
+                    (named.name.clone().unwrap_or(seen), format)
                 }
             }
         };

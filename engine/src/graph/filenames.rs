@@ -5,6 +5,7 @@
 use std::fmt::{self, Write};
 use std::rc::Rc;
 
+use crate::graph::image_names::protocol;
 use crate::request::{BlkdebugSpec, NbdSpec, NullSpec};
 use crate::sockets::Address;
 
@@ -166,6 +167,24 @@ impl FileName {
     pub(super) fn folder(&self) -> Option<&str> {
         let plain = self.plain.as_deref().filter(|_| self.is_protocol)?;
         Some(plain.rfind('/').map_or("", |slash| &plain[..=slash]))
+    }
+
+    /// What the header of an image in `folder` has to call it, so that it is found from there: files have relative names where they
+    /// are below it, else, where the client has given one that starts here, whole ones. Everything else is what is shown.
+    pub(super) fn seen_from(&self, folder: &str) -> String {
+        let shown = self.to_string();
+        let is_path = self.plain.is_some() && protocol(shown.as_bytes()).is_none();
+        if !is_path || folder.is_empty() || shown.starts_with('/') {
+            return shown;
+        }
+        match shown.strip_prefix(folder) {
+            Some(name) if protocol(name.as_bytes()).is_some() => format!("./{name}"),
+            Some(name) => name.to_owned(),
+            None => match std::path::absolute(&shown) {
+                Ok(path) => path.to_string_lossy().into_owned(),
+                Err(_) => shown,
+            },
+        }
     }
 
     /// Of a filter that copies what is read. Where it stops is not shown.
@@ -416,6 +435,26 @@ mod tests {
             window.to_string(),
             r#"json:{"driver": "raw", "offset": 1, "file": {"driver": "file", "filename": "a\tb\n\u0001\u00E9\"\u007Fx\uD83D\uDE00"}}"#
         );
+    }
+
+    #[test]
+    fn headers_name_files_as_they_are_seen_from_there() {
+        let file = |name: &str| FileName::of_file("file", name.to_owned());
+        for (folder, name, expected) in [
+            ("", "base", "base"),
+            ("", "sub/base", "sub/base"),
+            ("sub/", "sub/base", "base"),
+            ("sub/", "sub/12:30", "./12:30"),
+            ("sub/", "sub/../base", "../base"),
+            ("/a/", "/a/base", "/a/base"),
+            ("sub/", "nbd://host/export", "nbd://host/export"),
+        ] {
+            assert_eq!(file(name).seen_from(folder), expected, "{folder} {name}");
+        }
+        let elsewhere = file("subway/base").seen_from("sub/");
+        assert!(elsewhere.starts_with('/') && elsewhere.ends_with("/subway/base"));
+        let window = FileName::of_raw(&file("sub/base"), Some(512), None);
+        assert_eq!(window.seen_from("sub/"), window.to_string());
     }
 
     #[test]

@@ -191,7 +191,7 @@ pub(super) fn mark_files(spec: &mut NodeSpec) {
 }
 
 /// What stands before a colon that comes before any slash.
-fn protocol(name: &[u8]) -> Option<&[u8]> {
+pub(super) fn protocol(name: &[u8]) -> Option<&[u8]> {
     let end = name.iter().position(|byte| matches!(byte, b':' | b'/'))?;
     let (protocol, rest) = name.split_at_checked(end)?;
     rest.starts_with(b":").then_some(protocol)
