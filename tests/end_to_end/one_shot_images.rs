@@ -270,6 +270,44 @@ fn what_has_changed_can_be_had_alone_and_the_bitmap_kept() {
     assert_eq!(bitmap(&place, "disk", "b").0, 0);
 }
 
+/// The image stands on another one, whose name is in its header.
+#[test]
+fn the_bitmap_of_an_overlay_is_cleared_as_well() {
+    if !tools::have_oracle() {
+        return;
+    }
+    let place = Place::new();
+    for (format, base) in [("raw", "base.raw"), ("qcow2", "base.qcow2")] {
+        let overlay = format!("on-{format}");
+        tool(
+            &place,
+            "qemu-img",
+            &["create", "-q", "-f", format, base, "1M"],
+        );
+        let create = [
+            "create", "-q", "-f", "qcow2", "-b", base, "-F", format, &overlay,
+        ];
+        tool(&place, "qemu-img", &create);
+        let full = format!("full-{format}");
+        place.succeed(&["backup", "-f", "qcow2", "-O", "qcow2", &overlay, &full]);
+        place.succeed(&["bitmap", "add", &overlay, "b"]);
+        write(&place, &overlay, &[(64, 7)]);
+        let next = format!("next-{format}");
+        let by = [
+            "backup",
+            "--incremental",
+            "b",
+            "--onto",
+            &full,
+            &overlay,
+            &next,
+        ];
+        place.succeed(&by);
+        require_equal(&place, ("qcow2", &overlay), ("qcow2", &next));
+        assert_eq!(bitmap(&place, &overlay, "b").0, 0, "{format}");
+    }
+}
+
 #[test]
 fn what_would_miss_something_is_refused_before_anything_changes() {
     if !tools::have_oracle() {

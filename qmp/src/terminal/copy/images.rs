@@ -406,8 +406,12 @@ impl<'a> Copy<'a> {
             discard: Discard::Ignore,
             named_by: NamedBy::Client,
         };
-        let backing = || BackingRef::FromImage;
         let cleared = async {
+            let layers = embedded.chain(SOURCE).await?;
+            let backing = || match layers.get(1) {
+                Some(below) => BackingRef::Node(NodeRef::Name(below.node_name.clone())),
+                None => BackingRef::FromImage,
+            };
             // Nobody else could write to it meanwhile.
             embedded.reopen_qcow2(&source, backing()).await?;
             embedded.change_bitmap(clear).await?;
