@@ -308,6 +308,35 @@ fn the_bitmap_of_an_overlay_is_cleared_as_well() {
     }
 }
 
+/// What a disk grows by was something else before it was cut.
+#[test]
+fn a_disk_that_was_cut_and_has_grown_again_is_copied_as_it_is() {
+    if !tools::have_oracle() {
+        return;
+    }
+    let place = Place::new();
+    tool(
+        &place,
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "disk", "4M"],
+    );
+    write(&place, "disk", &[(0, 7), (1024, 8), (3072, 9)]);
+    place.succeed(&["backup", "-f", "qcow2", "-O", "qcow2", "disk", "full"]);
+    place.succeed(&["bitmap", "add", "disk", "b"]);
+    place.succeed(&["resize", "--shrink", "-f", "qcow2", "disk", "1M"]);
+    place.succeed(&["resize", "-f", "qcow2", "disk", "5M"]);
+    place.succeed(&[
+        "backup",
+        "--incremental",
+        "b",
+        "--onto",
+        "full",
+        "disk",
+        "next",
+    ]);
+    require_equal(&place, ("qcow2", "disk"), ("qcow2", "next"));
+}
+
 #[test]
 fn what_would_miss_something_is_refused_before_anything_changes() {
     if !tools::have_oracle() {

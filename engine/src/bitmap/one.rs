@@ -76,10 +76,12 @@ impl Bitmap {
     /// A bitmap as the image has it that keeps it. `is_inconsistent`: nobody has stored it as he should have.
     pub(crate) fn loaded(
         name_in_image: Vec<u8>,
-        map: DirtyMap,
+        mut map: DirtyMap,
         records: bool,
         is_inconsistent: bool,
     ) -> Self {
+        // No image tells.
+        map.disk_was_longer();
         let shown = name_in_image.split(|byte| *byte == 0).next();
         Self {
             name: String::from_utf8_lossy(shown.unwrap_or_default()).into_owned(),
@@ -273,14 +275,16 @@ impl Bitmap {
         self.map.merge(other);
     }
 
+    /// The disk has another length. That it was cut before and has grown again is a change, as everything there was lost.
     pub(super) fn resize(&mut self, length_bytes: u64) {
-        self.map.resize(length_bytes);
+        let records = self.records;
+        self.map.resize(length_bytes, records);
         for kept in &mut self.kept {
-            kept.before.resize(length_bytes);
-            kept.since.resize(length_bytes);
+            kept.before.resize(length_bytes, kept.recorded);
+            kept.since.resize(length_bytes, kept.recorded || records);
         }
         if let Some(successor) = &mut self.users.successor {
-            successor.map.resize(length_bytes);
+            successor.map.resize(length_bytes, records);
         }
     }
 

@@ -218,7 +218,7 @@ mod tests {
             prop_assert_eq!((read[0].records, read[1].records), (records, false));
             // The disk has got another length since: what is behind the old end was touched if anything was.
             let read = decode(&content, &field(&regions, &touched), new_length_bytes).unwrap();
-            expected.resize(new_length_bytes);
+            expected.resize(new_length_bytes, false);
             if records {
                 mark_all(&mut expected, &regions, &touched);
             }

@@ -25,6 +25,8 @@ const MERGED_AT_ONCE_BYTES: u64 = 1 << 40;
 #[derive(Clone, Debug)]
 pub(crate) struct DirtyMap {
     length_bytes: u64,
+    /// The disk may have been so long since what is told began.
+    longest_bytes: u64,
     granularity_bytes: u64,
     pages: BTreeMap<u64, Page>,
     dirty_bytes: u64,
@@ -53,6 +55,7 @@ impl DirtyMap {
     pub(crate) fn exactly(length_bytes: u64, granularity_bytes: u64) -> Self {
         Self {
             length_bytes,
+            longest_bytes: length_bytes,
             granularity_bytes,
             pages: BTreeMap::new(),
             dirty_bytes: 0,
@@ -121,10 +124,27 @@ impl DirtyMap {
     pub(crate) fn clear_all(&mut self) {
         self.pages.clear();
         self.dirty_bytes = 0;
+        self.longest_bytes = self.length_bytes;
     }
 
-    /// The disk has another length; what is new has not changed.
-    pub(crate) fn resize(&mut self, length_bytes: u64) {
+    /// The disk may have been longer than it is, nobody knows by how much.
+    pub(crate) fn disk_was_longer(&mut self) {
+        self.longest_bytes = u64::MAX;
+    }
+
+    /// The disk has another length. `regrowth_is_change`: what is new has changed where the disk may have been as long before, as there
+    /// was something else then.
+    pub(crate) fn resize(&mut self, length_bytes: u64, regrowth_is_change: bool) {
+        let before_bytes = self.length_bytes;
+        self.set_length(length_bytes);
+        if regrowth_is_change {
+            let again = length_bytes.min(self.longest_bytes);
+            self.mark(ByteRange::between(before_bytes, again));
+        }
+        self.longest_bytes = self.longest_bytes.max(length_bytes);
+    }
+
+    fn set_length(&mut self, length_bytes: u64) {
         let granularity = self.granularity_bytes;
         if length_bytes < self.length_bytes {
             // A granule that is cut stays what it is.
@@ -162,6 +182,7 @@ impl DirtyMap {
             self.mark(run);
             from = run.end();
         }
+        self.longest_bytes = self.longest_bytes.max(other.longest_bytes);
     }
 
     /// What has not changed according to `other`, in whole granules of this map, is what it was.
@@ -566,7 +587,7 @@ mod tests {
             let mut merged = DirtyMap::new(length, other);
             merged.merge(&map);
             let mut resized = map.clone();
-            resized.resize(after);
+            resized.resize(after, true);
             let (mut of_merged, mut of_resized) = (0, 0);
             let bytes = |granule: u64, unit: u64, end: u64| unit.min(end - granule * unit);
             for granule in 0..length.div_ceil(other) {
@@ -583,6 +604,32 @@ mod tests {
             prop_assert_eq!(merged.dirty_bytes(), of_merged);
             prop_assert_eq!(resized.dirty_bytes(), of_resized);
             prop_assert_eq!(resized.length_bytes(), after);
+        }
+    }
+
+    #[test]
+    fn what_was_cut_off_has_changed_when_it_is_back() {
+        let changed = |map: &DirtyMap| map.run_from(0, u64::MAX);
+        let mut map = DirtyMap::new(100, 1);
+        map.resize(200, true);
+        assert_eq!(changed(&map), None, "it was never as long");
+        map.resize(150, false);
+        map.resize(160, false);
+        assert_eq!(changed(&map), None, "nobody wants to know");
+        map.resize(50, true);
+        let mut other = DirtyMap::new(50, 1);
+        other.merge(&map);
+        for map in [&mut map, &mut other] {
+            map.resize(80, true);
+            assert_eq!(changed(map), Some(ByteRange::between(50, 80)));
+            map.resize(300, true);
+            assert_eq!(changed(map), Some(ByteRange::between(50, 200)));
+            map.clear_all();
+            map.resize(400, true);
+            assert_eq!(changed(map), None, "it is told from now on");
+            map.disk_was_longer();
+            map.resize(500, true);
+            assert_eq!(changed(map), Some(ByteRange::between(400, 500)));
         }
     }
 

@@ -65,10 +65,7 @@ impl RecordingNode {
                 turn.come().await;
             }
             let key = bitmaps.begin_change(range);
-            if let Err(error) = bitmaps.touch(range).await {
-                stop_recording(&*node, &error).await;
-                bitmaps.set_given_up(true);
-            }
+            touch(&*node, &bitmaps, range).await;
             let changed = change(Rc::clone(&node)).await;
             // As of now: one that has come meanwhile records what ends now.
             if bitmaps.record() {
@@ -77,6 +74,14 @@ impl RecordingNode {
             bitmaps.end_change(key);
             changed
         })))
+    }
+}
+
+/// Before a change of `range`: it is known to have changed if the daemon does not live to mark it.
+async fn touch(node: &dyn Node, bitmaps: &NodeBitmaps, range: ByteRange) {
+    if let Err(error) = bitmaps.touch(range).await {
+        stop_recording(node, &error).await;
+        bitmaps.set_given_up(true);
     }
 }
 
@@ -235,8 +240,13 @@ impl Node for RecordingNode {
     fn resize(&self, length_bytes: u64) -> LocalFuture<'_, Result<(), NodeError>> {
         let (node, bitmaps) = (Rc::clone(&self.node), Arc::clone(&self.bitmaps));
         let resize = Box::pin(async move {
+            // What it grows by changes.
+            let grown = ByteRange::between(node.facts().length_bytes, length_bytes);
+            let key = bitmaps.begin_change(grown);
+            touch(&*node, &bitmaps, grown).await;
             let resized = node.resize(length_bytes).await;
             bitmaps.resize(node.facts().length_bytes);
+            bitmaps.end_change(key);
             if bitmaps.is_recorded() {
                 node.record_bitmaps().await;
             }
@@ -251,8 +261,13 @@ impl Node for RecordingNode {
         pace: &'a dyn Pace,
     ) -> LocalFuture<'a, Result<(), AmendStop>> {
         Box::pin(async move {
+            let before_bytes = self.node.facts().length_bytes;
+            let grown = ByteRange::between(before_bytes, options.size_bytes.unwrap_or(0));
+            let key = self.bitmaps.begin_change(grown);
+            touch(&*self.node, &self.bitmaps, grown).await;
             let amended = self.node.amend(options, pace).await;
             self.bitmaps.resize(self.node.facts().length_bytes);
+            self.bitmaps.end_change(key);
             amended
         })
     }
