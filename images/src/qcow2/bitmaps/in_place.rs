@@ -119,7 +119,7 @@ impl Qcow2 {
                 }
                 _ if is_clear => BitmapCluster::Clear,
                 _ => {
-                    is_exact &= is_all_set(&wanted, bits.saturating_sub(first));
+                    is_exact &= is_all_set(&wanted);
                     BitmapCluster::Set
                 }
             };

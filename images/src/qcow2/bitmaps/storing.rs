@@ -169,7 +169,7 @@ impl Qcow2 {
             let cluster = pending.get_mut(start..).unwrap_or(&mut []);
             source.copy_to(first, cluster);
             let place = usize::try_from(index).unwrap_or(usize::MAX);
-            if is_all_set(cluster, bits - first) {
+            if is_all_set(cluster) {
                 pending.truncate(start);
                 if let Some(entry) = table.get_mut(place) {
                     *entry = BitmapCluster::Set;
@@ -392,14 +392,10 @@ impl ImageState {
     }
 }
 
-/// Whether the first `bits` of a cluster, or all of them, are set.
-pub(super) fn is_all_set(cluster: &[u8], bits: u64) -> bool {
-    let bits = usize::try_from(bits).unwrap_or(usize::MAX);
-    let (whole, rest) = (bits / 8, bits % 8);
-    if whole >= cluster.len() {
-        return cluster.iter().all(|byte| *byte == u8::MAX);
-    }
-    let front = cluster.get(..whole).unwrap_or(&[]);
-    let last = cluster.get(whole).copied().unwrap_or(0);
-    front.iter().all(|byte| *byte == u8::MAX) && last == (1 << rest) - 1
+/// Whether all bits of a cluster are set. The last one of a bitmap has some that stand for nothing, and have to be clear: QEMU takes
+/// them for changes once the disk is longer.
+///
+/// Spec: qcow2, "Bitmap data" (unused tail bits must be zero).
+pub(super) fn is_all_set(cluster: &[u8]) -> bool {
+    cluster.iter().all(|byte| *byte == u8::MAX)
 }
