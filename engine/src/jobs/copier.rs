@@ -328,7 +328,7 @@ impl Copier {
                 }
                 self.in_flight.push(step.range);
                 let now = cx.clock().now();
-                self.window_size.begun(now, step.copied_bytes());
+                self.window_size.begun(now, step.counted_bytes());
                 if let Some(saver) = self.saver.clone() {
                     let nodes = (&source, &*target);
                     let how = (self.options, self.recorder.clone());

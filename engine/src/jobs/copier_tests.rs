@@ -42,6 +42,7 @@ struct MemoryNode {
     fails_one_in: u64,
     faults: Cell<u64>,
     in_flight: Cell<usize>,
+    in_flight_max: Cell<usize>,
     unflushed: Cell<bool>,
     moved_bytes: Cell<u64>,
     /// Shares extents of this node, in ranges that end at or below the offset.
@@ -63,6 +64,7 @@ impl MemoryNode {
             fails_one_in: 0,
             faults: Cell::new(0),
             in_flight: Cell::new(0),
+            in_flight_max: Cell::new(0),
             unflushed: Cell::new(false),
             moved_bytes: Cell::new(0),
             shares: None,
@@ -92,6 +94,8 @@ impl MemoryNode {
         assert!(range.end() <= self.length, "{range} passes the end");
         let _turn = self.turn().await;
         self.in_flight.set(self.in_flight.get() + 1);
+        let most = self.in_flight_max.get().max(self.in_flight.get());
+        self.in_flight_max.set(most);
         let mut moment = self.clock.now().after(self.latency);
         if let Some(nanos) = (range.length() * 1_000_000_000).checked_div(self.bytes_per_second) {
             let free_at = self.free_at.get().max(moment);
@@ -568,4 +572,29 @@ fn a_slow_disk_still_pauses_soon() {
     case.assert_copied("slow disk");
     let after = outcome.parked_after.expect("parked");
     assert!(after <= Duration::from_millis(200), "parked {after:?} late");
+}
+
+/// Buffers of more than 64 KiB are whole slots of a pool that all jobs and exports share.
+#[test]
+fn short_requests_are_many_and_take_no_more_memory() {
+    for (kib, most) in [(64, 64), (128, 16), (1024, 16)] {
+        let clock = VirtualClock::default();
+        let far = |seed| MemoryNode {
+            latency: Duration::from_millis(10),
+            ..MemoryNode::new(&clock, vec![7; 64 << 20], seed)
+        };
+        let mut case = Case::new(&clock, far(1), far(2));
+        case.options.window = WindowLimits::of(1 << 20);
+        case.options.chunk_max_bytes = kib << 10;
+        let outcome = case.run();
+        assert_eq!(outcome.result, Ok(()));
+        case.assert_copied("far");
+        let reached = case
+            .source
+            .in_flight_max
+            .get()
+            .max(case.target.in_flight_max.get());
+        assert!(reached <= most, "{reached} of {kib} KiB");
+        assert!(reached >= most * 3 / 4, "{reached} of {kib} KiB");
+    }
 }

@@ -20,7 +20,7 @@ const REQUESTS_MAX: usize = 64;
 pub(crate) struct WindowLimits {
     /// Requests, however short they are.
     pub(crate) requests: usize,
-    /// Bytes of all of them; one may be longer.
+    /// Bytes of all of them, as they count in memory; one may be longer.
     pub(crate) bytes: u64,
 }
 

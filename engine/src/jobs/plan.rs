@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use blockyard_storage::ByteRange;
+use blockyard_storage::buffer::{BUFFER_SLOT_BYTES, pooled_bytes};
 
 use crate::limits::STATUS_EXTENTS_MAX;
 use crate::node::chain::{ChainExtent, Content, chain_status};
@@ -85,10 +86,14 @@ pub(crate) struct Step {
 }
 
 impl Step {
-    /// How many of the bytes go through memory, if all of them have to.
-    pub(super) fn copied_bytes(&self) -> u64 {
+    /// What it counts for among what is in flight: its bytes, if they go through memory, or the memory, which may be longer.
+    pub(super) fn counted_bytes(&self) -> u64 {
         match self.kind {
-            StepKind::Copy | StepKind::Parts | StepKind::Fill(Fill::Bytes) => self.range.length(),
+            StepKind::Copy | StepKind::Parts | StepKind::Fill(Fill::Bytes) => {
+                let length = self.range.length();
+                let held = usize::try_from(length).unwrap_or(usize::MAX);
+                length.max(pooled_bytes(held.min(BUFFER_SLOT_BYTES)) as u64)
+            }
             StepKind::Zero
             | StepKind::Share
             | StepKind::Fill(Fill::Zeroes)

@@ -18,6 +18,7 @@ use crate::data::Spawner;
 use crate::job::context::{ErrorPolicies, JobContext, JobKey, JobShared, Report};
 use crate::job::error_policy::ErrorAction;
 use crate::job::work::{Stop, Work};
+use crate::limits::BUFFER_BUDGET_BYTES;
 use crate::node::Node;
 use crate::node::copy_before_write::{Saver, Surroundings};
 use crate::request::{CbwOptions, CopyMode};
@@ -125,7 +126,7 @@ impl Running {
     pub(super) fn new(clock: &VirtualClock, speed: i64, policies: ErrorPolicies) -> Self {
         let orders = Arc::new(JobShared::new(speed, CopyMode::Background));
         let (reports, heard) = mpsc::unbounded_channel();
-        let pool = BufferPool::new(16 << 20);
+        let pool = BufferPool::new(BUFFER_BUDGET_BYTES);
         let clock = Rc::new(clock.clone());
         Self {
             cx: JobContext::new(JobKey(1), orders.clone(), reports, clock, pool, policies),

@@ -151,7 +151,7 @@ impl WindowSize {
         most(self.limits, self.length_bytes)
     }
 
-    /// A copy of so many bytes begins; of none, if it is not carried through memory.
+    /// A copy begins that counts for so many bytes in memory; none, if it is not carried through it.
     pub(super) fn begun(&mut self, now: Moment, bytes: u64) {
         if bytes > 0 {
             self.length_bytes = (self.length_bytes * (LENGTHS - 1) + bytes).div_ceil(LENGTHS);

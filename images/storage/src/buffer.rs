@@ -267,7 +267,7 @@ impl BufferPool {
     }
 
     fn hand_out(&self, shared: &mut Shared, length: usize) -> Buffer {
-        let charged_bytes = charge_of(length);
+        let charged_bytes = pooled_bytes(length);
         shared.used_bytes += charged_bytes;
         let (slot, memory) = if length <= SMALL_BYTES_MAX {
             let small = shared.small(charged_bytes);
@@ -321,7 +321,7 @@ impl BufferPool {
 
 impl Shared {
     fn has_room(&self, length: usize) -> bool {
-        self.used_bytes + charge_of(length) <= self.budget_bytes
+        self.used_bytes + pooled_bytes(length) <= self.budget_bytes
     }
 
     fn new_slot(&mut self) -> (Slot, BytesMut) {
@@ -365,8 +365,8 @@ impl Shared {
     }
 }
 
-/// What a buffer counts for, and its memory's length.
-fn charge_of(length: usize) -> usize {
+/// What a buffer of this length, at most a slot, counts for in a pool, and its memory's length, in bytes: above 64 KiB a whole slot.
+pub fn pooled_bytes(length: usize) -> usize {
     if length <= SMALL_BYTES_MAX {
         length.next_power_of_two().max(BUFFER_ALIGNMENT_BYTES)
     } else {
