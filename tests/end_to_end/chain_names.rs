@@ -126,6 +126,14 @@ fn a_daemon_elsewhere_leaves_names_that_are_found() {
         }
         client.run(job, arguments);
         client.wait_for("j", "null");
+        let nodes = client.run("query-named-block-nodes", json!({"flat": true}));
+        let mut nodes = nodes.as_array().expect("nodes").iter();
+        let top = nodes.find(|node| node["node-name"] == "top");
+        assert_eq!(
+            top.expect("there")["file"],
+            "sub/top",
+            "nothing but its header tells"
+        );
         for name in ["top", "mid", "base"] {
             client.run("blockdev-del", json!({"node-name": name}));
         }

@@ -210,7 +210,7 @@ impl Graph {
         backing: Option<NodeId>,
         named: &NewBacking,
     ) -> Result<(), EngineError> {
-        let (name, format) = {
+        let (name, format, shown) = {
             let records = self.records.borrow();
             let is_image = records
                 .node(image)
@@ -220,7 +220,7 @@ impl Graph {
             }
             let shown = backing.and_then(|backing| records.node(records.unfiltered(backing)));
             match shown {
-                None => (String::new(), ""),
+                None => (String::new(), "", String::new()),
                 Some(node) => {
                     let folder = records.folder(image).unwrap_or_default();
                     let seen = node.filename.seen_from(folder);
@@ -228,11 +228,21 @@ impl Graph {
                         true => "raw",
                         false => node.driver,
                     };
-                    (named.name.clone().unwrap_or(seen), format)
+                    let name = named.name.clone().unwrap_or(seen);
+                    (name, format, node.filename.to_string())
                 }
             }
         };
-        self.rewrite_backing(image, format, &name).await
+        self.rewrite_backing(image, format, &name).await?;
+        if named.name.is_none() {
+            // The header leads there, however it names it.
+            let mut records = self.records.borrow_mut();
+            let image = records.node_mut(image).and_then(|node| node.image.as_mut());
+            if let Some(image) = image {
+                image.own_backing = shown;
+            }
+        }
+        Ok(())
     }
 
     /// What was opened for writing for a job is read-only again.
