@@ -311,6 +311,12 @@ fn jobs_of_one_chain_keep_out_of_each_others_way() {
         ("block-stream", json!({"device": "n2"})),
         ("block-stream", json!({"device": "n2", "base-node": "n0"})),
         ("block-stream", json!({"device": "n1"})),
+        // What is below a commit's filter cannot be relied on through it.
+        ("block-stream", json!({"device": "n3", "base-node": "n1"})),
+        (
+            "block-stream",
+            json!({"device": "n3", "base": "n1.qcow2", "auto-dismiss": false}),
+        ),
         ("block-commit", json!({"device": "n4", "top-node": "n1"})),
         (
             "block-commit",
@@ -338,7 +344,10 @@ fn jobs_of_one_chain_keep_out_of_each_others_way() {
         script += &line("blockdev-add", &on("t", "t.qcow2"));
         script += &line(
             command,
-            &with(json!({"job-id": "j", "speed": 1}), arguments),
+            &with(
+                json!({"job-id": "j", "speed": 1, "filter-node-name": "filter"}),
+                arguments,
+            ),
         );
         script += &line("x-debug-query-block-graph", &json!({}));
         for (place, (command, arguments)) in others.iter().enumerate() {
@@ -350,6 +359,11 @@ fn jobs_of_one_chain_keep_out_of_each_others_way() {
             script += &line(command, &arguments);
             script += &line("job-cancel", &json!({"id": id}));
             writeln!(script, "gone {id}").expect("a text");
+        }
+        for (below, bottom) in [("n2", "n1"), ("n2", "n2"), ("filter", "n1")] {
+            let node = json!({"driver": "copy-on-read", "node-name": "r", "file": below, "bottom": bottom});
+            script += &line("blockdev-add", &node);
+            script += &line("blockdev-del", &json!({"node-name": "r"}));
         }
         for name in ["n0", "n1", "n2", "n3", "n4"] {
             script += &line("block_resize", &json!({"node-name": name, "size": 4 << 20}));

@@ -36,6 +36,12 @@ impl Graph {
             return Ok(());
         }
         let last = part.inner.last().copied().unwrap_or(device);
+        if self.records.borrow().node(last).is_none() {
+            // Without it nothing tells what stays. Never nothing: the disk would lose all that is below.
+            return Err(EngineError::generic(
+                "The last node of the stream is gone; the chain stays as it was",
+            ));
+        }
         // What is there then: it may have been replaced meanwhile.
         let stays = move |records: &Records| match part.is_whole {
             true => None,

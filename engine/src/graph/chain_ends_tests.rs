@@ -131,3 +131,56 @@ fn a_commit_whose_device_cannot_go_over_to_the_base_leaves_all_where_they_were()
     });
     threads.end();
 }
+
+/// What stays below a stream is what its last node stands on. Without that node there is no saying what it is: nothing is the one
+/// answer that must not be given.
+#[test]
+fn a_stream_that_has_lost_its_last_node_leaves_the_chain_alone() {
+    let runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = { runtime }.enable_time().build().expect("a runtime");
+    let pool = BufferPool::new(1 << 20);
+    let threads = ThreadSet::start(1, BackendChoice::Threads, pool, News::channel().0);
+    let threads = threads.expect("a thread");
+    let folder = tempfile::tempdir().expect("a folder");
+    LocalSet::new().block_on(&runtime, async {
+        let graph = Graph::new(threads.clone(), ImagePolicy::default(), None);
+        for (name, on) in [("base", None), ("mid", Some("base")), ("top", Some("mid"))] {
+            graph
+                .add(image(folder.path(), name, on))
+                .await
+                .expect("added");
+        }
+        let id = |name: &str| graph.find(name).expect("there");
+        let (base, mid, top) = (id("base"), id("mid"), id("top"));
+        let stream = |last: NodeId| JobNodes {
+            source: Some(top),
+            target: Some(top),
+            chain: Some(ChainPart {
+                layers: 2,
+                is_whole: false,
+                device: top,
+                inner: vec![mid, last],
+                seen_bytes: 0,
+                grows: false,
+                named: NewBacking {
+                    name: None,
+                    mask_protocol: false,
+                },
+            }),
+            ..JobNodes::default()
+        };
+        let before = std::fs::read(folder.path().join("top")).expect("read");
+        let gone = NodeId(u64::MAX);
+        graph
+            .finish_chain(KEY, &stream(gone))
+            .await
+            .expect_err("it cannot know what stays");
+        assert_eq!(below(&graph, top), [Some(mid); 2]);
+        let after = std::fs::read(folder.path().join("top")).expect("read");
+        assert!(before == after, "its header has changed");
+
+        graph.finish_chain(KEY, &stream(mid)).await.expect("done");
+        assert_eq!(below(&graph, top), [Some(base); 2]);
+    });
+    threads.end();
+}

@@ -30,7 +30,7 @@ pub struct ChainPart {
     /// How far the base of a commit is read afterwards, through what is above it.
     pub seen_bytes: u64,
     /// The base must grow.
-    grows: bool,
+    pub(super) grows: bool,
     /// How headers tell of the new backing.
     pub(super) named: NewBacking,
 }
@@ -295,6 +295,7 @@ impl Graph {
             records
                 .check_links_to(device)
                 .map_err(|error| error.prefixed("Could not replace node: "))?;
+            records.check_links_stay(&taken)?;
             ChainPart {
                 layers: records.layers(&taken),
                 is_whole: stays.is_none(),
@@ -347,6 +348,7 @@ impl Graph {
                 .take_while(|id| Some(*id) != nodes.target)
                 .collect();
             records.check_links_free(&parents)?;
+            records.check_links_stay(parents.get(1..).unwrap_or_default())?;
         }
         let name = spec.filter_node_name.as_deref();
         let inserted = self.insert_filter(top, None, driver, kind, name, || Ok(()));

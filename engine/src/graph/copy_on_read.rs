@@ -81,6 +81,7 @@ impl Records {
             )));
         };
         self.check_links_free(chain.get(..depth).unwrap_or_default())?;
+        self.check_links_stay(chain.get(..=depth).unwrap_or_default())?;
         Ok(bottom.id)
     }
 
@@ -98,6 +99,22 @@ impl Records {
             role.map_or("", |edge| edge.role),
             self.name_of(parent),
             below.map_or("", |below| self.name_of(below))
+        )))
+    }
+
+    /// Fails if one of these nodes, which something above is about to rely on, is the filter of a commit or a mirror: it goes with its job.
+    pub(super) fn check_links_stay(&self, below: &[NodeId]) -> Result<(), EngineError> {
+        let mut nodes = below.iter().filter_map(|id| self.node(*id));
+        let Some(filter) = nodes.find(|node| node.goes_with_its_job()) else {
+            return Ok(());
+        };
+        let mut links = self.users(filter.id);
+        let link =
+            links.find(|edge| matches!(edge.user, User::Node(above) if below.contains(&above)));
+        Err(EngineError::generic(format!(
+            "Cannot freeze '{}' link to '{}'",
+            link.map_or(FILE_ROLE, |edge| edge.role),
+            filter.name
         )))
     }
 

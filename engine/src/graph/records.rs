@@ -105,6 +105,11 @@ impl NodeRecord {
         matches!(kind, FilterKind::Tracks { commits: true, .. })
     }
 
+    /// Whether it is the filter of a commit or a mirror, which goes when its job ends although others stand on it.
+    pub(super) fn goes_with_its_job(&self) -> bool {
+        matches!(self.driver, "commit_top" | "mirror_top")
+    }
+
     /// Whether it shows its child's data as its own.
     pub(super) fn is_filter(&self) -> bool {
         matches!(
