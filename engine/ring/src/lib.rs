@@ -5,12 +5,14 @@
 
 pub mod confined;
 mod data_run;
+mod entries;
 pub mod file_attributes;
 pub mod file_calls;
 pub mod heap;
 pub mod host_file;
 mod host_storage;
 pub mod inherited;
+mod neighbours;
 pub mod ofd_lock;
 mod polled_socket;
 pub mod reactor;

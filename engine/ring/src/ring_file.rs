@@ -5,9 +5,10 @@ use std::rc::Rc;
 use blockyard_storage::Buffer;
 use blockyard_storage::error::{EAGAIN, EIO, ENOSPC};
 
+use crate::entries::Direction;
 use crate::file_calls::{Failed, length_of};
 use crate::host_file::HostFile;
-use crate::uring::{Direction, FileSlot, Uring};
+use crate::uring::{FileSlot, Uring};
 
 /// `EINTR`: interrupted.
 const EINTR: i32 = 4;

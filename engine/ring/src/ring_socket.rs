@@ -121,7 +121,7 @@ impl Held {
     fn into_parts(self) -> Vec<Part> {
         match self {
             Held::Message(message) => message.parts,
-            Held::Buffer(_) => Vec::new(),
+            Held::Buffer(_) | Held::Joint(_) => Vec::new(),
         }
     }
 }

@@ -19,7 +19,9 @@ use blockyard_storage::buffer::BufferPool;
 use io_uring::{IoUring, opcode, squeue, types};
 use slab::Slab;
 
+use crate::entries::{Direction, Target};
 use crate::host_file::HostFile;
+use crate::neighbours::{Joint, Neighbours, SHORT_BYTES_MAX, Single};
 use crate::ring_socket::Message;
 use crate::wake::RemoteWaker;
 
@@ -40,15 +42,6 @@ const BELL: u64 = u64::MAX;
 /// io_uring_enter's flag to run completions that wait for the task.
 const ENTER_GETEVENTS: u32 = 1;
 
-/// Which way bytes go.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Direction {
-    /// From the file.
-    Read,
-    /// To the file.
-    Write,
-}
-
 /// A file's place in the ring's table, if it got one.
 pub(crate) struct FileSlot(Option<u32>);
 
@@ -58,6 +51,8 @@ pub(crate) enum Held {
     Buffer(Buffer),
     /// Sent.
     Message(Box<Message>),
+    /// The addresses of neighbours, each of which is in flight by itself as well and holds its buffer.
+    Joint(Joint),
 }
 
 /// One operation the kernel may be working on.
@@ -84,6 +79,8 @@ pub(crate) struct Uring {
     bell_armed: Cell<bool>,
     /// Transfers that the kernel has not been told of, in bytes.
     untold_bytes: Cell<u64>,
+    /// Transfers that are not in the queue yet, as neighbours of them may follow.
+    neighbours: RefCell<Neighbours>,
     pool: BufferPool,
     /// Which slots of the pool the ring knows; `None`: buffers cannot be registered here.
     known_slots: RefCell<Option<Vec<bool>>>,
@@ -142,6 +139,7 @@ impl Uring {
             bell_count: Box::new(Cell::new(0)),
             bell_armed: Cell::new(false),
             untold_bytes: Cell::new(0),
+            neighbours: RefCell::default(),
             known_slots: RefCell::new(buffers.then(|| vec![false; pool.slots_max()])),
             pool,
             free_files: RefCell::new(if files {
@@ -227,19 +225,60 @@ impl Uring {
         let address = bytes.as_mut_ptr();
         let length = u32::try_from(bytes.len()).unwrap_or(!4095_u32);
         let at = offset + done as u64;
-        let target = match slot.0 {
-            Some(index) => Target::Fixed(types::Fixed(index)),
-            None => Target::Plain(types::Fd(file.descriptor().as_raw_fd())),
-        };
+        let is_copied_apart = !file.is_direct() && bytes.len() >= COPIED_APART_BYTES;
+        let may_be_joined = file.is_direct() && length <= SHORT_BYTES_MAX;
+        let file = file.descriptor();
+        let target = Target::of(file, slot.0);
         let mut entry = target.entry(direction, address, length, at, index);
-        if !file.is_direct() && bytes.len() >= COPIED_APART_BYTES {
+        if is_copied_apart {
             entry = entry.flags(squeue::Flags::ASYNC);
         }
-        let length = u64::from(length);
-        let file = file.descriptor().clone();
-        let operating = self.submit(Held::Buffer(buffer), file, slot.0, entry);
+        let (number, entry) = self.hold(Held::Buffer(buffer), file.clone(), slot.0, entry);
+        if may_be_joined {
+            let single = Single {
+                number,
+                address,
+                length,
+                offset: at,
+                entry,
+            };
+            let mut neighbours = self.neighbours.borrow_mut();
+            let leaving = neighbours.add(direction, file, target, single);
+            drop(neighbours);
+            if let Some(joint) = leaving {
+                self.let_go(joint);
+            }
+        } else {
+            self.queue(entry);
+            self.begin_early(u64::from(length));
+        }
+        self.operating(number)
+    }
+
+    /// Queues neighbours as one.
+    fn let_go(&self, joint: Joint) {
+        let length = joint.length();
+        let entry = match joint.alone() {
+            Some(single) => single.entry.clone(),
+            None => {
+                let (entry, file) = (joint.entry(), joint.file().clone());
+                // Each of them stands for the file's place in the table.
+                self.hold(Held::Joint(joint), file, None, entry).1
+            }
+        };
+        self.queue(entry);
         self.begin_early(length);
-        operating
+    }
+
+    /// Queues what waits for neighbours.
+    fn let_all_go(&self) {
+        loop {
+            let next = self.neighbours.borrow_mut().close_one();
+            let Some(joint) = next else {
+                return;
+            };
+            self.let_go(joint);
+        }
     }
 
     /// So many more bytes are queued.
@@ -261,6 +300,19 @@ impl Uring {
         file_index: Option<u32>,
         entry: squeue::Entry,
     ) -> Operating {
+        let (number, entry) = self.hold(held, file, file_index, entry);
+        self.queue(entry);
+        self.operating(number)
+    }
+
+    /// Keeps what the kernel may touch until `entry` has ended, which has the number of that place from now on.
+    fn hold(
+        &self,
+        held: Held,
+        file: Arc<OwnedFd>,
+        file_index: Option<u32>,
+        entry: squeue::Entry,
+    ) -> (usize, squeue::Entry) {
         let number = self.in_flight.borrow_mut().insert(InFlight {
             held,
             _file: file,
@@ -269,7 +321,10 @@ impl Uring {
             waker: None,
             abandoned: false,
         });
-        self.queue(entry.user_data(number as u64));
+        (number, entry.user_data(number as u64))
+    }
+
+    fn operating(self: &Rc<Self>, number: usize) -> Operating {
         Operating {
             uring: self.clone(),
             number: Some(number),
@@ -328,6 +383,7 @@ impl Uring {
     /// When the ring itself fails.
     pub(crate) fn turn(&self, timeout: Option<Duration>) -> io::Result<()> {
         self.arm_bell();
+        self.let_all_go();
         self.untold_bytes.set(0);
         self.refill();
         let nothing_left = self.backlog.borrow().is_empty();
@@ -397,18 +453,39 @@ impl Uring {
             let Ok(number) = usize::try_from(completion.user_data()) else {
                 continue;
             };
-            let mut table = self.in_flight.borrow_mut();
-            let Some(operation) = table.get_mut(number) else {
-                continue;
-            };
-            operation.result = Some(completion.result());
-            if operation.abandoned {
-                let ended = table.remove(number);
-                drop(table);
-                drop(ended);
-            } else if let Some(waker) = operation.waker.take() {
-                drop(table);
-                waker.wake();
+            self.ended(number, completion.result());
+        }
+    }
+
+    /// An operation has ended.
+    fn ended(&self, number: usize, result: i32) {
+        let mut table = self.in_flight.borrow_mut();
+        let Some(operation) = table.get_mut(number) else {
+            return;
+        };
+        let is_joint = matches!(operation.held, Held::Joint(_));
+        if is_joint || operation.abandoned {
+            let ended = table.remove(number);
+            drop(table);
+            if let Held::Joint(joint) = ended.held {
+                self.joint_ended(joint, result);
+            }
+            return;
+        }
+        operation.result = Some(result);
+        let waker = operation.waker.take();
+        drop(table);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Ends what was done whole; the rest goes by itself.
+    fn joint_ended(&self, joint: Joint, result: i32) {
+        for (single, is_done) in joint.ended(result) {
+            match (is_done, i32::try_from(single.length)) {
+                (true, Ok(count)) => self.ended(single.number, count),
+                _ => self.queue(single.entry),
             }
         }
     }
@@ -429,6 +506,7 @@ impl Drop for Uring {
     fn drop(&mut self) {
         // Ends the read on the bell. Nobody arms it again.
         let _ = rustix::io::write(self.waker.bell(), &1_u64.to_le_bytes());
+        self.let_all_go();
         let mut patience = 50;
         while patience > 0
             && (self.bell_armed.get()
@@ -481,57 +559,7 @@ impl Held {
     pub(crate) fn into_buffer(self) -> Buffer {
         match self {
             Held::Buffer(buffer) => buffer,
-            Held::Message(_) => Buffer::zeroed(0),
-        }
-    }
-}
-
-/// A file as an entry names it.
-enum Target {
-    Fixed(types::Fixed),
-    Plain(types::Fd),
-}
-
-/// The four opcodes for one kind of file; the crate's trait for kinds of files cannot be named outside it.
-macro_rules! entry_for {
-    ($file:expr, $direction:expr, $address:expr, $length:expr, $offset:expr, $buffer:expr) => {
-        match ($direction, $buffer) {
-            (Direction::Read, Some(index)) => {
-                opcode::ReadFixed::new($file, $address, $length, index)
-                    .offset($offset)
-                    .build()
-            }
-            (Direction::Read, None) => opcode::Read::new($file, $address, $length)
-                .offset($offset)
-                .build(),
-            (Direction::Write, Some(index)) => {
-                let address = $address.cast_const();
-                opcode::WriteFixed::new($file, address, $length, index)
-                    .offset($offset)
-                    .build()
-            }
-            (Direction::Write, None) => {
-                let address = $address.cast_const();
-                opcode::Write::new($file, address, $length)
-                    .offset($offset)
-                    .build()
-            }
-        }
-    };
-}
-
-impl Target {
-    fn entry(
-        self,
-        direction: Direction,
-        address: *mut u8,
-        length: u32,
-        offset: u64,
-        buffer: Option<u16>,
-    ) -> squeue::Entry {
-        match self {
-            Target::Fixed(file) => entry_for!(file, direction, address, length, offset, buffer),
-            Target::Plain(file) => entry_for!(file, direction, address, length, offset, buffer),
+            Held::Message(_) | Held::Joint(_) => Buffer::zeroed(0),
         }
     }
 }
@@ -576,5 +604,59 @@ impl Drop for Operating {
             table[number].abandoned = true;
             table[number].waker = None;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+    use crate::host_file::OpenMode;
+
+    #[test]
+    fn neighbours_are_one_request_of_the_kernel() {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC).expect("made");
+        let Ok(uring) = Uring::open(8, BufferPool::new(0), RemoteWaker::new(bell)) else {
+            eprintln!("SKIPPED: no io_uring here");
+            return;
+        };
+        let mut file = tempfile::tempfile().expect("made");
+        let bytes: Vec<u8> = (0..40_u8).flat_map(|nth| [nth; 4096]).collect();
+        file.write_all(&bytes).expect("written");
+        let mode = OpenMode {
+            direct: true,
+            ..OpenMode::default()
+        };
+        let file = HostFile::from_fd(file.into(), mode).expect("taken over");
+        let slot = uring.register_file(file.descriptor());
+        let mut reads: Vec<_> = (0..40_u64)
+            .map(|nth| {
+                let buffer = Buffer::zeroed(4096);
+                uring.transfer(Direction::Read, &file, &slot, nth * 4096, buffer, 0)
+            })
+            .collect();
+        uring.let_all_go();
+        assert_eq!(uring.in_flight.borrow().len(), 40 + 1);
+        let mut cx = Context::from_waker(Waker::noop());
+        for (nth, read) in reads.iter_mut().enumerate() {
+            let (held, result) = loop {
+                match Pin::new(&mut *read).poll(&mut cx) {
+                    Poll::Ready(ended) => break ended,
+                    Poll::Pending => uring.turn(Some(Duration::from_secs(1))).expect("goes on"),
+                }
+            };
+            assert_eq!(result, 4096);
+            let buffer = held.into_buffer();
+            assert!(
+                buffer
+                    .as_slice()
+                    .iter()
+                    .all(|byte| usize::from(*byte) == nth)
+            );
+        }
+        assert!(uring.in_flight.borrow().is_empty());
     }
 }
