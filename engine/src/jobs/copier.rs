@@ -305,8 +305,11 @@ impl Copier {
                 continue;
             }
             let mut wait_until = None;
+            let may_begin =
+                window.len() + self.window_size.handful() <= self.window_size.requests();
             // Planning takes its time: an order may come meanwhile.
-            while !stopping
+            while may_begin
+                && !stopping
                 && !cx.must_stop()
                 && window.len() < self.window_size.requests()
                 && !self.must_verify()
@@ -599,7 +602,7 @@ impl Copier {
 
     /// Learns from a range that has ended how many there should be in flight; so many are left.
     fn measure(&mut self, cx: &JobContext, ended: &Ended, left: usize) {
-        let was_full = left + 1 >= self.window_size.requests();
+        let was_full = left + self.window_size.handful() >= self.window_size.requests();
         self.window_size.took(ended.took);
         match ended.step.kind {
             StepKind::Copy | StepKind::Parts | StepKind::Fill(_) if was_full => {

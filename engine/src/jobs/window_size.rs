@@ -45,7 +45,16 @@ const REST_FAR: u32 = 32;
 const LENGTHS: u64 = 8;
 
 /// How many times as many short requests there may be for it to be found out anew how many are of use.
-const MANY_MORE: usize = 4;
+const MANY_MORE: usize = 2;
+
+/// Requests of up to this length by and large are short: neighbours among those that are begun together reach the disk as one.
+const SHORT_BYTES: u64 = 96 << 10;
+
+/// Short requests that take no longer with all that are in flight hold nobody up: fewer that move as much are no gain then.
+const QUICK: Duration = Duration::from_millis(5);
+
+/// Short ones are begun by this part of all.
+const HANDFULS: usize = 4;
 
 /// How many requests one copy has in flight.
 #[derive(Clone, Debug)]
@@ -54,8 +63,14 @@ pub(super) struct WindowSize {
     limits: WindowLimits,
     /// What requests are long lately.
     length_bytes: u64,
+    /// Whether there was one.
+    has_begun: bool,
     /// There might have been so many when it was last found out how many are of use.
     looked_up_to: usize,
+    /// More are not slower beside each other: it is a distance that they wait for.
+    is_far: bool,
+    /// What writers have changed is brought over.
+    is_following: bool,
     /// Slow requests hold the number down to this.
     ceiling: Ceiling,
     phase: Phase,
@@ -121,7 +136,7 @@ struct Measure {
 }
 
 impl WindowSize {
-    /// At most as `limits` say, and at least one. No request is longer than `longest_bytes`, as the first ones are taken to be.
+    /// At most as `limits` say, and at least one. No request is longer than `longest_bytes`.
     pub(super) fn new(limits: WindowLimits, longest_bytes: u64) -> Self {
         let count_max = most(limits, longest_bytes);
         let count = count_max.min(START);
@@ -129,7 +144,10 @@ impl WindowSize {
             count,
             limits,
             length_bytes: longest_bytes,
+            has_begun: false,
             looked_up_to: count_max,
+            is_far: false,
+            is_following: false,
             ceiling: Ceiling::new(limits.requests.max(1)),
             phase: Phase::growing_from(count),
             measure: Measure::default(),
@@ -141,8 +159,22 @@ impl WindowSize {
         self.count.min(self.count_max()).min(self.ceiling.count())
     }
 
+    /// How many more are begun at once, at least, as soon as there may be so many more: not each by itself when another has ended. A far end would
+    /// have less to do meanwhile, and writers do not wait for more than they have to.
+    pub(super) fn handful(&self) -> usize {
+        match self.is_short() && !self.is_far && !self.is_following {
+            true => (self.requests() / HANDFULS).max(1),
+            false => 1,
+        }
+    }
+
+    fn is_short(&self) -> bool {
+        self.length_bytes <= SHORT_BYTES
+    }
+
     /// From now on what others write is brought over.
     pub(super) fn follow_writers(&mut self) {
+        self.is_following = true;
         self.limits = self.limits.with_requests(FOLLOWING_MAX);
     }
 
@@ -154,7 +186,11 @@ impl WindowSize {
     /// A copy begins that counts for so many bytes in memory; none, if it is not carried through it.
     pub(super) fn begun(&mut self, now: Moment, bytes: u64) {
         if bytes > 0 {
-            self.length_bytes = (self.length_bytes * (LENGTHS - 1) + bytes).div_ceil(LENGTHS);
+            let before = match std::mem::replace(&mut self.has_begun, true) {
+                true => self.length_bytes,
+                false => bytes,
+            };
+            self.length_bytes = (before * (LENGTHS - 1) + bytes).div_ceil(LENGTHS);
             self.look_further();
         }
         if self.measure.to_pass == 0 {
@@ -261,7 +297,10 @@ impl WindowSize {
             Some(best) if !has_grown => (best, in_vain + 1),
             _ => ((round, rate), 0),
         };
-        if in_vain < GROWN_IN_VAIN_MAX && round < self.count_max() {
+        // What is of use of quick short ones is found out from all there may be down: a few more after the other would take long.
+        let is_quick = self.is_short() && rate.took <= QUICK;
+        let may_grow = in_vain < GROWN_IN_VAIN_MAX || is_quick;
+        if may_grow && round < self.count_max() {
             self.phase = Phase::Growing {
                 round: self.count,
                 best: Some(best),
@@ -272,9 +311,11 @@ impl WindowSize {
         }
         self.looked_up_to = self.count_max();
         let is_far = in_vain == 0 && rate.took * 100 <= first_took * FAR_PERCENT;
+        self.is_far = is_far;
+        let base = if is_quick { round } else { best.0 };
         self.start(Trial {
-            base: best.0,
-            other: fewer(best.0, true),
+            base,
+            other: fewer(base, true),
             rates: [None; 3],
             rest: if is_far { REST_FAR } else { 0 },
             is_wide: true,
@@ -296,7 +337,8 @@ impl WindowSize {
             self.start(trial);
             return;
         };
-        let wanted_percent = match trial.other > trial.base {
+        let is_held_up = base.took > QUICK || !self.is_short();
+        let wanted_percent = match trial.other > trial.base || !is_held_up {
             true => BETTER_PERCENT,
             false => EQUAL_PERCENT,
         };
@@ -389,257 +431,5 @@ impl Rate {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Takes `lanes` requests at a time, and each so long.
-    struct Disk<F: Fn(usize) -> Duration> {
-        lanes: usize,
-        service: F,
-        noise_percent: u64,
-    }
-
-    const MIB: u64 = 1 << 20;
-
-    /// For requests of 1 MiB each.
-    fn of_long(count_max: usize) -> WindowSize {
-        let limits = WindowLimits {
-            requests: count_max,
-            bytes: count_max as u64 * MIB,
-        };
-        WindowSize::new(limits, MIB)
-    }
-
-    /// Runs so many requests; what was in flight over the last quarter of them, on average.
-    fn settled<F: Fn(usize) -> Duration>(
-        size: &mut WindowSize,
-        disk: &Disk<F>,
-        requests: u64,
-    ) -> f64 {
-        settled_with(size, disk, requests, MIB)
-    }
-
-    /// The same of requests of so many bytes each.
-    fn settled_with<F: Fn(usize) -> Duration>(
-        size: &mut WindowSize,
-        disk: &Disk<F>,
-        requests: u64,
-        bytes: u64,
-    ) -> f64 {
-        let mut now = Duration::ZERO;
-        let mut state = 7_u64;
-        let mut lanes = vec![Duration::ZERO; disk.lanes];
-        let mut flying: Vec<(Duration, Duration)> = Vec::new();
-        let (mut sum, mut seen) = (0, 0);
-        for number in 0..requests {
-            while flying.len() < size.requests() {
-                state = state
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
-                let noise = 100 + (state >> 33) % (disk.noise_percent + 1);
-                let time = (disk.service)(flying.len() + 1) * u32::try_from(noise).unwrap() / 100;
-                let lane = lanes.iter_mut().min().unwrap();
-                *lane = now.max(*lane) + time;
-                flying.push((*lane, now));
-                size.begun(Moment::new(now), bytes);
-            }
-            flying.sort();
-            let (end, begun) = flying.remove(0);
-            let was_full = flying.len() + 1 >= size.requests();
-            now = end;
-            let took = end.saturating_sub(begun);
-            size.took(took);
-            if was_full {
-                size.ended(Moment::new(now), bytes, took);
-            }
-            if number >= requests - requests / 4 {
-                sum += size.requests();
-                seen += 1;
-            }
-        }
-        sum as f64 / f64::from(seen)
-    }
-
-    #[test]
-    fn a_far_end_gets_all_there_may_be_within_few_round_trips() {
-        let far = Disk {
-            lanes: 1000,
-            service: |_| Duration::from_millis(10),
-            noise_percent: 5,
-        };
-        for count_max in [1, 3, 16, 64] {
-            let mut size = of_long(count_max);
-            settled(&mut size, &far, 2 * count_max as u64);
-            assert_eq!(size.requests(), count_max);
-            let long = settled(&mut size, &far, 40_000);
-            assert!(long > 0.7 * count_max as f64, "{long} of {count_max}");
-        }
-    }
-
-    #[test]
-    fn a_far_end_gets_more_of_short_requests_and_no_more_bytes_of_long_ones() {
-        let far = Disk {
-            lanes: 1000,
-            service: |_| Duration::from_millis(10),
-            noise_percent: 5,
-        };
-        let mut size = WindowSize::new(WindowLimits::of(MIB), MIB);
-        for _ in 0..3 {
-            let short = settled_with(&mut size, &far, 4_000, 64 << 10);
-            assert!(short > 0.7 * 64.0, "{short}");
-            let middle = settled_with(&mut size, &far, 4_000, 512 << 10);
-            assert!((0.7 * 32.0..=32.0).contains(&middle), "{middle}");
-            let long = settled(&mut size, &far, 4_000);
-            assert!((0.7 * 16.0..=16.0).contains(&long), "{long}");
-        }
-        // What is in flight while they become longer.
-        settled_with(&mut size, &far, 4_000, 64 << 10);
-        let mut flying = size.requests() as u64 * (64 << 10);
-        for _ in 0..100 {
-            size.begun(Moment::default(), MIB);
-            // The oldest short one has ended.
-            flying = (flying + MIB).saturating_sub(64 << 10);
-            if flying.div_ceil(MIB) >= size.requests() as u64 {
-                break;
-            }
-        }
-        assert!(flying <= 24 * MIB, "{flying}");
-    }
-
-    #[test]
-    fn a_worker_less_is_a_worker_less() {
-        let limits = WindowLimits::of(MIB).with_requests(3);
-        let far = Disk {
-            lanes: 1000,
-            service: |_| Duration::from_millis(10),
-            noise_percent: 5,
-        };
-        let mut size = WindowSize::new(limits, MIB);
-        for bytes in [4096, MIB, 4096] {
-            let few = settled_with(&mut size, &far, 1_000, bytes);
-            assert!((2.0..=3.0).contains(&few), "{few}");
-        }
-        let mut size = WindowSize::new(WindowLimits::of(MIB), MIB);
-        settled_with(&mut size, &far, 1_000, 4096);
-        size.follow_writers();
-        assert!(size.requests() <= FOLLOWING_MAX, "{}", size.requests());
-        let one = WindowLimits::of(MIB).with_bytes(1);
-        assert_eq!(WindowSize::new(one, MIB).requests(), 1);
-    }
-
-    #[test]
-    fn a_disk_that_takes_one_after_the_other_gets_few() {
-        for noise_percent in [0, 10, 40] {
-            let one = Disk {
-                lanes: 1,
-                service: |waiting| Duration::from_micros(280 + 6 * waiting as u64),
-                noise_percent,
-            };
-            let mut size = of_long(16);
-            settled(&mut size, &one, 64);
-            assert!(size.requests() <= 8, "{}", size.requests());
-            let long = settled(&mut size, &one, 20_000);
-            assert!(long <= 6.0, "{long} with {noise_percent} % of noise");
-        }
-    }
-
-    #[test]
-    fn a_disk_of_eight_lanes_gets_about_eight() {
-        for noise_percent in [0, 10, 40] {
-            let lanes = Disk {
-                lanes: 8,
-                service: |_| Duration::from_millis(1),
-                noise_percent,
-            };
-            let mut size = of_long(64);
-            let long = settled(&mut size, &lanes, 40_000);
-            assert!(
-                (6.0..=16.0).contains(&long),
-                "{long} with {noise_percent} % of noise"
-            );
-        }
-    }
-
-    #[test]
-    fn slow_requests_make_it_few_if_they_wait_for_each_other_and_quick_ones_many_again() {
-        for (bytes, many) in [(MIB, 16), (64 << 10, 64)] {
-            let mut size = WindowSize::new(WindowLimits::of(MIB), MIB);
-            let slow = Disk {
-                lanes: 1,
-                service: |_| Duration::from_millis(300),
-                noise_percent: 10,
-            };
-            let few = settled_with(&mut size, &slow, 400, bytes);
-            assert!(few <= 3.0, "{few}");
-            let far = Disk {
-                lanes: 1000,
-                service: |_| Duration::from_millis(10),
-                noise_percent: 0,
-            };
-            settled_with(&mut size, &far, 4_000, bytes);
-            assert!(size.requests() * 4 >= many * 3, "{}", size.requests());
-        }
-    }
-
-    #[test]
-    fn however_far_an_end_is_it_gets_all_there_may_be() {
-        for (milliseconds, noise_percent) in [
-            (90, 20),
-            (150, 20),
-            (1_000, 20),
-            (10, 200),
-            (40, 100),
-            (90, 100),
-            (90, 200),
-            (150, 400),
-        ] {
-            let far = Disk {
-                lanes: 1000,
-                service: |_| Duration::from_millis(milliseconds),
-                noise_percent,
-            };
-            for requests in [400, 4_000, 40_000] {
-                let mut size = of_long(16);
-                let many = settled(&mut size, &far, requests);
-                assert!(
-                    many > 12.0,
-                    "{many} at {milliseconds} ms with {noise_percent} % of noise after {requests}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn a_disk_that_becomes_slow_gets_few_and_many_again_when_it_turns_out_to_be_far() {
-        let mut size = of_long(16);
-        let quick = Disk {
-            lanes: 4,
-            service: |_| Duration::from_millis(1),
-            noise_percent: 10,
-        };
-        settled(&mut size, &quick, 1_000);
-        let far = Disk {
-            lanes: 1000,
-            service: |_| Duration::from_millis(300),
-            noise_percent: 10,
-        };
-        settled(&mut size, &far, 2_000);
-        assert!(size.requests() > 8, "{}", size.requests());
-    }
-
-    #[test]
-    fn a_copy_that_something_else_holds_up_is_no_measure() {
-        let mut size = of_long(16);
-        for second in 0..1_000 {
-            size.begun(Moment::new(Duration::from_secs(second)), MIB);
-            size.took(Duration::from_millis(1));
-            size.ended(
-                Moment::new(Duration::from_secs(second)),
-                MIB,
-                Duration::ZERO,
-            );
-            size.interrupted();
-        }
-        assert!(size.requests() >= START, "{}", size.requests());
-    }
-}
+#[path = "window_size_tests.rs"]
+mod tests;
