@@ -85,11 +85,6 @@ impl Yard {
 
     /// Adds a target whose requests fail now and then, as `dice` has it.
     async fn add_failing(&self, dice: &Seed) {
-        let file = NodeSpec {
-            node_name: None,
-            common: CommonOptions::default(),
-            driver: DriverSpec::File(self.file("t")),
-        };
         let errors = (0..1 + dice.below(4)).map(|_| InjectError {
             event: "none".to_owned(),
             errno: Some(*dice.pick(&[5, 28])),
@@ -97,12 +92,21 @@ impl Yard {
             once: Some(true),
             ..InjectError::default()
         });
+        self.add_target_with(errors.collect()).await;
+    }
+
+    async fn add_target_with(&self, inject_error: Vec<InjectError>) {
+        let file = NodeSpec {
+            node_name: None,
+            common: CommonOptions::default(),
+            driver: DriverSpec::File(self.file("t")),
+        };
         self.add(NodeSpec {
             node_name: Some("t".to_owned()),
             common: CommonOptions::default(),
             driver: DriverSpec::Blkdebug(BlkdebugSpec {
                 image: NodeRef::Inline(Box::new(file)),
-                inject_error: errors.collect(),
+                inject_error,
                 ..BlkdebugSpec::over(NodeRef::Name(String::new()))
             }),
         })
@@ -433,6 +437,55 @@ fn a_mirror_that_falls_behind_says_so_until_its_writers_wait() {
         });
     });
     block_on(shared.root.close()).expect("closed");
+}
+
+/// What writers cannot write to the target is copied later. Meanwhile the job copies everything else at its own speed, and once
+/// there is nothing else it says that it does not get on.
+#[test]
+fn writers_whose_target_fails_hold_nothing_else_up() {
+    const CHUNK: usize = 1 << 20;
+    let yard = block_on(Yard::new());
+    let root = block_on(yard.engine.open_root("s", true)).expect("opened");
+    block_on(async {
+        let written = root.write(0, vec![7; LENGTH as usize]).await;
+        written.expect("written");
+        yard.add_target_with(vec![InjectError {
+            event: "none".to_owned(),
+            sector: Some(0),
+            ..InjectError::default()
+        }])
+        .await;
+        yard.start(MirrorSpec {
+            device: "s".to_owned(),
+            target: "t".to_owned(),
+            speed: 2 << 20,
+            on_target_error: OnError::Ignore,
+            copy_mode: CopyMode::WriteBlocking,
+            ..MirrorSpec::default()
+        })
+        .await;
+        let is_copied = || {
+            let bytes = std::fs::read(yard.folder.path().join("t")).expect("read");
+            bytes[CHUNK..].iter().all(|byte| *byte == 7)
+        };
+        let (mut copied, mut told) = (false, false);
+        for _ in 0..600 {
+            root.write(0, vec![8; 512]).await.expect("written");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            copied = copied || is_copied();
+            let rates = yard.job().await.and_then(|job| job.rates);
+            told = copied && rates.is_some_and(|rates| !rates.converges());
+            if told {
+                break;
+            }
+        }
+        assert!(copied, "{:?}", yard.job().await);
+        assert!(told, "{:?}", yard.job().await);
+        let cancelled = yard.verb(VerbCall::Cancel { force: true }).await;
+        cancelled.expect("cancelled");
+        yard.until(Status::Null).await;
+        root.close().await.expect("closed");
+    });
 }
 
 /// Checksums are of what the job has read, so what is written on both sides is read again: that keeps no job from being ready, and

@@ -26,12 +26,16 @@ pub struct RatesView {
     pub dirtied_a_second: u64,
     /// Bytes a second that were copied.
     pub copied_a_second: u64,
+    /// There was something to copy all the time, and nothing was.
+    pub stands_still: bool,
 }
 
 impl RatesView {
     /// Whether the copy gains on the writers, or keeps up with them.
     pub fn converges(&self) -> bool {
-        self.dirty_bytes <= LEFT_MAX_BYTES || self.copied_a_second > self.dirtied_a_second
+        let little_is_left = self.dirty_bytes <= LEFT_MAX_BYTES;
+        let gains = little_is_left || self.copied_a_second > self.dirtied_a_second;
+        self.dirty_bytes == 0 || gains && !self.stands_still
     }
 }
 
@@ -51,6 +55,8 @@ impl Rates {
 pub(crate) struct RateMeter {
     /// When the period began, and what had been dirtied and copied by then.
     begin: Option<(Moment, u64, u64)>,
+    /// At each look since there was something to copy.
+    always_dirty: bool,
 }
 
 impl RateMeter {
@@ -65,7 +71,11 @@ impl RateMeter {
         if dirtied_bytes == 0 {
             return;
         }
-        let (since, dirtied, copied) = *self.begin.get_or_insert((now, 0, copied_bytes));
+        let (since, dirtied, copied) = *self.begin.get_or_insert_with(|| {
+            self.always_dirty = true;
+            (now, 0, copied_bytes)
+        });
+        self.always_dirty &= dirty_bytes > 0;
         let mut view = rates.locked();
         let shown = view.get_or_insert_default();
         shown.dirty_bytes = dirty_bytes;
@@ -73,7 +83,9 @@ impl RateMeter {
         if took >= PERIOD {
             shown.dirtied_a_second = a_second(dirtied_bytes.saturating_sub(dirtied), took);
             shown.copied_a_second = a_second(copied_bytes.saturating_sub(copied), took);
+            shown.stands_still = self.always_dirty && copied_bytes <= copied;
             self.begin = Some((now, dirtied_bytes, copied_bytes));
+            self.always_dirty = dirty_bytes > 0;
         }
     }
 
@@ -126,6 +138,7 @@ mod tests {
             dirty_bytes: 16 * MIB,
             dirtied_a_second: 10 * MIB,
             copied_a_second: 2 * MIB,
+            stands_still: false,
         };
         assert_eq!(rates.view(), Some(behind));
         assert!(!behind.converges());
@@ -142,9 +155,32 @@ mod tests {
             dirty_bytes,
             dirtied_a_second: MIB,
             copied_a_second: MIB,
+            stands_still: false,
         };
         assert!(view(LEFT_MAX_BYTES).converges());
         assert!(!view(LEFT_MAX_BYTES + 1).converges());
+    }
+
+    #[test]
+    fn a_copy_that_stands_still_does_not_converge_however_little_is_left() {
+        let (mut meter, rates) = (RateMeter::default(), Rates::default());
+        let converges = || rates.view().expect("told").converges();
+        meter.look(&rates, at(0), (1, 0), 1);
+        assert!(converges(), "nothing is known yet");
+        meter.look(&rates, at(1000), (1, 0), 1);
+        assert!(!converges());
+        meter.look(&rates, at(1500), (2, 1), 1);
+        assert!(!converges());
+        meter.look(&rates, at(2000), (2, 1), 1);
+        assert!(converges(), "something was copied");
+        meter.look(&rates, at(2500), (2, 1), 0);
+        meter.look(&rates, at(2600), (3, 1), 1);
+        meter.look(&rates, at(3000), (3, 1), 1);
+        assert!(converges(), "there was nothing to copy");
+        meter.look(&rates, at(4000), (3, 1), 1);
+        assert!(!converges());
+        meter.look(&rates, at(4100), (3, 2), 0);
+        assert!(converges(), "both sides are equal");
     }
 
     #[test]

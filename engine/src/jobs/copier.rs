@@ -4,11 +4,9 @@
 //! flight ends first, and the window shrinks when requests are slow for waiting for each other, so that this takes a fraction of a
 //! second, or as long as one request.
 
-use std::collections::VecDeque;
 use std::future::pending;
 use std::pin::pin;
 use std::rc::Rc;
-use std::time::Duration;
 
 use blockyard_storage::{ByteRange, LocalFuture};
 use futures_util::future::select;
@@ -18,6 +16,7 @@ use crate::error::{JobError, NodeError};
 use crate::job::context::{Cursor, JobContext};
 use crate::job::error_policy::{ErrorAction, Side};
 use crate::job::work::Stop;
+use crate::jobs::back_off::BackOff;
 use crate::jobs::changes::{Changes, Goal};
 pub(crate) use crate::jobs::copy_options::{CopyOptions, REMEMBER_BYTES, WindowLimits};
 use crate::jobs::in_flight::{
@@ -33,12 +32,6 @@ use crate::node::copy_before_write::{Fate, Saver};
 use crate::node::mirror_top::Tracker;
 use crate::node::turns::{Doing, Turn};
 
-/// After an ignored error the next try waits this long at first, and twice as long each further time.
-const IGNORE_DELAY: Duration = Duration::from_millis(10);
-
-/// Longest wait after an ignored error.
-const IGNORE_DELAY_MAX: Duration = Duration::from_secs(1);
-
 /// Ranges that need nothing, after which other tasks have their turn.
 const SKIPPED_IN_A_ROW: usize = 64;
 
@@ -48,10 +41,8 @@ pub(crate) struct Copier {
     target: Rc<dyn Node>,
     options: CopyOptions,
     plan: Plan,
-    retry: VecDeque<Step>,
+    back_off: BackOff,
     window_size: WindowSize,
-    ignored_in_a_row: u32,
-    hold_until: Option<Moment>,
     in_flight: Vec<ByteRange>,
     remembered_bytes: u64,
     /// What has come over since the last durable point, wherever it is: of a long disk it may be little.
@@ -89,9 +80,7 @@ impl Copier {
             window_size: WindowSize::new(options.window, options.chunk_max_bytes),
             options,
             plan,
-            retry: VecDeque::new(),
-            ignored_in_a_row: 0,
-            hold_until: None,
+            back_off: BackOff::default(),
             in_flight: Vec::new(),
             remembered_bytes: 0,
             moved_bytes: 0,
@@ -273,9 +262,9 @@ impl Copier {
             }
             let failure = self.changes.as_mut().and_then(|changes| changes.look(cx));
             if let (Some(error), None) = (failure, &failed) {
-                interrupted = self.holds_writers();
-                let nothing = ByteRange::default();
-                failed = self.by_policy(cx, nothing, Side::Target, error).await;
+                // What it has not written is copied in any case, and no try of the job's own has failed: nothing waits for it.
+                let action = cx.on_error(Side::Target, &error).await;
+                failed = (action == ErrorAction::Report).then(|| Stop::Failed(error.into()));
             }
             let stopping =
                 failed.is_some() || round_error.is_some() || interrupted || cx.must_stop();
@@ -367,7 +356,7 @@ impl Copier {
             self.forget_in_flight(ended.step.range);
             match ended.outcome {
                 Ok(()) => {
-                    self.ignored_in_a_row = 0;
+                    self.back_off.copied(ended.step.range);
                     if self.saver.is_none() {
                         cx.progress().done(ended.step.range.length());
                     }
@@ -390,7 +379,7 @@ impl Copier {
                     match &self.changes {
                         // It may have changed by the time that it is tried again.
                         Some(changes) => changes.give_back(cx, ended.step.range),
-                        None => self.retry.push_back(ended.step),
+                        None => self.back_off.failed(ended.step, cx.clock().now()),
                     }
                     if self.options.one_error_a_round {
                         round_error.get_or_insert((ended.step.range, side, error));
@@ -477,12 +466,20 @@ impl Copier {
         self.changes.as_ref().is_some_and(Changes::holds_writers)
     }
 
-    fn held_until(&mut self, cx: &JobContext) -> Option<Moment> {
-        if let Some(moment) = self.hold_until {
-            if moment > cx.clock().now() {
-                return Some(moment);
-            }
-            self.hold_until = None;
+    /// Whether there is something to do that has not failed.
+    fn has_others(&self) -> bool {
+        !self.plan.is_done() || self.next_unsaved().is_some()
+    }
+
+    fn held_until(&self, cx: &JobContext) -> Option<Moment> {
+        let now = cx.clock().now();
+        let held = self.back_off.held_until(now);
+        let held = held.or_else(|| match self.back_off.due(now) {
+            Some(due) if !self.has_others() => Some(due),
+            _ => None,
+        });
+        if held.is_some() {
+            return held;
         }
         // Whoever waits for the copy has written at his own speed.
         match self.holds_writers() {
@@ -492,8 +489,12 @@ impl Copier {
     }
 
     async fn next_step(&mut self, cx: &JobContext) -> Option<Step> {
-        if let Some(step) = self.retry.pop_front() {
-            return Some(step);
+        if !self.back_off.is_empty() {
+            let beside_others = self.has_others();
+            let step = self.back_off.next(cx.clock().now(), beside_others);
+            if step.is_some() {
+                return step;
+            }
         }
         let whole_bytes = self.recorder.as_ref().map_or(1, |_| EXTENT_BYTES);
         let unit_bytes = self.options.unit_bytes.max(whole_bytes);
@@ -567,7 +568,7 @@ impl Copier {
 
     fn is_done(&self) -> bool {
         let changes = self.changes.as_ref();
-        self.retry.is_empty()
+        self.back_off.is_empty()
             && self.plan.is_done()
             && self.next_unsaved().is_none()
             && changes.is_none_or(|changes| !changes.wants_more())
@@ -585,16 +586,13 @@ impl Copier {
             ErrorAction::Report => Some(Stop::Failed(JobError::from(error))),
             ErrorAction::Stop => None,
             ErrorAction::Ignore if self.options.leaves_out_ignored => {
-                self.retry.retain(|step| step.range != range);
+                self.back_off.leave_out(range);
                 cx.progress().done(range.length());
                 self.left_out.get_or_insert(JobError::from(error));
                 None
             }
             ErrorAction::Ignore => {
-                let delay = IGNORE_DELAY * 2_u32.saturating_pow(self.ignored_in_a_row.min(10));
-                self.ignored_in_a_row += 1;
-                let delay = delay.min(IGNORE_DELAY_MAX);
-                self.hold_until = Some(cx.clock().now().after(delay));
+                self.back_off.ignored(range, cx.clock().now());
                 None
             }
         }
@@ -622,10 +620,9 @@ impl Copier {
 
     /// Everything before this offset is on the target.
     fn low_water(&self) -> u64 {
-        let retried = self.retry.iter().map(|step| step.range.offset());
         let flying = self.in_flight.iter().map(ByteRange::offset);
-        retried
-            .chain(flying)
+        flying
+            .chain(self.back_off.low_water())
             .min()
             .unwrap_or(u64::MAX)
             .min(self.plan.position())
@@ -689,10 +686,10 @@ impl Copier {
 
     /// Waits as long as an ignored error wants, unless the job has to stop.
     pub(crate) async fn rest_after_error(&mut self, cx: &JobContext) {
-        while let Some(moment) = self.hold_until.take() {
-            while !cx.must_stop() && cx.clock().now() < moment {
-                cx.rest_until(moment).await;
-            }
+        while !cx.must_stop()
+            && let Some(moment) = self.back_off.held_until(cx.clock().now())
+        {
+            cx.rest_until(moment).await;
         }
     }
 }

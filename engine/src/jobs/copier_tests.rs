@@ -40,6 +40,8 @@ struct MemoryNode {
     dice: Seed,
     /// One request in so many fails; 0: none.
     fails_one_in: u64,
+    /// Requests here fail.
+    bad: ByteRange,
     faults: Cell<u64>,
     in_flight: Cell<usize>,
     in_flight_max: Cell<usize>,
@@ -62,6 +64,7 @@ impl MemoryNode {
             free_at: Cell::default(),
             dice: Seed::new(seed),
             fails_one_in: 0,
+            bad: ByteRange::default(),
             faults: Cell::new(0),
             in_flight: Cell::new(0),
             in_flight_max: Cell::new(0),
@@ -104,7 +107,7 @@ impl MemoryNode {
         }
         self.clock.sleep_until(moment).await;
         self.in_flight.set(self.in_flight.get() - 1);
-        if self.dice.one_in(self.fails_one_in) {
+        if self.dice.one_in(self.fails_one_in) || self.bad.overlaps(&range) {
             self.faults.set(self.faults.get() + 1);
             return Err(self.error(operation, range, EIO));
         }
@@ -486,6 +489,28 @@ fn ignored_errors_are_no_busy_loop() {
         "{}",
         outcome.errors
     );
+}
+
+/// As many ranges as are in flight at once fail for good, and what is behind them is copied all the same, at the speed of the disk.
+#[test]
+fn what_fails_for_good_holds_nothing_else_up() {
+    let clock = VirtualClock::default();
+    let source = MemoryNode::new(&clock, vec![7; 256 << 20], 1);
+    let mut target = MemoryNode::new(&clock, vec![0; 256 << 20], 2);
+    target.bad = ByteRange::new(8 << 20, 16 << 20);
+    let mut case = Case::new(&clock, source, target);
+    case.options.window.requests = 16;
+    case.policies.on_target_error = OnError::Ignore;
+    case.order = Order::Cancel(Duration::from_secs(10));
+    let outcome = case.run();
+    assert_eq!(outcome.result, Err(Stop::Cancelled));
+    let bytes = case.target.bytes.borrow();
+    let copied = bytes.chunks(1 << 20).map(|piece| piece == [7; 1 << 20]);
+    let missing: Vec<_> = copied.enumerate().filter(|(_, copied)| !copied).collect();
+    let bad: Vec<_> = (8..24).map(|place| (place, false)).collect();
+    assert_eq!(missing, bad);
+    // Each of them is tried about once a second in the end.
+    assert!(outcome.errors < 16 * 18, "{}", outcome.errors);
 }
 
 #[test]

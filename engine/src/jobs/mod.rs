@@ -2,6 +2,7 @@
 
 pub(crate) mod active_commit;
 mod amend;
+mod back_off;
 mod backup;
 mod ceiling;
 mod changes;
