@@ -217,6 +217,39 @@ fn a_job_whose_server_is_gone_ends_with_an_error() {
     assert_eq!(jobs[0]["error"], "Input/output error");
 }
 
+/// The disk of the server that comes back is empty, and nobody asks it for what the other one had made safe.
+#[test]
+fn a_node_that_was_flushed_ends_well_whatever_became_of_its_server() {
+    if !have_tools() {
+        return;
+    }
+    for comes_back in [true, false] {
+        let daemon = Daemon::start();
+        let folder = daemon.path("");
+        data_file(&folder.join("local.raw"), LENGTH);
+        let start = || {
+            serve(
+                &folder,
+                "nbdkit",
+                &["-f", "-U", "server.sock", "memory", "8M"],
+            )
+        };
+        let server = start();
+        let mut client = daemon.client();
+        let local = json!({"driver": "file", "node-name": "local", "filename": "local.raw"});
+        client.run("blockdev-add", local);
+        client.run("blockdev-add", node("remote", json!({})));
+        let job = json!({"job-id": "j", "device": "local", "target": "remote", "sync": "full",
+            "auto-dismiss": false});
+        client.run("blockdev-backup", job);
+        client.wait_for("j", "concluded");
+        client.run("job-dismiss", json!({"id": "j"}));
+        server.kill();
+        let _again = comes_back.then(start);
+        daemon.quit();
+    }
+}
+
 #[test]
 fn errors_of_a_server_are_errors_of_the_job() {
     if !have_tools() {

@@ -128,6 +128,8 @@ impl StorageError {
 impl fmt::Display for StorageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.range {
+            // Nobody flushes a part.
+            _ if self.operation == Operation::Sync => f.write_str("Cannot flush: ")?,
             Some(range) => write!(f, "Cannot {} {range}: ", self.operation.name())?,
             None => write!(f, "Cannot {} the file: ", self.operation.name())?,
         }
@@ -162,5 +164,12 @@ mod tests {
             error.to_string(),
             "Cannot write 512 bytes at offset 4096: No space left on device"
         );
+        let flushes = [
+            StorageError::whole(Operation::Sync, EIO),
+            StorageError::new(Operation::Sync, ByteRange::default(), EIO),
+        ];
+        for error in flushes {
+            assert_eq!(error.to_string(), "Cannot flush: Input/output error");
+        }
     }
 }

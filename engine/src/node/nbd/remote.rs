@@ -114,8 +114,12 @@ pub struct Remote {
     outage_until_ns: AtomicU64,
     /// The node is there. Without it nobody has to connect any more.
     closed: Arc<AtomicBool>,
-    /// Writes that the server has answered since the last flush.
-    unflushed: AtomicBool,
+    /// Counts changes: each when it is sent, and once more when it is answered.
+    changes: AtomicU64,
+    /// That count when a change was answered last.
+    answered: AtomicU64,
+    /// That count when the last flush that went well began.
+    flushed: AtomicU64,
     /// Error number of a flush that failed; nothing is believed to be safe afterwards. 0: none.
     flush_errno: AtomicI32,
 }
@@ -141,7 +145,9 @@ impl Remote {
             connections,
             outage_until_ns: AtomicU64::new(0),
             closed: Arc::default(),
-            unflushed: AtomicBool::new(false),
+            changes: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
             flush_errno: AtomicI32::new(0),
         }
     }
@@ -237,21 +243,38 @@ impl Remote {
         Ok(())
     }
 
-    /// The server has answered a write.
-    pub(super) fn wrote(&self) {
-        self.unflushed.store(true, Ordering::Release);
+    /// A change is about to be sent. Whatever becomes of it, some of it may be there.
+    pub(super) fn writes(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// A flush begins: what is answered from now on is not part of it.
-    pub(super) fn flushing(&self) -> bool {
-        self.unflushed.swap(false, Ordering::AcqRel)
+    /// The server has answered a change.
+    pub(super) fn wrote(&self) {
+        let before = self.changes.fetch_add(1, Ordering::AcqRel);
+        self.answered
+            .fetch_max(before.saturating_add(1), Ordering::AcqRel);
+    }
+
+    /// What a flush that begins now makes safe; `None`: it has nothing to do.
+    pub(super) fn flushing(&self) -> Option<u64> {
+        let changes = self.changes.load(Ordering::Acquire);
+        (changes > self.flushed.load(Ordering::Acquire)).then_some(changes)
+    }
+
+    /// A flush went well; what it [began with](Self::flushing).
+    pub(super) fn flushed(&self, changes: u64) {
+        self.flushed.fetch_max(changes, Ordering::AcqRel);
+    }
+
+    /// Whether something that the server has answered is not known to be safe.
+    pub(super) fn is_unflushed(&self) -> bool {
+        self.answered.load(Ordering::Acquire) > self.flushed.load(Ordering::Acquire)
     }
 
     /// A connection broke: without a delay nobody has said that the server can be trusted to be the same afterwards, so what
     /// it has not flushed counts as lost.
     pub(super) fn connection_lost(&self) {
-        let unflushed = self.unflushed.load(Ordering::Acquire);
-        if self.reconnect_delay.is_zero() && unflushed && self.flush_errno().is_none() {
+        if self.reconnect_delay.is_zero() && self.is_unflushed() && self.flush_errno().is_none() {
             tracing::error!(
                 "writes that an NBD server had answered may be lost with its connection: the node takes no more \
                  of them (with a reconnect-delay the server is trusted to have kept them)"

@@ -239,6 +239,7 @@ impl NbdStorage {
         let held = self.held(offset, from.len());
         let behind = from.split_off(held);
         // Nodes are whole sectors, disks need not be: what lies between reads as zeroes and stays that.
+        self.remote.writes();
         let (mut from, outcome) = if behind.as_slice().iter().any(|byte| *byte != 0) {
             (from, Err(ENOSPC))
         } else if held == 0 {
@@ -289,6 +290,7 @@ impl NbdStorage {
                 how |= command_flags::FAST_ZERO;
             }
             for part in self.parts(range) {
+                self.remote.writes();
                 self.command(Command::WriteZeroes, how, part).await?;
                 self.remote.wrote();
             }
@@ -323,6 +325,7 @@ impl NbdStorage {
             return Ok(());
         }
         for part in self.parts(range) {
+            self.remote.writes();
             match self.command(Command::Trim, 0, part).await {
                 Err(EOPNOTSUPP) => return Ok(()),
                 outcome => outcome?,
@@ -337,7 +340,11 @@ impl NbdStorage {
         if !self.can(flags::SEND_FLUSH) {
             return Ok(());
         }
-        let unflushed = self.remote.flushing();
+        // What is safe already needs no server, which may be gone by now, or be another one.
+        let Some(changes) = self.remote.flushing() else {
+            return Ok(());
+        };
+        let unflushed = self.remote.is_unflushed();
         let flushed = self.command(Command::Flush, 0, ByteRange::new(0, 0)).await;
         match flushed {
             // Nothing was to be made safe, so nothing is lost.
@@ -347,7 +354,11 @@ impl NbdStorage {
                 Err(errno)
             }
             // The connection may have broken and with it what was not safe.
-            Ok(()) => self.check_writable(),
+            Ok(()) => {
+                self.check_writable()?;
+                self.remote.flushed(changes);
+                Ok(())
+            }
         }
     }
 
@@ -491,9 +502,8 @@ impl Storage for NbdStorage {
 
     fn sync(&self) -> LocalFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
-            let range = ByteRange::new(0, 0);
             let flushed = self.flush().await;
-            flushed.map_err(|errno| StorageError::new(Operation::Sync, range, errno))
+            flushed.map_err(|errno| StorageError::whole(Operation::Sync, errno))
         })
     }
 }

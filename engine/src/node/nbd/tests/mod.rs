@@ -319,6 +319,35 @@ fn writes_that_were_not_safe_when_a_connection_broke_make_every_flush_fail() {
     threads.end();
 }
 
+/// The server is gone when there is nothing left to make safe: only what comes then fails.
+#[test]
+fn a_flush_of_what_is_safe_already_needs_no_server() {
+    let threads = threads(1, BackendChoice::Auto);
+    let server = Server::start(facts(16384), &[]);
+    let length = handshake_bytes(&server);
+    let answers = |count: usize| Fate {
+        sent_max: Some(length + 16 * count),
+        ..Fate::default()
+    };
+    let gone = Fate {
+        sent_max: Some(0),
+        ..Fate::default()
+    };
+    let server = Server::start(facts(16384), &[answers(2), gone, gone, gone]);
+    let remote = remote(&server, Mode::Simple, Duration::ZERO, 1);
+    on_thread(&threads, threads.choose(), &remote, |storage| async move {
+        assert!(storage.sync().await.is_ok(), "nothing was written");
+        write(&storage, 0, &[1; 512]).await.expect("answered");
+        assert!(storage.sync().await.is_ok());
+        assert!(read(&storage, 0, 512).await.is_err(), "the server goes");
+        assert!(storage.sync().await.is_ok());
+        assert!(write(&storage, 0, &[2; 512]).await.is_err());
+        let flushed = storage.sync().await;
+        assert!(flushed.is_err(), "some of it may have been written");
+    });
+    threads.end();
+}
+
 /// What a server says before the first reply, with simple replies.
 fn handshake_bytes(server: &Server) -> usize {
     for length in 0.. {
