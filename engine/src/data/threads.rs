@@ -176,7 +176,7 @@ impl ThreadSet {
     /// Runs `work` on `thread` and returns its result.
     ///
     /// # Errors
-    /// When the thread is gone or the work panicked; the text says that this is a bug.
+    /// When the daemon ends, or else when the thread is gone or the work panicked; the text says that this is a bug.
     pub async fn run<T: Send + 'static>(
         &self,
         thread: ThreadId,
@@ -189,13 +189,46 @@ impl ThreadSet {
             })
         });
         answer.await.map_err(|_| {
-            EngineError::generic("Internal error: a data thread lost a request (this is a bug)")
+            EngineError::generic(match self.has_ended() {
+                true => "The data thread was given up, as the daemon ends",
+                false => "Internal error: a data thread lost a request (this is a bug)",
+            })
         })
+    }
+
+    /// Whether all threads have ended, and with them what they were asked for.
+    pub fn has_ended(&self) -> bool {
+        self.members.borrow().list.is_empty()
     }
 
     /// Ends all threads. What is in flight is abandoned; jobs and nodes must be gone.
     pub fn end(&self) {
         let members = std::mem::take(&mut self.members.borrow_mut().list);
         drop(members);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::BUFFER_BUDGET_BYTES;
+
+    #[test]
+    fn a_request_that_is_given_up_at_the_end_is_no_bug() {
+        let pool = BufferPool::new(BUFFER_BUDGET_BYTES);
+        let news = News::channel().0;
+        let threads = ThreadSet::start(1, BackendChoice::Auto, pool, news).expect("threads");
+        let thread = threads.choose();
+        let asked = threads.run(thread, |_| Box::pin(std::future::pending::<()>()));
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        let answer = runtime.expect("a runtime").block_on(async {
+            let mut asked = std::pin::pin!(asked);
+            let begun = futures_util::future::select(&mut asked, std::future::ready(())).await;
+            drop(begun);
+            threads.end();
+            asked.await
+        });
+        let told = answer.expect_err("it was given up").to_string();
+        assert_eq!(told, "The data thread was given up, as the daemon ends");
     }
 }

@@ -326,7 +326,8 @@ impl Graph {
     /// inside it end there, with what they have asked of the node below.
     async fn remove_filter(&self, id: NodeId) {
         let thread = self.thread_of(id);
-        self.let_writes_pass(id).await;
+        let name = self.records.borrow().name_of(id).to_owned();
+        self.let_writes_pass(id, &name).await;
         let (roots, below) = {
             let mut records = self.records.borrow_mut();
             let below = records.primary(id);
@@ -353,11 +354,11 @@ impl Graph {
             tracing::error!(%error, "users of a node stay on a job's filter");
         }
         self.threads.load(thread, -1);
-        self.forget_on(thread, id).await;
+        self.forget_named(thread, id, &name).await;
     }
 
     /// Nobody waits in front of a filter that goes: its job may never have begun.
-    async fn let_writes_pass(&self, filter: NodeId) {
+    async fn let_writes_pass(&self, filter: NodeId, name: &str) {
         let passed = self.threads.run(self.thread_of(filter), move |context| {
             Box::pin(async move {
                 let saver = context.node(filter).and_then(|filter| filter.saver());
@@ -365,7 +366,7 @@ impl Graph {
             })
         });
         if let Err(error) = passed.await {
-            tracing::error!(%error, "a job's filter is out of reach");
+            self.tell_lost(&error, name, "a job's filter is out of reach");
         }
     }
 

@@ -195,13 +195,26 @@ impl Graph {
 
     /// Drops a node that has nothing to write on a thread.
     pub(super) async fn forget_on(&self, thread: ThreadId, id: NodeId) {
+        let name = self.records.borrow().name_of(id).to_owned();
+        self.forget_named(thread, id, &name).await;
+    }
+
+    /// Drops a node that is in no record any more, and was called `name`.
+    pub(super) async fn forget_named(&self, thread: ThreadId, id: NodeId, node: &str) {
         let removed = self.threads.run(thread, move |context| {
             Box::pin(async move { drop(context.remove_node(id)) })
         });
         if let Err(error) = removed.await {
-            let records = self.records.borrow();
-            let node = records.name_of(id);
-            tracing::error!(%error, node, "a node could not be taken off its thread");
+            self.tell_lost(&error, node, "a node could not be taken off its thread");
+        }
+    }
+
+    /// A data thread did not do what it was asked for with a node. At the end of the daemon that follows from what was told already:
+    /// somebody on that thread did not end in time.
+    pub(super) fn tell_lost(&self, error: &EngineError, node: &str, what: &str) {
+        match self.threads.has_ended() {
+            true => tracing::debug!(%error, node, "{what}"),
+            false => tracing::error!(%error, node, "{what}"),
         }
     }
 
