@@ -17,6 +17,9 @@ const DELAY: Duration = Duration::from_millis(10);
 /// Longest wait after an ignored error.
 const DELAY_MAX: Duration = Duration::from_secs(1);
 
+/// Steps that wait for another try at most; then nothing else is begun: each that fails may be one more.
+const STEPS_MAX: usize = 1024;
+
 /// What has failed, and how long that is waited for.
 #[derive(Default)]
 pub(super) struct BackOff {
@@ -68,6 +71,11 @@ impl BackOff {
     /// Whether nothing is to be tried again.
     pub(super) fn is_empty(&self) -> bool {
         self.steps.is_empty()
+    }
+
+    /// Whether so much is to be tried again that nothing else may be begun.
+    pub(super) fn is_full(&self) -> bool {
+        self.steps.len() >= STEPS_MAX
     }
 
     /// The first byte that is to be tried again.
@@ -161,5 +169,17 @@ mod tests {
         back_off.failed(step(512), at(40));
         assert_eq!(back_off.next(at(40), false), Some(step(0)));
         assert_eq!(back_off.next(at(40), false), Some(step(512)));
+    }
+    #[test]
+    fn no_more_are_kept_than_may_be() {
+        let mut back_off = BackOff::default();
+        for nth in 0..STEPS_MAX as u64 {
+            assert!(!back_off.is_full(), "{nth}");
+            back_off.failed(step(nth * 512), at(0));
+            back_off.ignored(step(nth * 512).range, at(0));
+        }
+        assert!(back_off.is_full());
+        assert!(back_off.next(at(10), false).is_some());
+        assert!(!back_off.is_full());
     }
 }

@@ -466,9 +466,9 @@ impl Copier {
         self.changes.as_ref().is_some_and(Changes::holds_writers)
     }
 
-    /// Whether there is something to do that has not failed.
+    /// Whether there is something to begin that has not failed.
     fn has_others(&self) -> bool {
-        !self.plan.is_done() || self.next_unsaved().is_some()
+        !self.back_off.is_full() && (!self.plan.is_done() || self.next_unsaved().is_some())
     }
 
     fn held_until(&self, cx: &JobContext) -> Option<Moment> {
