@@ -6,7 +6,7 @@ use crate::error::EngineError;
 use crate::request::NodeSpec;
 
 /// Reads options of a node that stand in an image, as JSON (the engine knows none itself). The format that the image states is
-/// the driver if the options do not name one.
+/// the driver, whatever the options name.
 pub type OptionsReader = fn(&str, Option<&str>) -> Result<NodeSpec, EngineError>;
 
 /// How far names that stand in images are trusted: those of backing files and of data files.
@@ -17,14 +17,14 @@ pub struct ImagePolicy {
     /// Folders that every file named by an image must lie below, once symbolic links are resolved; their own names hold
     /// none. Empty: anywhere.
     pub roots: Vec<PathBuf>,
-    /// Reads `json:` names, where those are followed.
+    /// Reads `json:` names; without it none is followed.
     pub read_options: Option<OptionsReader>,
 }
 
 /// Which names are followed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum NamesInImages {
-    /// Those of plain files whose format the image states.
+    /// Those of plain files whose format the image states, and descriptions of the same.
     #[default]
     Files,
     /// Whatever QEMU follows, and with its guesses.

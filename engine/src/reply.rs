@@ -1,11 +1,13 @@
 //! [`Reply`]: the answers to requests and the views that queries return, as plain data.
 
-use crate::images::ImageReply;
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use blockyard_images::qcow2::info::{BitmapInfo, SnapshotInfo, Version3Info};
 pub use blockyard_images::qcow2::units::Compression;
 
+use crate::images::ImageReply;
 use crate::job::latency::LatencyView;
 use crate::job::rates::RatesView;
 use crate::job::status::Status;
@@ -125,10 +127,30 @@ pub struct LayerView {
     pub driver: &'static str,
     /// The file, as all queries show it.
     pub filename: String,
+    /// The host file that the image is in, whatever it stands on; `None`: it is in none.
+    pub path: Option<PathBuf>,
     /// Writes are refused.
     pub read_only: bool,
     /// What its header says is below it.
     pub backing_filename: Option<String>,
+}
+
+impl LayerView {
+    /// The host file, for people; without one, what queries show.
+    pub fn file(&self) -> Cow<'_, str> {
+        file_or(self.path.as_deref(), &self.filename)
+    }
+}
+
+impl ImageView {
+    /// The host file, for people; without one, what queries show.
+    pub fn file(&self) -> Cow<'_, str> {
+        file_or(self.path.as_deref(), &self.filename)
+    }
+}
+
+fn file_or<'a>(path: Option<&'a Path>, shown: &'a str) -> Cow<'a, str> {
+    path.map_or(Cow::Borrowed(shown), Path::to_string_lossy)
 }
 
 /// What a job within a chain would come to, if it were started now.
@@ -269,6 +291,8 @@ pub struct BitmapView {
 pub struct ImageView {
     /// Display file name.
     pub filename: String,
+    /// The host file that it is in, whatever it stands on; `None`: it is in none.
+    pub path: Option<PathBuf>,
     /// Format.
     pub format: String,
     /// Guest-visible length in bytes.

@@ -553,7 +553,7 @@ fn chains_are_followed_as_far_as_is_safe() {
     for (backing, words) in [
         (
             &["-b", "json:{}", "-F", "raw"][..],
-            "is not the name of a file",
+            "is not understood (Parameter 'file' is missing)",
         ),
         (
             &["-b", "nbd:host:1", "-F", "raw"],

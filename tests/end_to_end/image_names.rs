@@ -90,11 +90,27 @@ fn names_of_anything_but_files_are_refused_and_lead_nowhere() {
     let canary_path = canary.path.display().to_string();
     let json_name = format!(
         "json:{}",
-        json!({"driver": "raw", "file": {"driver": "file", "filename": canary_path}})
+        json!({"driver": "raw", "size": 512, "file": {"driver": "file", "filename": canary_path}})
     );
+    let unlocked = format!(
+        "json:{}",
+        json!({"driver": "raw", "file": {"driver": "file", "filename": canary_path, "locking": "off"}})
+    );
+    let server = r#"json:{"driver": "raw", "file": {"driver": "nbd", "server": {"type": "unix", "path": "qmp.sock"}}}"#;
     let mut client = daemon.client();
     for (name, why) in [
-        (json_name.as_str(), "is not the name of a file"),
+        (json_name.as_str(), "asks for more than images in files"),
+        (&unlocked, "asks for more than images in files"),
+        (server, "asks for more than images in files"),
+        (
+            r#"json:{"driver": "raw", "file": "node"}"#,
+            "asks for more than images in files",
+        ),
+        (
+            "json:{",
+            "is not understood (JSON parse error, premature EOI)",
+        ),
+        ("json:{}", "is not understood (Parameter 'file' is missing)"),
         ("nbd:localhost:1", "is not the name of a file"),
         ("nbd+unix:///x?socket=qmp.sock", "is not the name of a file"),
         ("http://localhost/x", "is not the name of a file"),
@@ -130,6 +146,14 @@ fn names_of_anything_but_files_are_refused_and_lead_nowhere() {
         refusal(&mut client, "i.qcow2"),
         "Could not open backing file: Could not open 'link': an image names it, and it belongs to \
          a process or the kernel"
+    );
+    let described =
+        r#"json:{"driver": "raw", "file": {"driver": "file", "filename": "/proc/self/environ"}}"#;
+    image_with(folder, "i.qcow2", backing(described, Some("raw")));
+    assert_eq!(
+        refusal(&mut client, "i.qcow2"),
+        "Could not open backing file: Could not open '/proc/self/environ': an image names it, and it \
+         belongs to a process or the kernel"
     );
     // The client may name all that.
     let own = json!({"driver": "raw", "file": {"driver": "file", "filename": canary_path}});
@@ -298,6 +322,16 @@ fn files_lie_below_the_roots_that_the_daemon_was_given() {
         ("link", false),
         ("../in-not/file", false),
     ] {
+        let file = json!({"driver": "file", "filename": format!("in/{name}")});
+        let described = format!("json:{}", json!({"driver": "raw", "file": file}));
+        image_with(folder, "in/i.qcow2", backing(&described, Some("raw")));
+        match inside {
+            true => opens(&mut client, "in/i.qcow2"),
+            false => assert!(
+                refusal(&mut client, "in/i.qcow2")
+                    .ends_with("' is outside of where such files may be")
+            ),
+        }
         image_with(folder, "in/i.qcow2", backing(name, Some("raw")));
         if inside {
             opens(&mut client, "in/i.qcow2");

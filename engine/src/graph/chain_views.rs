@@ -1,5 +1,7 @@
 //! The chain of a node as clients see it: which files, in which formats, and what each image says is below it.
 
+use std::path::PathBuf;
+
 use crate::data::NodeId;
 use crate::error::EngineError;
 use crate::graph::image_names::BackingName;
@@ -43,6 +45,7 @@ impl LayerView {
             node_name: node.name.clone(),
             driver: node.driver,
             filename: node.filename.to_string(),
+            path: node.filename.file().map(PathBuf::from),
             read_only: node.read_only,
             backing_filename: image
                 .and_then(|image| image.backing.as_ref())

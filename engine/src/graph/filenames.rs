@@ -163,6 +163,19 @@ impl FileName {
         Shown::Members(self.options.clone())
     }
 
+    /// The host file that it is or is in, if there is one.
+    pub(super) fn file(&self) -> Option<&str> {
+        let mut members = &self.options;
+        loop {
+            let named = |wanted: &str| members.iter().find(|(name, _)| name == wanted);
+            match (named("filename"), named("file")) {
+                (Some((_, Shown::Text(file))), _) => return Some(file),
+                (_, Some((_, Shown::Members(below)))) => members = below,
+                _ => return None,
+            }
+        }
+    }
+
     /// The folder part of the name, with the slash, of what is a file under a plain name.
     pub(super) fn folder(&self) -> Option<&str> {
         let plain = self.plain.as_deref().filter(|_| self.is_protocol)?;
@@ -397,6 +410,7 @@ mod tests {
             r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "top"}, "backing": null}"#
         );
         let top = image("top", &ShownBacking::Other(&base));
+        assert_eq!(top.file(), Some("top"));
         assert_eq!(
             top.to_string(),
             r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "top"}, "backing": {"driver": "qcow2", "file": {"driver": "file", "filename": "base"}}}"#

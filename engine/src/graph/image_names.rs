@@ -2,14 +2,16 @@
 //!
 //! A client vouches for the images it names, not for what stands in them: whoever can write to a disk as a guest may have
 //! written it. So a name leads to a plain file whose format the image states, or it is refused and the error says how to name
-//! the node instead. `--image-names qemu` follows names as QEMU does.
+//! the node instead. A description of a node that leads no further counts as such a name. `--image-names qemu` follows names as
+//! QEMU does.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::EngineError;
-use crate::image_policy::NamesInImages;
+use crate::graph::described_images::NamedImage;
+use crate::image_policy::{ImagePolicy, NamesInImages};
 use crate::request::{
     BackingRef, CommonOptions, DriverSpec, NamedBy, NodeRef, NodeSpec, Qcow2Spec,
 };
@@ -48,8 +50,8 @@ pub(crate) enum Followed {
         /// Its format; `None`: whatever its first bytes look like.
         format: Option<BackingFormat>,
     },
-    /// Options of a node, as JSON.
-    Options(String),
+    /// A node that the name describes.
+    Node(Box<NodeSpec>),
 }
 
 /// Formats that a backing file can have.
@@ -81,20 +83,15 @@ impl BackingName {
     /// The name is not followed: says why, and how to go on.
     pub(crate) fn follow(
         &self,
-        policy: NamesInImages,
+        policy: &ImagePolicy,
         image: &str,
         folder: &str,
     ) -> Result<Followed, EngineError> {
+        let refuse = |what: &str| Err(self.refused(image, what));
+        let as_qemu = policy.names == NamesInImages::AsQemu;
         let shown = self.shown();
-        let refuse = |what: &str| {
-            let text = format!(
-                "'{shown}' in the header of '{image}' {what} and is not followed; {BACKING_ADVICE}"
-            );
-            Err(EngineError::generic(text))
-        };
-        let as_qemu = policy == NamesInImages::AsQemu;
-        if as_qemu && let Some(options) = shown.strip_prefix("json:") {
-            return Ok(Followed::Options(options.to_owned()));
+        if let Some((options, read)) = shown.strip_prefix("json:").zip(policy.read_options) {
+            return self.described(read(options, self.format.as_deref()), policy, image);
         }
         let mut name = self.name.as_slice();
         if let Some(protocol) = protocol(name) {
@@ -124,6 +121,36 @@ impl BackingName {
             None => return refuse("is there without its format"),
         };
         Ok(Followed::File { path, format })
+    }
+
+    /// The node that the name describes.
+    fn described(
+        &self,
+        read: Result<NodeSpec, EngineError>,
+        policy: &ImagePolicy,
+        image: &str,
+    ) -> Result<Followed, EngineError> {
+        if policy.names == NamesInImages::AsQemu {
+            let mut spec = read?;
+            if !policy.roots.is_empty() {
+                mark_files(&mut spec);
+            }
+            return Ok(Followed::Node(Box::new(spec)));
+        }
+        let mut spec =
+            read.map_err(|error| self.refused(image, &format!("is not understood ({error})")))?;
+        if NamedImage::described(&spec).is_none() {
+            return Err(self.refused(image, "asks for more than images in files"));
+        }
+        mark_files(&mut spec);
+        Ok(Followed::Node(Box::new(spec)))
+    }
+
+    fn refused(&self, image: &str, what: &str) -> EngineError {
+        EngineError::generic(format!(
+            "'{}' in the header of '{image}' {what} and is not followed; {BACKING_ADVICE}",
+            self.shown()
+        ))
     }
 }
 
@@ -179,7 +206,7 @@ pub(super) fn no_data_file(name: Option<&[u8]>) -> EngineError {
 }
 
 /// Every file in a description is one that an image has named.
-pub(super) fn mark_files(spec: &mut NodeSpec) {
+fn mark_files(spec: &mut NodeSpec) {
     if let DriverSpec::File(file) | DriverSpec::HostDevice(file) = &mut spec.driver {
         file.named_by = NamedBy::Image { folder: None };
     }
@@ -224,9 +251,13 @@ mod tests {
             name: name.as_bytes().to_vec(),
             format: format.map(str::to_owned),
         };
-        match backing.follow(policy, "i.qcow2", "folder/") {
+        let policy = ImagePolicy {
+            names: policy,
+            ..ImagePolicy::default()
+        };
+        match backing.follow(&policy, "i.qcow2", "folder/") {
             Ok(Followed::File { path, format }) => Ok(format!("{} {format:?}", path.display())),
-            Ok(Followed::Options(options)) => Ok(format!("options {options}")),
+            Ok(Followed::Node(spec)) => Ok(format!("node {}", spec.driver.name())),
             Err(error) => Err(error.text),
         }
     }
@@ -297,10 +328,6 @@ mod tests {
 
     #[test]
     fn qemus_ways_can_be_had() {
-        assert_eq!(
-            follow("json:{}", None, AS_QEMU),
-            Ok("options {}".to_owned())
-        );
         let followed = follow("file:base", Some("raw"), AS_QEMU);
         assert_eq!(followed, Ok("folder/base Some(Raw)".to_owned()));
         assert_eq!(follow("b", None, AS_QEMU), Ok("folder/b None".to_owned()));
@@ -314,7 +341,8 @@ mod tests {
             name: vec![b'a', 0xff],
             format: Some("raw".to_owned()),
         };
-        let Ok(Followed::File { path, .. }) = backing.follow(FILES, "i", "") else {
+        let Ok(Followed::File { path, .. }) = backing.follow(&ImagePolicy::default(), "i", "")
+        else {
             panic!("followed")
         };
         assert_eq!(path.as_os_str().as_bytes(), [b'a', 0xff]);

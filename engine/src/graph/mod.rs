@@ -17,6 +17,7 @@ mod children;
 mod copy_before_write;
 mod copy_on_read;
 mod creating;
+pub(crate) mod described_images;
 mod disk_facts;
 mod fault_config;
 mod filenames;

@@ -9,7 +9,7 @@ use crate::error::EngineError;
 use crate::graph::Graph;
 use crate::graph::host_files::{in_background, open_named};
 use crate::graph::image_names::{
-    BackingFormat, BackingName, Followed, data_file_path, mark_files, no_data_file,
+    BackingFormat, BackingName, Followed, data_file_path, no_data_file,
 };
 use crate::image_policy::NamesInImages;
 use crate::request::{CommonOptions, DriverSpec, FileSpec, NamedBy, NodeSpec};
@@ -33,17 +33,8 @@ impl Graph {
                 "'{image}' is no file, so it is not known where what it names would be"
             ))
         })?;
-        match backing.follow(self.policy.names, image, folder)? {
-            Followed::Options(options) => {
-                let read = self.policy.read_options.ok_or_else(|| {
-                    EngineError::generic("Nobody here reads options that stand in images")
-                })?;
-                let mut spec = read(&options, backing.format.as_deref())?;
-                if !self.policy.roots.is_empty() {
-                    mark_files(&mut spec);
-                }
-                Ok(spec)
-            }
+        match backing.follow(&self.policy, image, folder)? {
+            Followed::Node(spec) => Ok(*spec),
             Followed::File { path, format } => {
                 let named_by = self.named_by_image();
                 let format = match format {

@@ -1,6 +1,7 @@
 //! What queries see of the graph.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -207,6 +208,7 @@ fn layer_view(records: &Records, id: NodeId, known: &HashMap<NodeId, Known>) -> 
     let (node, mine) = (records.node(id)?, known.get(&id)?);
     let mut view = ImageView {
         filename: node.filename.to_string(),
+        path: node.filename.file().map(PathBuf::from),
         format: node.driver.to_owned(),
         virtual_size_bytes: mine.facts.length_bytes,
         actual_size_bytes: room(records, id, known),

@@ -1,6 +1,6 @@
 //! What an image says of itself, read from its file without opening what it names.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 
 use blockyard_images::qcow2::layout::header::{Access, MAGIC};
@@ -9,11 +9,12 @@ use blockyard_storage::{Buffer, Storage};
 
 use crate::error::EngineError;
 use crate::graph::image_names::{BACKING_ADVICE, BackingFormat, BackingName, Followed};
-use crate::image_policy::NamesInImages;
+use crate::image_policy::ImagePolicy;
 use crate::images::{ImageFormat, refused};
 use crate::node::Node;
 use crate::node::child_storage::ChildStorage;
 
+pub use crate::graph::described_images::{Below, NamedImage};
 pub use blockyard_images::qcow2::info::{BitmapInfo, ImageInfo, SnapshotInfo, Version3Info};
 pub use blockyard_images::qcow2::units::Compression;
 
@@ -36,15 +37,15 @@ pub struct InfoView {
     pub findings: Vec<String>,
 }
 
-/// The file that holds what an image at `path` does not, and its format; `None`: it names none. Only what is safe to follow is:
-/// plain files whose format the image states.
+/// The image that the header of one at `path` names as below it; `None`: it names none.
 ///
 /// # Errors
 /// The name is not followed, and why.
 pub fn backing_of(
     path: &Path,
     info: &ImageInfo,
-) -> Result<Option<(PathBuf, ImageFormat)>, EngineError> {
+    policy: &ImagePolicy,
+) -> Result<Option<NamedImage>, EngineError> {
     let Some(name) = &info.backing_file else {
         return Ok(None);
     };
@@ -54,25 +55,26 @@ pub fn backing_of(
     };
     let shown = path.to_string_lossy();
     let folder = shown.rfind('/').map_or("", |slash| &shown[..=slash]);
-    let followed = backing.follow(NamesInImages::Files, &shown, folder);
+    let followed = backing.follow(policy, &shown, folder);
     let followed = followed.map_err(|error| {
         // The advice is for clients that open nodes.
         let advice = format!("; {BACKING_ADVICE}");
         let why = error.text.strip_suffix(&advice).unwrap_or(&error.text);
         EngineError::generic(why)
     })?;
-    match followed {
-        Followed::File { path, format } => {
-            let is_qcow2 = format == Some(BackingFormat::Qcow2);
-            let format = if is_qcow2 {
-                ImageFormat::Qcow2
-            } else {
-                ImageFormat::Raw
-            };
-            Ok(Some((path, format)))
-        }
-        Followed::Options(_) => Err(EngineError::generic("Options in images are not followed")),
-    }
+    let named = match followed {
+        Followed::File { path, format } => Some(NamedImage {
+            path,
+            format: match format {
+                Some(BackingFormat::Qcow2) => ImageFormat::Qcow2,
+                _ => ImageFormat::Raw,
+            },
+            below: Below::AsNamed,
+        }),
+        Followed::Node(spec) => NamedImage::described(&spec),
+    };
+    let named = named.ok_or_else(|| EngineError::generic("Only images in files are followed"));
+    named.map(Some)
 }
 
 /// Looks at the image on a node.

@@ -180,7 +180,7 @@ pub fn node_spec(fields: Fields) -> Result<NodeSpec, QmpError> {
     nested_spec(fields, 1)
 }
 
-/// Reads options of a node that stand in an image, as JSON; `format` is the driver if they do not name one.
+/// Reads options of a node that stand in an image, as JSON; `format` is the driver, whatever they name, as in QEMU.
 ///
 /// # Errors
 /// As a command with these options.
@@ -191,7 +191,7 @@ pub fn node_options_in_image(text: &str, format: Option<&str>) -> Result<NodeSpe
         let Value::Object(mut members) = Value::from(document.root()) else {
             return Err(refused());
         };
-        if let Some(format) = format.filter(|_| !members.contains_key("driver")) {
+        if let Some(format) = format {
             members.insert("driver".to_owned(), Value::from(format));
         }
         let document = Document::from(&Value::Object(members));

@@ -220,7 +220,7 @@ only name what stands before it.
   --image-names files|qemu
         which names that stand in images are followed to backing files and
         data files (default: files, those of files whose format is stated;
-        qemu: json: names and guessed formats, too)
+        qemu: any json: names and guessed formats, too)
   --image-root DIR
         files that images name must be below DIR once symbolic links are
         resolved; may be given several times

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use blockyard_engine::engine::{BackendChoice, Engine, EngineConfig, EngineHandle};
 use blockyard_engine::error::EngineError;
 use blockyard_engine::event::{Event, EventKind};
+use blockyard_engine::image_policy::ImagePolicy;
 use blockyard_engine::images::{ImageEvent, ImageReply, ImageSpec, ImageWatch, ImageWork};
 use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
@@ -19,6 +20,7 @@ use blockyard_engine::request::{
 use clap::{Args, ValueEnum};
 use tokio::sync::{mpsc, watch};
 
+use crate::commands::node_options_in_image;
 use crate::signals::Signals;
 use crate::terminal::display::{Display, Figures};
 use crate::terminal::exit::Exit;
@@ -183,6 +185,7 @@ pub(crate) fn with_engine<T: CameTo, F: Future<Output = (T, Display)>>(
             IoBackend::IoUring => BackendChoice::Uring,
             IoBackend::Threads => BackendChoice::Threads,
         },
+        images: image_policy(),
         ..EngineConfig::default()
     };
     // The worker takes the signals, also while the work computes.
@@ -234,6 +237,14 @@ pub(crate) fn with_engine<T: CameTo, F: Future<Output = (T, Display)>>(
     }
     display.error(&text);
     Ok((came_to, display))
+}
+
+/// How far names that stand in images are trusted.
+pub(crate) fn image_policy() -> ImagePolicy {
+    ImagePolicy {
+        read_options: Some(node_options_in_image),
+        ..ImagePolicy::default()
+    }
 }
 
 /// That something was lost when files were closed, and what.

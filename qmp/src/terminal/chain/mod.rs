@@ -6,7 +6,7 @@ pub(crate) mod moves;
 pub(crate) mod rebase;
 pub(crate) mod show;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use blockyard_engine::reply::{LayerView, PlanView};
 
@@ -26,7 +26,7 @@ pub(crate) fn layer_at<'a>(
 ) -> Result<(usize, &'a LayerView), String> {
     let wanted = identity(path)?;
     let is_wanted =
-        |layer: &LayerView| identity(&PathBuf::from(&layer.filename)).is_ok_and(|it| it == wanted);
+        |layer: &LayerView| identity(Path::new(&*layer.file())).is_ok_and(|it| it == wanted);
     let mut layers = layers.iter().enumerate();
     let found = layers.find(|(_, layer)| is_wanted(layer));
     found.ok_or_else(|| {

@@ -159,8 +159,8 @@ async fn open_and_move(
         return planned(&chosen, &plan);
     }
     if plan.room.fits == Some(false) && !shared.force {
-        let target = Path::new(&plan.target.filename);
-        let mut moved = Moved::refused(room::too_little(target, &plan.room));
+        let target = plan.target.file();
+        let mut moved = Moved::refused(room::too_little(Path::new(&*target), &plan.room));
         moved.tell("plan", replies::plan(&plan), String::new());
         return moved;
     }
@@ -198,7 +198,7 @@ fn ended(embedded: &Embedded, chosen: &Move, job: &JobView) -> Moved {
     let Some(error) = job.error.clone() else {
         moved.tell("unneeded", chosen.unneeded.clone(), chosen.leaves.clone());
         if let Some(chain) = &job.chain {
-            let files = chain.iter().map(|layer| json!(layer.filename));
+            let files = chain.iter().map(|layer| json!(layer.file()));
             moved.tell("chain", files.collect::<Value>(), String::new());
         }
         return moved;
@@ -233,7 +233,7 @@ fn commit_of(layers: &[LayerView], arguments: &CommitArguments) -> Result<Move, 
         None => match layers.get(top_place + 1) {
             Some(below) => (top_place + 1, below),
             None => {
-                let name = shown(Path::new(&top.filename));
+                let name = shown(Path::new(&*top.file()));
                 return Err(format!(
                     "{name} has no backing file that could take in what it holds"
                 ));
@@ -243,8 +243,8 @@ fn commit_of(layers: &[LayerView], arguments: &CommitArguments) -> Result<Move, 
     if base_place <= top_place {
         return Err(format!(
             "{} is not below {}",
-            shown(Path::new(&base.filename)),
-            shown(Path::new(&top.filename))
+            shown(Path::new(&*base.file())),
+            shown(Path::new(&*top.file()))
         ));
     }
     let spec = CommitSpec {
@@ -261,13 +261,13 @@ fn commit_of(layers: &[LayerView], arguments: &CommitArguments) -> Result<Move, 
         .get(top_place..base_place)
         .unwrap_or_default()
         .iter()
-        .map(|layer| layer.filename.clone())
+        .map(|layer| layer.file().into_owned())
         .collect();
-    let base_name = shown(Path::new(&base.filename));
+    let base_name = shown(Path::new(&*base.file()));
     let leaves = match top_place.checked_sub(1).and_then(|above| layers.get(above)) {
         None => format!(
             "{base_name} shows what {} does, which stays as it is and is not needed any more{}",
-            shown(Path::new(&top.filename)),
+            shown(Path::new(&*top.file())),
             match base_place - top_place {
                 1 => "",
                 _ => "; the images between them are not either, and show a mixture now",
@@ -275,7 +275,7 @@ fn commit_of(layers: &[LayerView], arguments: &CommitArguments) -> Result<Move, 
         ),
         Some(above) => format!(
             "{} is on {base_name} now and shows the same; what was between them is not needed any more",
-            shown(Path::new(&above.filename))
+            shown(Path::new(&*above.file()))
         ),
     };
     Ok(Move {
@@ -318,13 +318,13 @@ fn stream_of(layers: &[LayerView], arguments: &StreamArguments) -> Result<Move, 
         .get(1..to)
         .unwrap_or_default()
         .iter()
-        .map(|layer| layer.filename.clone())
+        .map(|layer| layer.file().into_owned())
         .collect();
     let leaves = match base {
         None => format!("{name} holds all that it shows; what was below it stays as it is"),
         Some((_, base)) => format!(
             "{name} is on {} now; what was between them stays as it is",
-            shown(Path::new(&base.filename))
+            shown(Path::new(&*base.file()))
         ),
     };
     Ok(Move {

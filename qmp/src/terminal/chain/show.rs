@@ -4,7 +4,6 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use blockyard_engine::images::ImageFormat;
-use blockyard_engine::images::info::backing_of;
 use blockyard_engine::limits::CHAIN_LAYERS_MAX;
 use blockyard_engine::reply::PlanView;
 use blockyard_engine::request::{CommitSpec, NamedBy, PlannedJob, StreamSpec};
@@ -21,7 +20,7 @@ use crate::terminal::copy::ends::{Source, shown};
 use crate::terminal::display::{Display, DisplayArguments};
 use crate::terminal::embedded::{Embedded, IoBackend};
 use crate::terminal::exit::Exit;
-use crate::terminal::images::info::{Described, describe_one, identity};
+use crate::terminal::images::info::{Described, describe_named, describe_one, identity};
 use crate::terminal::images::{Disk, sharing};
 
 const NODE: &str = "image";
@@ -118,14 +117,9 @@ async fn walk(embedded: &mut Embedded, arguments: &ChainArguments) -> Result<Cha
         commits: Vec::new(),
         stream: None,
     };
-    while let Some(info) = chain
-        .layers
-        .last()
-        .and_then(|last| last.view.qcow2.as_ref())
-    {
-        let path = chain.layers.last().map(|last| last.path.clone());
-        let path = path.unwrap_or_default();
-        let below = match backing_of(&path, info) {
+    while let Some(last) = chain.layers.last() {
+        let path = last.path.clone();
+        let below = match last.below() {
             Ok(None) => break,
             Ok(Some(below)) => below,
             Err(error) => {
@@ -133,25 +127,21 @@ async fn walk(embedded: &mut Embedded, arguments: &ChainArguments) -> Result<Cha
                 break;
             }
         };
-        let (below, format) = below;
         let problem = if chain.layers.len() > CHAIN_LAYERS_MAX {
             Some(format!("more than {CHAIN_LAYERS_MAX} images are below it"))
         } else {
-            match identity(&below) {
+            match identity(&below.path) {
                 Ok(file) if !seen.insert(file) => {
-                    let name = shown(&below);
+                    let name = shown(&below.path);
                     Some(format!("{name}, which is below it, is above it as well"))
                 }
-                Ok(_) => {
-                    let by_image = NamedBy::Image { folder: None };
-                    match describe_one(embedded, &below, Some(format), share, by_image).await {
-                        Ok(next) => {
-                            chain.layers.push(next);
-                            continue;
-                        }
-                        Err(text) => Some(text),
+                Ok(_) => match describe_named(embedded, below, share).await {
+                    Ok(next) => {
+                        chain.layers.push(next);
+                        continue;
                     }
-                }
+                    Err(text) => Some(text),
+                },
                 Err(text) => Some(text),
             }
         };

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use blockyard_engine::error::EngineError;
-use blockyard_engine::images::info::backing_of;
+use blockyard_engine::images::info::{Below, NamedImage, backing_of};
 use blockyard_engine::images::{ImageFormat, ImageReply, ImageWork, InfoSpec, InfoView};
 use blockyard_engine::limits::CHAIN_LAYERS_MAX;
 use blockyard_engine::reply::ImageView;
@@ -16,7 +16,9 @@ use clap::Args;
 use crate::terminal::check::arguments::{Format, Output};
 use crate::terminal::copy::ends::{Source, shown};
 use crate::terminal::display::{Display, DisplayArguments};
-use crate::terminal::embedded::{Cache, Embedded, EngineArguments, IoBackend, with_engine};
+use crate::terminal::embedded::{
+    Cache, Embedded, EngineArguments, IoBackend, image_policy, with_engine,
+};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::info_report::{human, json};
 use crate::terminal::images::{Disk, could_not_open, sharing};
@@ -55,6 +57,22 @@ pub(crate) struct Described {
     pub(crate) view: InfoView,
     /// The file that it is in.
     pub(crate) file: ImageView,
+    /// What whoever names it says of what is below it.
+    below: Below,
+}
+
+impl Described {
+    /// The image below it, if there is one.
+    ///
+    /// # Errors
+    /// Why it is not followed.
+    pub(crate) fn below(&self) -> Result<Option<NamedImage>, EngineError> {
+        match (&self.view.qcow2, &self.below) {
+            (None, _) | (_, Below::Nothing) => Ok(None),
+            (_, Below::Image(image)) => Ok(Some((**image).clone())),
+            (Some(info), Below::AsNamed) => backing_of(&self.path, info, &image_policy()),
+        }
+    }
 }
 
 /// Runs `info`.
@@ -113,9 +131,7 @@ async fn describe(
     let mut layers = vec![top];
     let mut seen = HashSet::from([identity(file)?]);
     while let Some(layer) = layers.last().filter(|_| arguments.backing_chain) {
-        let Some(info) = &layer.view.qcow2 else { break };
-        let below = backing_of(&layer.path, info).map_err(|error| error.text)?;
-        let Some((path, below_format)) = below else {
+        let Some(below) = layer.below().map_err(|error| error.text)? else {
             break;
         };
         if format.is_none() {
@@ -128,12 +144,11 @@ async fn describe(
             let text = format!("more than {CHAIN_LAYERS_MAX} images are below it");
             return Err(could_not_open(file, text));
         }
-        let by_image = NamedBy::Image { folder: None };
-        let next = describe_one(embedded, &path, Some(below_format), share, by_image).await?;
-        if !seen.insert(identity(&path)?) {
+        let next = describe_named(embedded, below, share).await?;
+        if !seen.insert(identity(&next.path)?) {
             return Err(format!(
                 "Backing file {} creates an infinite loop.",
-                shown(&path)
+                shown(&next.path)
             ));
         }
         layers.push(next);
@@ -178,6 +193,25 @@ pub(crate) async fn describe_one(
         path: path.to_owned(),
         view,
         file,
+        below: Below::AsNamed,
+    })
+}
+
+/// The same for one that an image names.
+///
+/// # Errors
+/// For the user.
+pub(crate) async fn describe_named(
+    embedded: &mut Embedded,
+    image: NamedImage,
+    force_share: bool,
+) -> Result<Described, String> {
+    let by_image = NamedBy::Image { folder: None };
+    let format = Some(image.format);
+    let described = describe_one(embedded, &image.path, format, force_share, by_image).await?;
+    Ok(Described {
+        below: image.below,
+        ..described
     })
 }
 
@@ -188,15 +222,19 @@ pub(crate) async fn layers_from(
     format: ImageFormat,
 ) -> Vec<PathBuf> {
     let mut layers = Vec::new();
-    let mut next = Some((top, format));
-    while let Some((path, format)) = next.take()
+    let mut next = Some(NamedImage {
+        path: top,
+        format,
+        below: Below::AsNamed,
+    });
+    while let Some(image) = next.take()
         && layers.len() <= CHAIN_LAYERS_MAX
     {
-        let by_image = NamedBy::Image { folder: None };
-        let described = describe_one(embedded, &path, Some(format), true, by_image).await;
-        let info = described.ok().and_then(|described| described.view.qcow2);
-        next = info.and_then(|info| backing_of(&path, &info).ok().flatten());
-        layers.push(path);
+        layers.push(image.path.clone());
+        let described = describe_named(embedded, image, true).await;
+        next = described
+            .ok()
+            .and_then(|layer| layer.below().ok().flatten());
     }
     layers
 }

@@ -111,7 +111,7 @@ async fn map(embedded: &mut Embedded, arguments: &MapArguments) -> Result<(), St
 /// metadata: qemu-img looks for holes in those, and only in those, with this margin.
 fn holes_from_clusters(layer: &ImageView) -> Option<u64> {
     let cluster_bytes = layer.cluster_size_bytes?.max(1);
-    let facts = fs::metadata(&layer.filename).ok()?;
+    let facts = fs::metadata(&*layer.file()).ok()?;
     let room = facts.blocks().saturating_mul(512) / cluster_bytes;
     Some(room.saturating_add(2).max(room.saturating_mul(10) / 9))
 }
@@ -123,10 +123,10 @@ fn file(layer: &ImageView) -> String {
             version_3: Some(info),
             ..
         }) => match &info.data_file {
-            Some(data_file) => beside(Path::new(&layer.filename), data_file),
-            None => layer.filename.clone(),
+            Some(data_file) => beside(Path::new(&*layer.file()), data_file),
+            None => layer.file().into_owned(),
         },
-        _ => layer.filename.clone(),
+        _ => layer.file().into_owned(),
     }
 }
 
