@@ -19,6 +19,8 @@ pub struct ImagePolicy {
     pub roots: Vec<PathBuf>,
     /// Reads `json:` names; without it none is followed.
     pub read_options: Option<OptionsReader>,
+    /// How the user goes on where a backing file is not followed; `None`: as clients of a daemon do.
+    pub advice: Option<&'static str>,
 }
 
 /// Which names are followed.

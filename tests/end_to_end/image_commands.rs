@@ -569,6 +569,21 @@ fn chains_are_followed_as_far_as_is_safe() {
     ] {
         chain("odd", backing);
         place.fail(&["info", "--backing-chain", "-f", "qcow2", "odd"], words);
+        let advice = "; `blockyard rebase -u -b FILE -F FORMAT IMAGE` gives it a name that is";
+        if words.starts_with("is ") || words.starts_with("belongs ") {
+            for command in [
+                &["info", "--backing-chain", "-f", "qcow2", "odd"][..],
+                &["chain", "odd"],
+                &["commit", "odd"],
+                &["map", "-f", "qcow2", "odd"],
+            ] {
+                place.fail(command, &format!("{words} and is not followed{advice}"));
+            }
+        }
         place.succeed(&["info", "-f", "qcow2", "odd"]);
     }
+    // What the advice says does help.
+    chain("odd", &["-b", "json:{}", "-F", "raw"]);
+    place.succeed(&["rebase", "-u", "-b", "base.raw", "-F", "raw", "odd"]);
+    place.succeed(&["chain", "odd"]);
 }

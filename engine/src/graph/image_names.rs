@@ -27,8 +27,8 @@ const KERNEL_PLACES: [&str; 7] = [
     "/dev/stderr",
 ];
 
-/// How to go on without following a name.
-pub(crate) const BACKING_ADVICE: &str = "open it by a command of its own and give its node as 'backing', or \
+/// How clients of a daemon go on without following a name.
+const BACKING_ADVICE: &str = "open it by a command of its own and give its node as 'backing', or \
                               give null";
 
 /// What an image says about its backing file.
@@ -87,7 +87,7 @@ impl BackingName {
         image: &str,
         folder: &str,
     ) -> Result<Followed, EngineError> {
-        let refuse = |what: &str| Err(self.refused(image, what));
+        let refuse = |what: &str| Err(self.refused(policy, image, what));
         let as_qemu = policy.names == NamesInImages::AsQemu;
         let shown = self.shown();
         if let Some((options, read)) = shown.strip_prefix("json:").zip(policy.read_options) {
@@ -137,18 +137,20 @@ impl BackingName {
             }
             return Ok(Followed::Node(Box::new(spec)));
         }
-        let mut spec =
-            read.map_err(|error| self.refused(image, &format!("is not understood ({error})")))?;
+        let mut spec = read.map_err(|error| {
+            self.refused(policy, image, &format!("is not understood ({error})"))
+        })?;
         if NamedImage::described(&spec).is_none() {
-            return Err(self.refused(image, "asks for more than images in files"));
+            return Err(self.refused(policy, image, "asks for more than images in files"));
         }
         mark_files(&mut spec);
         Ok(Followed::Node(Box::new(spec)))
     }
 
-    fn refused(&self, image: &str, what: &str) -> EngineError {
+    fn refused(&self, policy: &ImagePolicy, image: &str, what: &str) -> EngineError {
+        let advice = policy.advice.unwrap_or(BACKING_ADVICE);
         EngineError::generic(format!(
-            "'{}' in the header of '{image}' {what} and is not followed; {BACKING_ADVICE}",
+            "'{}' in the header of '{image}' {what} and is not followed; {advice}",
             self.shown()
         ))
     }

@@ -8,7 +8,7 @@ use blockyard_images::qcow2::open::read_image;
 use blockyard_storage::{Buffer, Storage};
 
 use crate::error::EngineError;
-use crate::graph::image_names::{BACKING_ADVICE, BackingFormat, BackingName, Followed};
+use crate::graph::image_names::{BackingFormat, BackingName, Followed};
 use crate::image_policy::ImagePolicy;
 use crate::images::{ImageFormat, refused};
 use crate::node::Node;
@@ -55,14 +55,7 @@ pub fn backing_of(
     };
     let shown = path.to_string_lossy();
     let folder = shown.rfind('/').map_or("", |slash| &shown[..=slash]);
-    let followed = backing.follow(policy, &shown, folder);
-    let followed = followed.map_err(|error| {
-        // The advice is for clients that open nodes.
-        let advice = format!("; {BACKING_ADVICE}");
-        let why = error.text.strip_suffix(&advice).unwrap_or(&error.text);
-        EngineError::generic(why)
-    })?;
-    let named = match followed {
+    let named = match backing.follow(policy, &shown, folder)? {
         Followed::File { path, format } => Some(NamedImage {
             path,
             format: match format {

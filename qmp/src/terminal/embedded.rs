@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use blockyard_engine::engine::{BackendChoice, Engine, EngineConfig, EngineHandle};
 use blockyard_engine::error::EngineError;
 use blockyard_engine::event::{Event, EventKind};
-use blockyard_engine::image_policy::ImagePolicy;
 use blockyard_engine::images::{ImageEvent, ImageReply, ImageSpec, ImageWatch, ImageWork};
 use blockyard_engine::job::status::Status;
 use blockyard_engine::job::verb::VerbCall;
@@ -20,10 +19,10 @@ use blockyard_engine::request::{
 use clap::{Args, ValueEnum};
 use tokio::sync::{mpsc, watch};
 
-use crate::commands::node_options_in_image;
 use crate::signals::Signals;
 use crate::terminal::display::{Display, Figures};
 use crate::terminal::exit::Exit;
+use crate::terminal::images::image_policy;
 
 /// How often a running job is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -237,14 +236,6 @@ pub(crate) fn with_engine<T: CameTo, F: Future<Output = (T, Display)>>(
     }
     display.error(&text);
     Ok((came_to, display))
-}
-
-/// How far names that stand in images are trusted.
-pub(crate) fn image_policy() -> ImagePolicy {
-    ImagePolicy {
-        read_options: Some(node_options_in_image),
-        ..ImagePolicy::default()
-    }
 }
 
 /// That something was lost when files were closed, and what.

@@ -16,12 +16,10 @@ use clap::Args;
 use crate::terminal::check::arguments::{Format, Output};
 use crate::terminal::copy::ends::{Source, shown};
 use crate::terminal::display::{Display, DisplayArguments};
-use crate::terminal::embedded::{
-    Cache, Embedded, EngineArguments, IoBackend, image_policy, with_engine,
-};
+use crate::terminal::embedded::{Cache, Embedded, EngineArguments, IoBackend, with_engine};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::info_report::{human, json};
-use crate::terminal::images::{Disk, could_not_open, sharing};
+use crate::terminal::images::{Disk, could_not_open, image_policy, sharing};
 
 const NODE: &str = "image";
 

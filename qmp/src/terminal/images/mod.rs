@@ -20,12 +20,18 @@ use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use blockyard_engine::image_policy::ImagePolicy;
 use blockyard_engine::images::ImageFormat;
 use blockyard_engine::request::{BackingRef, Discard, NamedBy};
 
+use crate::commands::node_options_in_image;
 use crate::terminal::check::arguments::Format;
 use crate::terminal::copy::ends::{Source, shown};
 use crate::terminal::embedded::{Embedded, ImageFile, Sharing};
+
+/// How whoever runs a command goes on where a name in an image is not followed.
+const BACKING_ADVICE: &str =
+    "`blockyard rebase -u -b FILE -F FORMAT IMAGE` gives it a name that is";
 
 impl From<Format> for ImageFormat {
     fn from(format: Format) -> Self {
@@ -141,5 +147,14 @@ pub(crate) const fn sharing(force_share: bool) -> Sharing {
     match force_share {
         true => Sharing::Everything,
         false => Sharing::Readers,
+    }
+}
+
+/// How far names that stand in images are trusted.
+pub(crate) fn image_policy() -> ImagePolicy {
+    ImagePolicy {
+        read_options: Some(node_options_in_image),
+        advice: Some(BACKING_ADVICE),
+        ..ImagePolicy::default()
     }
 }
