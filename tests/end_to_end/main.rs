@@ -67,6 +67,7 @@ mod one_shot;
 mod one_shot_bitmaps;
 mod one_shot_chains;
 mod one_shot_images;
+mod one_shot_refusals;
 mod one_shot_rooms;
 mod oracle;
 mod persistent_bitmaps;

@@ -8,10 +8,12 @@ pub(crate) mod show;
 
 use std::path::Path;
 
-use blockyard_engine::reply::{LayerView, PlanView};
+use blockyard_engine::error::EngineError;
+use blockyard_engine::reply::{FormatSpecific, LayerView, PlanView};
 
 use crate::size;
 use crate::terminal::copy::ends::shown;
+use crate::terminal::embedded::Embedded;
 use crate::terminal::images::info::identity;
 use crate::terminal::room;
 
@@ -36,6 +38,23 @@ pub(crate) fn layer_at<'a>(
             shown(top)
         )
     })
+}
+
+/// Whether an image that a dry run has opened for reading could be opened for writing, too, as far as its marks tell.
+///
+/// # Errors
+/// As the opening's.
+pub(crate) async fn check_marks(embedded: &Embedded, node: &str) -> Result<(), EngineError> {
+    let image = embedded.image_view(node).await?;
+    match image.format_specific {
+        Some(FormatSpecific::Qcow2 {
+            version_3: Some(marks),
+            ..
+        }) if marks.corrupt => Err(EngineError::generic(
+            "qcow2: Image is corrupt; cannot be opened read/write",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// What a plan comes to, for people.

@@ -16,12 +16,12 @@ use serde_json::{Value, json};
 
 use crate::replies;
 use crate::terminal::chain::arguments::{CommitArguments, MoveArguments, StreamArguments};
-use crate::terminal::chain::{layer_at, told};
+use crate::terminal::chain::{check_marks, layer_at, told};
 use crate::terminal::copy::ends::shown;
 use crate::terminal::display::{Display, Ended, Fact, Outcome};
 use crate::terminal::embedded::{CameTo, Embedded, Sharing, with_engine};
 use crate::terminal::exit::Exit;
-use crate::terminal::images::Disk;
+use crate::terminal::images::{Disk, could_not_open};
 use crate::terminal::room;
 
 const NODE: &str = "overlay";
@@ -138,6 +138,10 @@ async fn open_and_move(
     let cannot = |error: EngineError| format!("{}: {error}", shown(overlay));
     let chosen = async {
         disk.open(embedded).await?;
+        if shared.dry_run {
+            let marks = check_marks(embedded, NODE).await;
+            marks.map_err(|error| could_not_open(overlay, error))?;
+        }
         let layers = embedded.chain(NODE).await.map_err(cannot)?;
         choose(&layers)
     };
@@ -156,7 +160,10 @@ async fn open_and_move(
         Err(error) => return Moved::refused(cannot(error)),
     };
     if shared.dry_run {
-        return planned(&chosen, &plan);
+        return match check_marks(embedded, &plan.target.node_name).await {
+            Ok(()) => planned(&chosen, &plan),
+            Err(error) => Moved::refused(cannot(error)),
+        };
     }
     if plan.room.fits == Some(false) && !shared.force {
         let target = plan.target.file();

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::replies;
 use crate::size;
+use crate::terminal::chain::check_marks;
 use crate::terminal::check::arguments::Format;
 use crate::terminal::check::report::indented;
 use crate::terminal::command;
@@ -16,8 +17,8 @@ use crate::terminal::copy::ends::shown;
 use crate::terminal::display::{Display, DisplayArguments};
 use crate::terminal::embedded::{Embedded, IoBackend, Sharing};
 use crate::terminal::exit::Exit;
-use crate::terminal::images::Disk;
 use crate::terminal::images::info_report::beside;
+use crate::terminal::images::{Disk, could_not_open};
 use crate::terminal::room;
 
 const NODE: &str = "image";
@@ -138,6 +139,10 @@ async fn rebase(
         false => {
             image.open(embedded).await?;
         }
+    }
+    if arguments.dry_run {
+        let marks = check_marks(embedded, NODE).await;
+        marks.map_err(|error| could_not_open(&arguments.file, error))?;
     }
     let path = PathBuf::from(beside(&arguments.file, &spec.backing_file));
     if spec.keeps_content && !spec.backing_file.is_empty() {
