@@ -226,7 +226,8 @@ fn a_base_of_version_2_that_cannot_grow_is_refused_at_once() {
             for (command, arguments) in [("x-plan", plan), ("block-commit", job)] {
                 let reply = client.command(command, arguments);
                 let text = reply["error"]["desc"].as_str().unwrap_or_default();
-                let expected = format!("Node 'base' cannot be made as long as '{source}': {why}");
+                let expected =
+                    format!("Node 'base' cannot be made as long as node '{source}': {why}");
                 assert!(text.starts_with(&expected), "{command}: {reply}");
             }
         }

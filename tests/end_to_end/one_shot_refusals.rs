@@ -1,10 +1,11 @@
-//! What commands on chains refuse without a daemon: in a dry run what they refuse in earnest, and in the same words.
+//! What commands on chains refuse without a daemon: in a dry run what they refuse in earnest, in the same words, and in words about
+//! files.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
 use crate::images::run;
-use crate::place::{Place, code, complaint};
+use crate::place::{Place, Tiny, can_mount, code, complaint};
 use crate::tools::have_oracle;
 
 /// Makes an image, on `backing` if there is one.
@@ -76,4 +77,84 @@ fn a_dry_run_refuses_a_corrupt_image_as_the_command_does() {
     for command in [&["commit", "--base", "base", "on"][..], &["stream", "on"]] {
         place.succeed(command);
     }
+}
+
+#[test]
+fn nodes_are_told_by_their_files() {
+    if !have_oracle() {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.folder.path();
+    let old = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "compat=0.10",
+        "old",
+        "1M",
+    ];
+    run(folder, "qemu-img", &old);
+    run(folder, "qemu-img", &["snapshot", "-c", "s", "old"]);
+    let longer = [
+        "create", "-q", "-f", "qcow2", "-b", "old", "-F", "qcow2", "longer", "2M",
+    ];
+    run(folder, "qemu-img", &longer);
+    for command in [
+        &["commit", "longer"][..],
+        &["commit", "--dry-run", "longer"],
+    ] {
+        place.fail(
+            command,
+            "'longer': 'old' cannot be made as long as 'longer': Can't resize a v2 image which has snapshots",
+        );
+    }
+}
+
+#[test]
+fn a_full_file_system_is_told_with_the_file_that_had_no_room() {
+    if !have_oracle() || !can_mount() {
+        return;
+    }
+    let place = Place::new();
+    let Some(tiny) = Tiny::mount(place.path("tiny")) else {
+        return;
+    };
+    let folder = place.folder.path();
+    run(
+        folder,
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "tiny/base", "8M"],
+    );
+    let on = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "tiny/base",
+        "-F",
+        "qcow2",
+        "over",
+    ];
+    run(folder, "qemu-img", &on);
+    run(
+        folder,
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write -P 5 0 8M", "over"],
+    );
+    let ended = place.run(&["commit", "--force", "over"]);
+    let told = complaint(&ended);
+    assert_eq!(code(&ended), 1, "{told}");
+    let words = "No space left on device ('tiny/base', ";
+    assert!(told.contains(words) && !told.contains("node"), "{told}");
+    // A copy tells its ends in the same way.
+    place.data("source", 8 << 20);
+    let ended = place.run(&["backup", "--force", "source", "tiny/copy"]);
+    let told = complaint(&ended);
+    let words = "No space left on device ('tiny/copy', ";
+    assert!(told.contains(words) && !told.contains("node"), "{told}");
+    drop(tiny);
 }

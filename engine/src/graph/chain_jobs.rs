@@ -193,7 +193,7 @@ impl Graph {
         };
         let records = self.records.borrow();
         Err(EngineError::generic(format!(
-            "Node '{}' cannot be made as long as '{}': {why}",
+            "Node '{}' cannot be made as long as node '{}': {why}",
             records.name_of(base),
             records.name_of(top)
         )))

@@ -23,12 +23,10 @@ use crate::signals::Signals;
 use crate::terminal::display::{Display, Figures};
 use crate::terminal::exit::Exit;
 use crate::terminal::images::image_policy;
+use crate::terminal::node_files::{call, files_of_nodes, naming, not_saved};
 
 /// How often a running job is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-
-/// How long names of files are waited for, which only make a message better.
-const NAMES_WAIT: Duration = Duration::from_secs(2);
 
 /// How the engine works.
 #[derive(Args, Clone, Copy, Debug)]
@@ -236,41 +234,6 @@ pub(crate) fn with_engine<T: CameTo, F: Future<Output = (T, Display)>>(
     }
     display.error(&text);
     Ok((came_to, display))
-}
-
-/// That something was lost when files were closed, and what.
-fn not_saved(lost: Vec<String>, files: &[(String, String)]) -> String {
-    let lost = lost.into_iter().map(|text| naming_files(text, files));
-    let lost: Vec<String> = lost.collect();
-    format!(
-        "not everything could be saved at the end: {}",
-        lost.join("; ")
-    )
-}
-
-/// The files that nodes show, by the names of the nodes; none if a disk does not answer.
-async fn files_of_nodes(handle: &EngineHandle) -> Vec<(String, String)> {
-    let nodes = handle.call(Request::QueryNamedBlockNodes { flat: true });
-    match tokio::time::timeout(NAMES_WAIT, nodes).await {
-        Ok(Ok(Reply::Nodes(nodes))) => nodes
-            .into_iter()
-            .map(|node| (node.node_name, node.filename))
-            .collect(),
-        _ => Vec::new(),
-    }
-}
-
-/// The same text about files: names of nodes mean nothing to whoever runs a command.
-fn naming_files(text: String, files: &[(String, String)]) -> String {
-    let named = files
-        .iter()
-        .map(|(node, file)| (format!("node '{node}'"), file));
-    let named = named.filter(|(node, file)| !file.is_empty() && !node.is_empty());
-    named.fold(text, |text, (node, file)| {
-        let file = format!("'{file}'");
-        let at_the_start = node.replacen('n', "N", 1);
-        text.replace(&at_the_start, &file).replace(&node, &file)
-    })
 }
 
 impl Embedded {
@@ -540,7 +503,7 @@ impl Embedded {
         mut told: impl FnMut(&Display, ImageEvent),
     ) -> Result<Reply, EngineError> {
         let engine = self.engine.clone();
-        let mut reply = pin!(engine.call(request));
+        let mut reply = pin!(call(&engine, request));
         let mut cancelled = false;
         let mut look = tokio::time::interval(LOOK_EVERY);
         let outcome = loop {
@@ -618,7 +581,10 @@ impl Embedded {
         self.display.forget(id);
         // A job that was cancelled before it began is gone already.
         let _ = self.verb(id, VerbCall::Dismiss).await;
-        view.ok_or_else(|| EngineError::generic("Operation canceled"))
+        let mut view = view.ok_or_else(|| EngineError::generic("Operation canceled"))?;
+        view.error = naming(&self.engine, view.error).await;
+        view.failed_at = naming(&self.engine, view.failed_at).await;
+        Ok(view)
     }
 
     async fn until_concluded(&mut self, id: &str, shown: bool) {
@@ -684,6 +650,6 @@ impl Embedded {
     }
 
     async fn call(&self, request: Request) -> Result<Reply, EngineError> {
-        self.engine.call(request).await
+        call(&self.engine, request).await
     }
 }

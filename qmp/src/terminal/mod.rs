@@ -9,6 +9,7 @@ pub mod display;
 pub(crate) mod embedded;
 pub mod exit;
 pub(crate) mod images;
+mod node_files;
 pub mod rate;
 mod room;
 

@@ -208,7 +208,7 @@ impl<'a> Copy<'a> {
             Err(error) => return Copied::refused(error.text),
         };
         let mut copied = Copied {
-            outcome: outcome_of(embedded, &job, &self.source, target),
+            outcome: outcome_of(embedded, &job),
             bytes: match self.asked.changes {
                 Some(_) => job.current_progress,
                 // A job counts in units of its own.

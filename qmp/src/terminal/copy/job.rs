@@ -147,7 +147,7 @@ pub(crate) async fn add_target(
         let job = embedded.run_job(CREATE, work, takes_long).await;
         let job = job.map_err(|error| Copied::refused(error.text))?;
         if job.error.is_some() {
-            let outcome = outcome_of(embedded, &job, source, target);
+            let outcome = outcome_of(embedded, &job);
             return Err(Copied {
                 outcome,
                 ..Copied::refused("")
@@ -187,7 +187,7 @@ pub(crate) async fn copy_across(
         Err(error) => return Copied::refused(error.text),
     };
     let mut copied = Copied {
-        outcome: outcome_of(embedded, &job, source, target),
+        outcome: outcome_of(embedded, &job),
         bytes: job.current_progress,
         took: None,
         job: Some(job),
@@ -223,27 +223,16 @@ pub(super) async fn check_unused(embedded: &Embedded, target: &Target) -> Result
     embedded.delete_node(TARGET).await
 }
 
-/// How a job ended. Nodes are told by the names of their files.
-pub(super) fn outcome_of(
-    embedded: &Embedded,
-    job: &JobView,
-    source: &Source,
-    target: &Target,
-) -> Outcome {
+/// How a job ended.
+pub(super) fn outcome_of(embedded: &Embedded, job: &JobView) -> Outcome {
     let Some(error) = job.error.clone() else {
         return Outcome::Completed;
     };
     if embedded.interrupt.is_asked() && error == CANCELED {
         return Outcome::Cancelled;
     }
-    let failed_at = job.failed_at.as_ref().map(|place| {
-        let is_source = place.starts_with(&format!("node '{SOURCE}"));
-        let path = if is_source {
-            &source.path
-        } else {
-            &target.path
-        };
-        format!("{}, {place}", shown(path))
-    });
-    Outcome::Failed { error, failed_at }
+    Outcome::Failed {
+        error,
+        failed_at: job.failed_at.clone(),
+    }
 }
