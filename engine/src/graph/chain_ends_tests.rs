@@ -62,8 +62,8 @@ fn below(graph: &Graph, id: NodeId) -> [Option<NodeId>; 2] {
     [records.backing(id), planned]
 }
 
-#[test]
-fn a_commit_whose_device_cannot_go_over_to_the_base_leaves_all_where_they_were() {
+/// Runs a test in a graph of images, each on the one it is told to be on.
+fn on_images(images: &[(&str, Option<&str>)], test: impl AsyncFnOnce(&Graph, &std::path::Path)) {
     let runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = { runtime }.enable_time().build().expect("a runtime");
     let pool = BufferPool::new(1 << 20);
@@ -72,17 +72,26 @@ fn a_commit_whose_device_cannot_go_over_to_the_base_leaves_all_where_they_were()
     let folder = tempfile::tempdir().expect("a folder");
     LocalSet::new().block_on(&runtime, async {
         let graph = Graph::new(threads.clone(), ImagePolicy::default(), None);
-        for (name, on) in [
-            ("base", None),
-            ("top", Some("base")),
-            ("o1", Some("top")),
-            ("o2", Some("top")),
-        ] {
+        for (name, on) in images {
             graph
-                .add(image(folder.path(), name, on))
+                .add(image(folder.path(), name, *on))
                 .await
                 .expect("added");
         }
+        test(&graph, folder.path()).await;
+    });
+    threads.end();
+}
+
+#[test]
+fn a_commit_whose_device_cannot_go_over_to_the_base_leaves_all_where_they_were() {
+    let images = [
+        ("base", None),
+        ("top", Some("base")),
+        ("o1", Some("top")),
+        ("o2", Some("top")),
+    ];
+    on_images(&images, async |graph, _| {
         let id = |name: &str| graph.find(name).expect("there");
         let (base, top, overlays) = (id("base"), id("top"), [id("o1"), id("o2")]);
         let shared = Permissions::EVERY;
@@ -113,7 +122,7 @@ fn a_commit_whose_device_cannot_go_over_to_the_base_leaves_all_where_they_were()
         );
         assert!(!text.contains("shows the same"), "{text}");
         for overlay in overlays {
-            assert_eq!(below(&graph, overlay), [Some(top); 2]);
+            assert_eq!(below(graph, overlay), [Some(top); 2]);
         }
         assert_eq!(graph.node_of_root(writer.id), Some(top));
 
@@ -124,32 +133,19 @@ fn a_commit_whose_device_cannot_go_over_to_the_base_leaves_all_where_they_were()
         gone.expect("less is always possible");
         graph.finish_active_commit(KEY, &nodes).await.expect("done");
         for overlay in overlays {
-            assert_eq!(below(&graph, overlay), [Some(base); 2]);
+            assert_eq!(below(graph, overlay), [Some(base); 2]);
         }
         assert_eq!(graph.node_of_root(writer.id), Some(base));
         graph.close_root(writer.id).await;
     });
-    threads.end();
 }
 
 /// What stays below a stream is what its last node stands on. Without that node there is no saying what it is: nothing is the one
 /// answer that must not be given.
 #[test]
 fn a_stream_that_has_lost_its_last_node_leaves_the_chain_alone() {
-    let runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = { runtime }.enable_time().build().expect("a runtime");
-    let pool = BufferPool::new(1 << 20);
-    let threads = ThreadSet::start(1, BackendChoice::Threads, pool, News::channel().0);
-    let threads = threads.expect("a thread");
-    let folder = tempfile::tempdir().expect("a folder");
-    LocalSet::new().block_on(&runtime, async {
-        let graph = Graph::new(threads.clone(), ImagePolicy::default(), None);
-        for (name, on) in [("base", None), ("mid", Some("base")), ("top", Some("mid"))] {
-            graph
-                .add(image(folder.path(), name, on))
-                .await
-                .expect("added");
-        }
+    let images = [("base", None), ("mid", Some("base")), ("top", Some("mid"))];
+    on_images(&images, async |graph, folder| {
         let id = |name: &str| graph.find(name).expect("there");
         let (base, mid, top) = (id("base"), id("mid"), id("top"));
         let stream = |last: NodeId| JobNodes {
@@ -169,18 +165,17 @@ fn a_stream_that_has_lost_its_last_node_leaves_the_chain_alone() {
             }),
             ..JobNodes::default()
         };
-        let before = std::fs::read(folder.path().join("top")).expect("read");
+        let before = std::fs::read(folder.join("top")).expect("read");
         let gone = NodeId(u64::MAX);
         graph
             .finish_chain(KEY, &stream(gone))
             .await
             .expect_err("it cannot know what stays");
-        assert_eq!(below(&graph, top), [Some(mid); 2]);
-        let after = std::fs::read(folder.path().join("top")).expect("read");
+        assert_eq!(below(graph, top), [Some(mid); 2]);
+        let after = std::fs::read(folder.join("top")).expect("read");
         assert!(before == after, "its header has changed");
 
         graph.finish_chain(KEY, &stream(mid)).await.expect("done");
-        assert_eq!(below(&graph, top), [Some(base); 2]);
+        assert_eq!(below(graph, top), [Some(base); 2]);
     });
-    threads.end();
 }
