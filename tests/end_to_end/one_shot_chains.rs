@@ -12,7 +12,7 @@ use crate::made_chains::{
     Dice, assert_at_most_leaks, assert_shows, assert_sound, backing, cannot_grow, json_of, keep,
     number, random_chain, random_image, room,
 };
-use crate::place::{MIB, Place, Running, Tiny, can_mount, code, complaint};
+use crate::place::{MIB, Place, Running, code, complaint};
 use crate::tools::have_oracle;
 
 #[test]
@@ -512,11 +512,7 @@ fn what_cannot_be_moved_is_refused() {
 
 #[test]
 fn a_move_that_the_file_system_cannot_hold_is_refused_before_it_begins() {
-    if !have_oracle() || !can_mount() {
-        return;
-    }
-    let place = Place::new();
-    let Some(tiny) = Tiny::mount(place.path("tiny")) else {
+    let Some((place, tiny)) = Place::beside_tiny() else {
         return;
     };
     let folder = place.folder.path();
@@ -556,11 +552,7 @@ fn a_move_that_the_file_system_cannot_hold_is_refused_before_it_begins() {
 /// Its bound is all that may differ; only where that may not fit is it found out what does.
 #[test]
 fn a_rebase_that_the_file_system_cannot_hold_is_refused_before_it_begins() {
-    if !have_oracle() || !can_mount() {
-        return;
-    }
-    let place = Place::new();
-    let Some(tiny) = Tiny::mount(place.path("tiny")) else {
+    let Some((place, tiny)) = Place::beside_tiny() else {
         return;
     };
     let folder = place.folder.path();

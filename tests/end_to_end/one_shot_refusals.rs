@@ -5,7 +5,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
 use crate::images::run;
-use crate::place::{Place, Tiny, can_mount, code, complaint};
+use crate::place::{Place, code, complaint};
 use crate::tools::have_oracle;
 
 /// Makes an image, on `backing` if there is one.
@@ -115,11 +115,7 @@ fn nodes_are_told_by_their_files() {
 
 #[test]
 fn a_full_file_system_is_told_with_the_file_that_had_no_room() {
-    if !have_oracle() || !can_mount() {
-        return;
-    }
-    let place = Place::new();
-    let Some(tiny) = Tiny::mount(place.path("tiny")) else {
+    let Some((place, tiny)) = Place::beside_tiny() else {
         return;
     };
     let folder = place.folder.path();

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::images::run;
 use crate::made_chains::{assert_shows, assert_sound, backing, info, json_of, keep, number, room};
-use crate::place::{MIB, Place, Tiny, can_mount, code, complaint};
+use crate::place::{MIB, Place, Tiny, code, complaint};
 use crate::tools::have_oracle;
 
 const GIB: u64 = 1 << 30;
@@ -188,11 +188,7 @@ fn an_overlay_is_planned_before_it_is_made() {
 
 #[test]
 fn snapshots_are_planned_and_refused_where_their_tables_do_not_fit() {
-    if !have_oracle() || !can_mount() {
-        return;
-    }
-    let place = Place::new();
-    let Some(tiny) = Tiny::mount(place.path("tiny")) else {
+    let Some((place, tiny)) = Place::beside_tiny() else {
         return;
     };
     let folder = place.folder.path();
@@ -282,11 +278,7 @@ fn lost_in_spite_of(
 /// What cannot be saved at the end, here the bits of a bitmap, is a failure of the command, which names the file.
 #[test]
 fn what_cannot_be_saved_at_the_end_fails_the_command() {
-    if !have_oracle() || !can_mount() {
-        return;
-    }
-    let place = Place::new();
-    let Some(tiny) = Tiny::mount(place.path("tiny")) else {
+    let Some((place, tiny)) = Place::beside_tiny() else {
         return;
     };
     let base = tiny.path.join("base").display().to_string();

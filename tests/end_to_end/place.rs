@@ -20,6 +20,16 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    /// One with a tiny file system in its folder `tiny`, and QEMU's tools; none where that cannot be had.
+    pub(crate) fn beside_tiny() -> Option<(Self, Tiny)> {
+        if !tools::have_oracle() || !can_mount() {
+            return None;
+        }
+        let place = Self::new();
+        let tiny = Tiny::mount(place.path("tiny"))?;
+        Some((place, tiny))
+    }
+
     pub(crate) fn new() -> Self {
         Self {
             folder: tempfile::tempdir().expect("a folder"),

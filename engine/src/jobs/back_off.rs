@@ -170,6 +170,7 @@ mod tests {
         assert_eq!(back_off.next(at(40), false), Some(step(0)));
         assert_eq!(back_off.next(at(40), false), Some(step(512)));
     }
+
     #[test]
     fn no_more_are_kept_than_may_be() {
         let mut back_off = BackOff::default();
